@@ -1,0 +1,1071 @@
+// Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors, retries and
+// graceful shutdown.
+//
+// # Usage
+//
+// A [Service] is made by [New], is a client at once, and serves what was given to [Handle] from [Service.Start] (or
+// [Service.Run]) on:
+//
+//	svc, err := aegis.New("order-service")
+//	aegis.Handle(svc, "create_order", func(ctx context.Context, o Order) (Receipt, error) { … })
+//	svc.Run(ctx)
+//
+//	receipt, err := aegis.Call[Order, Receipt](ctx, client, "order-service", "create_order", order)
+//
+// The payload of a message is the encoded value and nothing else, so that any NATS client can take part:
+//
+//	nats req rpc.order-service.create_order '{"sku":"x"}'
+//
+// # Delivery
+//
+// A call runs at most once. What may have run is never sent again behind the caller's back: [Retry] and [Sticky] resend only
+// what certainly did not reach a handler, and an [Error] says so in NotRun; [Idempotent] lifts that. Every request that
+// arrives is answered, be it with an error, unless its caller has stopped waiting.
+//
+// # Concurrency
+//
+// All functions and methods may be called from several goroutines at once. Handlers run concurrently, each method's up to its
+// own limit ([WithConcurrency], [Concurrency]); as many requests again may wait for their turn, and the rest is refused with
+// [ErrOverloaded]. A handler's ctx ends with its caller's deadline, when its caller cancels, and when Stop runs out of time.
+//
+// # Shutdown
+//
+// [Service.Stop] takes no more work, lets the handlers that run finish, and closes the connections. It leaves no goroutine
+// behind but those of handlers that ignore their ctx.
+package aegis
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"log/slog"
+	"maps"
+	mrand "math/rand/v2"
+	"net/url"
+	"os"
+	"regexp"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// A Service is one instance of a named service: a pool of connections to NATS, its handlers, and the calls that it makes.
+type Service struct {
+	name, id string
+	cfg      config
+	log      *slog.Logger
+	conns    []*conn
+	next     atomic.Uint32 // the connection that the last call took
+	breakers breakers
+	cancels  cancels
+
+	base     context.Context // parent of every handler's ctx: ends when Stop's time is up
+	cancel   context.CancelFunc
+	draining atomic.Bool   // requests that wait are refused
+	done     chan struct{} // closed when Stop is through
+
+	mu        sync.Mutex // guards the rest
+	state     state
+	endpoints map[string]*endpoint // by subject
+	own       []*nats.Subscription // those that belong to no endpoint
+}
+
+type state int
+
+const (
+	created state = iota
+	started
+	stopping
+)
+
+// An Option configures a [Service] in [New].
+type Option func(*config)
+
+type config struct {
+	urls        []string
+	nats        []nats.Option
+	pool        int
+	id, version string
+	codec       Codec
+	logger      *slog.Logger
+	timeout     time.Duration
+	concurrency int
+	breaker     BreakerPolicy
+	middleware  []Middleware
+	err         error // of the first option that was out of range
+}
+
+func (c *config) check(ok bool, format string, args ...any) {
+	if !ok && c.err == nil {
+		c.err = newError(ErrInvalid, format, args...)
+	}
+}
+
+// WithURL names the servers to connect to, tried in random order. Given again, it replaces the earlier ones. The default is
+// $NATS_URL (several separated by commas), else nats://127.0.0.1:4222. An empty or unparsable URL is invalid.
+func WithURL(urls ...string) Option {
+	return func(c *config) {
+		c.check(len(urls) > 0, "WithURL(): no URL given")
+		for _, u := range urls {
+			full := u
+			if !strings.Contains(u, "://") {
+				full = "nats://" + u
+			}
+			p, err := url.Parse(full)
+			c.check(err == nil && p.Host != "", "WithURL(%q): not a server's URL, such as nats://host:4222", u)
+		}
+		c.urls = urls
+	}
+}
+
+// WithNATS adds options of nats.go to every connection: credentials, TLS, an in-process server, handlers of events. They win
+// over what aegis sets (its own event handlers run first), except that nothing is ever buffered while disconnected: it would
+// be sent after its caller had given up.
+func WithNATS(opts ...nats.Option) Option {
+	return func(c *config) { c.nats = append(c.nats, opts...) }
+}
+
+// WithPool sets the number of connections, 1 to 64. The default is 2.
+func WithPool(size int) Option {
+	return func(c *config) {
+		c.check(size >= 1 && size <= 64, "WithPool(%d): want 1 to 64 connections", size)
+		c.pool = size
+	}
+}
+
+// WithID names this instance; calls can be addressed to it by [ToInstance]. It must be unique among the instances of the
+// service, of letters, digits, - and _, at most 128 of them. The default is the service's name and 8 random hex digits.
+func WithID(id string) Option {
+	return func(c *config) {
+		c.check(isToken(id, maxInstance), "WithID(%q): want 1 to 128 of a-z, A-Z, 0-9, - and _", id)
+		c.id = id
+	}
+}
+
+// WithVersion sets the service's version, x.y.z. The default is 0.0.0.
+func WithVersion(version string) Option {
+	return func(c *config) {
+		c.check(versionPattern.MatchString(version), "WithVersion(%q): want x.y.z, such as 1.2.0", version)
+		c.version = version
+	}
+}
+
+// WithCodec sets how requests are encoded. The default is [MsgPack]. Requests in MessagePack and JSON are understood in any
+// case, and a request is answered in its own format.
+func WithCodec(codec Codec) Option {
+	return func(c *config) {
+		c.check(codec != nil, "WithCodec(nil): want a codec, such as aegis.JSON")
+		c.codec = codec
+	}
+}
+
+// WithLogger sets where the service logs to. The default is [slog.Default].
+func WithLogger(l *slog.Logger) Option {
+	return func(c *config) {
+		c.check(l != nil, "WithLogger(nil): want a logger, such as slog.New(slog.DiscardHandler) for none")
+		c.logger = l
+	}
+}
+
+// WithTimeout sets how long a call may take whose ctx has no deadline, and how long a handler may run for a caller that tells
+// no deadline (a plain NATS client). It must be positive. The default is 5 s.
+func WithTimeout(d time.Duration) Option {
+	return func(c *config) {
+		c.check(d > 0, "WithTimeout(%v): want more than 0", d)
+		c.timeout = d
+	}
+}
+
+// WithConcurrency sets how many requests each method of this instance handles at once, unless its own [Concurrency] says
+// otherwise: 1 or more. The default is 1024.
+func WithConcurrency(n int) Option {
+	return func(c *config) {
+		c.check(n >= 1 && n <= maxConcurrency, "WithConcurrency(%d): want 1 to %d", n, maxConcurrency)
+		c.concurrency = n
+	}
+}
+
+// WithBreaker puts a circuit breaker before each service that is called. There is none by default.
+func WithBreaker(p BreakerPolicy) Option {
+	return func(c *config) {
+		c.check(p.Failures >= 0 && p.Cooldown >= 0, "WithBreaker(%+v): negative", p)
+		c.breaker = BreakerPolicy{Failures: orDefault(p.Failures, 5), Cooldown: orDefault(p.Cooldown, 5*time.Second)}
+	}
+}
+
+// WithMiddleware wraps every handler of the service. The first one given is the outermost.
+func WithMiddleware(mw ...Middleware) Option {
+	return func(c *config) {
+		c.check(!slices.ContainsFunc(mw, func(m Middleware) bool { return m == nil }), "WithMiddleware(nil): want a function")
+		c.middleware = append(c.middleware, mw...)
+	}
+}
+
+// A HandlerOption configures one handler.
+type HandlerOption func(*handlerConfig)
+
+type handlerConfig struct {
+	concurrency int
+	err         error
+}
+
+// Concurrency sets how many messages the handler works on at once, 1 or more, in each instance. The default is that of
+// [WithConcurrency].
+func Concurrency(n int) HandlerOption {
+	return func(c *handlerConfig) {
+		if n < 1 || n > maxConcurrency {
+			c.err = newError(ErrInvalid, "Concurrency(%d): want 1 to %d", n, maxConcurrency)
+		}
+		c.concurrency = n
+	}
+}
+
+const maxConcurrency = 1 << 20
+
+const maxService, maxInstance = 64, 128 // characters
+
+var versionPattern = regexp.MustCompile(`^\d+\.\d+\.\d+$`)
+
+// New makes an instance of the service called name ([A-Za-z][A-Za-z0-9_-]*, at most 64 characters) and connects it. It blocks
+// until every connection of the pool stands, each for at most nats.go's connect timeout (2 s a server).
+//
+// Errors: [ErrInvalid] for a name or an option that is out of range, [ErrUnavailable] if the servers can't be reached or turn
+// the connection down. Use [Service.Stop] to close it.
+func New(name string, opts ...Option) (*Service, error) {
+	cfg := config{
+		pool:        2,
+		version:     "0.0.0",
+		codec:       MsgPack,
+		timeout:     5 * time.Second,
+		concurrency: 1024,
+	}
+	if env := os.Getenv("NATS_URL"); env != "" {
+		WithURL(strings.Split(env, ",")...)(&cfg)
+		if cfg.err != nil {
+			cfg.err = newError(ErrInvalid, "$NATS_URL: %v", cfg.err)
+		}
+	} else {
+		cfg.urls = []string{nats.DefaultURL}
+	}
+	for _, opt := range opts {
+		opt(&cfg)
+	}
+	if !isName(name, maxService) {
+		return nil, newError(ErrInvalid, "service name %q: want a letter, then letters, digits, - and _, at most 64", name)
+	}
+	if cfg.err != nil {
+		return nil, cfg.err
+	}
+	if cfg.id == "" {
+		cfg.id = name + "-" + randomHex(4)
+	}
+	if cfg.logger == nil {
+		cfg.logger = slog.Default()
+	}
+	s := &Service{
+		name:      name,
+		id:        cfg.id,
+		cfg:       cfg,
+		log:       cfg.logger.With("service", name, "instance", cfg.id),
+		endpoints: map[string]*endpoint{},
+		done:      make(chan struct{}),
+	}
+	s.base, s.cancel = context.WithCancel(context.Background())
+	for range cfg.pool {
+		c, err := s.connect()
+		if err != nil {
+			s.close()
+			return nil, err
+		}
+		s.conns = append(s.conns, c)
+	}
+	return s, nil
+}
+
+// Name is the service's name.
+func (s *Service) Name() string { return s.name }
+
+// ID is the instance's id.
+func (s *Service) ID() string { return s.id }
+
+// Conn is a connection of the pool, for what aegis doesn't do. The service goes on using it: don't close or drain it.
+func (s *Service) Conn() *nats.Conn {
+	if c, _ := s.pick(); c != nil {
+		return c.nc
+	}
+	return s.conns[0].nc
+}
+
+// Start begins to serve. When it returns, every server of the pool knows the handlers; more may be added later. It fails with
+// [ErrClosed] after Stop, [ErrInvalid] if the service was started already, [ErrUnavailable] if the server can't be reached.
+func (s *Service) Start(ctx context.Context) error {
+	s.mu.Lock()
+	if s.state != created {
+		defer s.mu.Unlock()
+		return s.stateErrorLocked("Start")
+	}
+	s.state = started
+	endpoints := slices.Collect(maps.Values(s.endpoints))
+	s.mu.Unlock()
+
+	for _, e := range endpoints {
+		if err := e.open(); err != nil {
+			return err
+		}
+	}
+	if err := s.subscribeOwn(); err != nil {
+		return err
+	}
+	return s.flush(ctx)
+}
+
+func (s *Service) stateErrorLocked(verb string) error {
+	switch s.state {
+	case stopping:
+		return newError(ErrClosed, "%s: service %s was stopped", verb, s.name)
+	case started:
+		return newError(ErrInvalid, "%s: service %s was started already", verb, s.name)
+	}
+	return nil
+}
+
+// Run serves until ctx ends: Start, wait, Stop. Stop gets 30 s to finish what runs.
+func (s *Service) Run(ctx context.Context) error {
+	if err := s.Start(ctx); err != nil {
+		return err
+	}
+	select {
+	case <-ctx.Done():
+	case <-s.done: // stopped by someone else
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	defer cancel()
+	return s.Stop(ctx)
+}
+
+// cancelGrace is how long Stop waits, once its ctx has ended, for handlers to heed the end of theirs.
+const cancelGrace = 200 * time.Millisecond
+
+// Stop takes no more requests, waits until those that have arrived are answered, flushes, and closes the connections; calls
+// that still wait for an answer then fail with [ErrClosed]. When ctx ends before that, requests that haven't begun are
+// refused, the ctx of those that run ends, and Stop returns 0.2 s later with [ErrTimeout] saying how many are left. While the
+// server can't be reached it closes what is local and returns [ErrUnavailable]. A second Stop waits for the first and returns
+// nil.
+func (s *Service) Stop(ctx context.Context) error {
+	s.mu.Lock()
+	if s.state == stopping {
+		s.mu.Unlock()
+		select {
+		case <-s.done:
+			return nil
+		case <-ctx.Done():
+			return newError(ErrTimeout, "Stop: %v while another Stop goes on", ctx.Err())
+		}
+	}
+	s.state = stopping
+	endpoints := slices.Collect(maps.Values(s.endpoints))
+	own := s.own
+	s.mu.Unlock()
+
+	defer close(s.done)
+	defer s.close()
+	for _, sub := range own {
+		_ = sub.Unsubscribe() // fails only on a closed connection
+	}
+	for _, e := range endpoints {
+		e.drain()
+	}
+	// The answer to a flush comes after all that the server sent before it took the subscriptions away.
+	lost := s.flush(ctx)
+
+	finished := make(chan struct{})
+	go func() {
+		defer close(finished)
+		for _, e := range endpoints {
+			e.finish()
+		}
+	}()
+	var late error
+	select {
+	case <-finished:
+	case <-ctx.Done():
+		s.draining.Store(true)
+		s.cancel()
+		running := 0
+		for _, e := range endpoints {
+			running += int(e.running())
+		}
+		late = newError(ErrTimeout, "Stop: %v with %d handlers running; their ctx has ended", ctx.Err(), running)
+		select {
+		case <-finished:
+		case <-time.After(cancelGrace):
+		}
+		flushCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelGrace)
+		defer cancel()
+		ctx = flushCtx
+	}
+	if lost == nil {
+		lost = s.flush(ctx)
+	}
+	if lost != nil {
+		lost = newError(ErrUnavailable, "Stop: %v: answers may be lost; the server ends the subscriptions with the connection", lost)
+	}
+	return errors.Join(late, lost)
+}
+
+// close gives up what is local: it ends every handler's ctx and closes the connections.
+func (s *Service) close() {
+	s.cancel()
+	for _, c := range s.conns {
+		c.nc.Close()
+		c.disconnected()
+	}
+}
+
+// The pool.
+
+// A conn is one connection of the pool and the reply slots on it.
+type conn struct {
+	nc    *nats.Conn
+	inbox string                        // the subject of the connection's slots, up to and including the dot
+	up    atomic.Pointer[chan struct{}] // closed when the connection drops; nil while there is none
+	free  chan *slot
+	slots atomic.Int32
+}
+
+const maxSlots = 4096 // calls that may wait for their answers on one connection
+
+func (s *Service) connect() (*conn, error) {
+	c := &conn{free: make(chan *slot, maxSlots)}
+	c.connected() // so that nothing but the callbacks below, which run in order, changes it
+	opts := nats.GetDefaultOptions()
+	opts.Servers = s.cfg.urls
+	opts.Name = s.id
+	opts.MaxReconnect = -1
+	opts.CustomReconnectDelayCB = func(rounds int) time.Duration { return backoff(rounds, 50*time.Millisecond, 5*time.Second) }
+	opts.IgnoreAuthErrorAbort = true // credentials may be renewed meanwhile
+	opts.PingInterval = 10 * time.Second
+	for _, opt := range s.cfg.nats {
+		if err := opt(&opts); err != nil {
+			return nil, newError(ErrInvalid, "WithNATS: %v", err)
+		}
+	}
+	opts.ReconnectBufSize = -1
+	disconnected, connected, reconnected, failed := opts.DisconnectedErrCB, opts.ConnectedCB, opts.ReconnectedCB, opts.AsyncErrorCB
+	opts.DisconnectedErrCB = func(nc *nats.Conn, err error) {
+		c.disconnected()
+		if !nc.IsClosed() {
+			s.log.Warn("disconnected from NATS", "error", err)
+		}
+		if disconnected != nil {
+			disconnected(nc, err)
+		}
+	}
+	opts.ConnectedCB = func(nc *nats.Conn) {
+		c.connected()
+		if connected != nil {
+			connected(nc)
+		}
+	}
+	opts.ReconnectedCB = func(nc *nats.Conn) {
+		c.connected()
+		s.log.Info("reconnected to NATS", "url", nc.ConnectedUrlRedacted())
+		if reconnected != nil {
+			reconnected(nc)
+		}
+	}
+	opts.AsyncErrorCB = func(nc *nats.Conn, sub *nats.Subscription, err error) {
+		subject := ""
+		if sub != nil {
+			subject = sub.Subject
+		}
+		s.log.Error("NATS reports an error", "subject", subject, "error", err)
+		if failed != nil {
+			failed(nc, sub, err)
+		}
+	}
+	nc, err := opts.Connect()
+	if err != nil {
+		return nil, newError(ErrUnavailable, "connecting to %s: %v", strings.Join(redacted(opts.Servers), ", "), err)
+	}
+	prefix := opts.InboxPrefix
+	if prefix == "" {
+		prefix = strings.TrimSuffix(nats.InboxPrefix, ".")
+	}
+	c.nc = nc
+	c.inbox = prefix + "." + s.name + "." + rand.Text()[:connectionToken] + "."
+	return c, nil
+}
+
+func redacted(urls []string) []string {
+	out := slices.Clone(urls)
+	for i := range out {
+		if u, err := url.Parse(out[i]); err == nil {
+			out[i] = u.Redacted()
+		}
+	}
+	return out
+}
+
+func (c *conn) connected() {
+	up := make(chan struct{})
+	c.up.CompareAndSwap(nil, &up)
+}
+
+func (c *conn) disconnected() {
+	if up := c.up.Swap(nil); up != nil {
+		close(*up)
+	}
+}
+
+// pick returns the next connection that is up, and the channel that is closed when it drops; nil if all are down.
+func (s *Service) pick() (*conn, <-chan struct{}) {
+	n := s.next.Add(1)
+	for i := range uint32(len(s.conns)) {
+		c := s.conns[(n+i)%uint32(len(s.conns))]
+		if up := c.up.Load(); up != nil {
+			return c, *up
+		}
+	}
+	return nil, nil
+}
+
+// disconnectedError is what a call gets when no connection is up.
+func (s *Service) disconnectedError() *Error {
+	select {
+	case <-s.base.Done():
+		return notRun(newError(ErrClosed, "service %s was stopped", s.name))
+	default:
+		return notRun(newError(ErrUnavailable, "no connection to %s", strings.Join(redacted(s.cfg.urls), ", ")))
+	}
+}
+
+// flush waits until the server has processed what was sent on every connection.
+func (s *Service) flush(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.timeout)
+	defer cancel()
+	for _, c := range s.conns {
+		var err error = nats.ErrDisconnected
+		if c.up.Load() != nil {
+			err = c.nc.FlushWithContext(ctx)
+		}
+		if err != nil {
+			return newError(ErrUnavailable, "no answer from %s: %v", strings.Join(redacted(s.cfg.urls), ", "), err)
+		}
+	}
+	return nil
+}
+
+// Dispatch: from a message to a handler and back.
+
+// A HandlerFunc handles one message: the payload in, the payload of the answer out.
+type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
+
+// A Middleware wraps a handler, to check, measure or change what goes in and comes out. It must pass on the ctx that it was
+// given, or one derived from it. An error that it returns without calling next is one of a request that did not run.
+type Middleware func(next HandlerFunc) HandlerFunc
+
+// A Message is what a handler is called for, as middleware sees it. Source is the calling service by its own account, "" if
+// unknown. Header is nil if there is none, and must not be changed.
+type Message struct {
+	Kind, Subject, Source string // Kind is "rpc"
+	Header                nats.Header
+	Data                  []byte
+}
+
+// An endpoint is a handler and the workers that run it.
+//
+// The read loops of all connections put its messages into one channel. A few resident workers take them from there and run
+// the handler right away: fast handlers pay for no goroutine of their own, and their answers share a flush. A worker that is
+// held up for longer than a moment is replaced, up to the limit; replacements leave when there is nothing to do. At the
+// limit, a gate takes over the channel: it keeps as many messages waiting as may run, and refuses the rest at once.
+type endpoint struct {
+	svc                 *Service
+	kind, name, subject string
+	run                 HandlerFunc
+	limit, resident     int32
+
+	queue    chan *nats.Msg // from the read loops
+	waiting  chan job       // from the gate; taken before the queue
+	stopping chan struct{}  // closed when no more messages will come
+
+	idle          atomic.Int32 // workers that wait for a message
+	gated         atomic.Bool
+	slow          atomic.Bool // its handler usually takes long enough to be worth a worker of its own
+	expired, shed atomic.Uint64
+	byConn        atomic.Pointer[map[*nats.Subscription]*conn]
+
+	mu      sync.Mutex // guards the rest
+	subs    []*nats.Subscription
+	drained bool          // subscribe no more
+	workers int           // at most limit
+	alive   int           // workers and gate
+	gone    chan struct{} // closed when stopping and none is alive
+}
+
+type job struct {
+	msg     *nats.Msg
+	arrived time.Time
+}
+
+const (
+	queueSize    = 8192                   // bounds what the read loops may put down before somebody looks
+	queueAlarm   = queueSize / 4          // a longer queue is too much for the machine, however fast the handler
+	patience     = 250 * time.Microsecond // after which a worker counts as held up
+	gateInterval = 10 * time.Millisecond
+)
+
+// register adds a handler, wrapped in the service's middleware, and opens it if the service is serving.
+func (s *Service) register(e *endpoint, opts []HandlerOption) error {
+	cfg := handlerConfig{concurrency: s.cfg.concurrency}
+	for _, opt := range opts {
+		opt(&cfg)
+	}
+	if cfg.err != nil {
+		return cfg.err
+	}
+	e.svc = s
+	e.limit = int32(cfg.concurrency)
+	e.resident = min(e.limit, int32(runtime.GOMAXPROCS(0)))
+	e.queue = make(chan *nats.Msg, queueSize)
+	e.waiting = make(chan job, e.limit)
+	e.stopping, e.gone = make(chan struct{}), make(chan struct{})
+	for _, mw := range slices.Backward(s.cfg.middleware) {
+		e.run = mw(e.run)
+	}
+
+	s.mu.Lock()
+	if s.state == stopping {
+		defer s.mu.Unlock()
+		return s.stateErrorLocked("adding " + e.subject)
+	}
+	if s.endpoints[e.subject] != nil {
+		s.mu.Unlock()
+		return newError(ErrInvalid, "%s has a handler already", e.subject)
+	}
+	s.endpoints[e.subject] = e
+	serving := s.state == started
+	s.mu.Unlock()
+
+	if !serving {
+		return nil
+	}
+	if err := e.open(); err != nil {
+		return err
+	}
+	return s.flush(context.Background())
+}
+
+// open subscribes on every connection, to the service's subject and to the instance's own.
+func (e *endpoint) open() error {
+	e.hire(int(e.resident))
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	byConn := map[*nats.Subscription]*conn{}
+	for _, c := range e.svc.conns {
+		for _, subject := range []string{e.subject, e.subject + "." + e.svc.id} {
+			if e.drained {
+				return newError(ErrClosed, "service %s was stopped", e.svc.name)
+			}
+			sub, err := c.nc.ChanQueueSubscribe(subject, e.svc.name, e.queue)
+			if err != nil {
+				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
+			}
+			e.subs = append(e.subs, sub)
+			byConn[sub] = c
+		}
+	}
+	e.byConn.Store(&byConn)
+	return nil
+}
+
+// drain ends the subscriptions but keeps what is under way to them.
+func (e *endpoint) drain() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.drained = true
+	for _, sub := range e.subs {
+		_ = sub.Drain() // fails only on a closed connection
+	}
+}
+
+// finish waits until all that has arrived is handled and the workers are gone.
+func (e *endpoint) finish() {
+	e.mu.Lock()
+	close(e.stopping)
+	if e.alive == 0 {
+		close(e.gone)
+	}
+	e.mu.Unlock()
+	<-e.gone
+}
+
+// hire starts up to n workers within the limit, and returns how many.
+func (e *endpoint) hire(n int) int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	n = min(n, int(e.limit)-e.workers)
+	if e.alive == 0 && e.stopped() {
+		n = 0
+	}
+	e.workers += max(n, 0)
+	e.alive += max(n, 0)
+	for range n {
+		go e.work()
+	}
+	return n
+}
+
+func (e *endpoint) stopped() bool {
+	select {
+	case <-e.stopping:
+		return true
+	default:
+		return false
+	}
+}
+
+func (e *endpoint) leave(workers int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.workers -= workers
+	e.alive--
+	if e.alive == 0 && e.stopped() {
+		close(e.gone)
+	}
+}
+
+func (e *endpoint) running() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.workers - int(e.idle.Load())
+}
+
+func (e *endpoint) work() {
+	heldUp := time.AfterFunc(time.Hour, e.relieve)
+	done := false
+	defer func() {
+		heldUp.Stop()
+		if done {
+			e.leave(1)
+		} else { // the handler has ended its goroutine (runtime.Goexit)
+			go e.work()
+		}
+	}()
+	for {
+		heldUp.Stop()
+		j, ok := e.take()
+		if !ok {
+			done = true
+			return
+		}
+		heldUp.Reset(patience)
+		e.serve(j)
+	}
+}
+
+// take waits for the next message; not ok tells the worker to leave.
+func (e *endpoint) take() (j job, ok bool) {
+	for {
+		over := e.stopped() && !e.gated.Load()
+		if over || e.gated.Load() {
+			select {
+			case j := <-e.waiting:
+				return j, true
+			default:
+			}
+		}
+		select {
+		case m := <-e.queue:
+			if len(e.queue) > queueAlarm {
+				e.gate()
+			}
+			return job{msg: m}, true
+		default:
+		}
+		if over {
+			return job{}, false
+		}
+		if e.idle.Add(1) > e.resident {
+			e.idle.Add(-1)
+			return job{}, false
+		}
+		select {
+		case m := <-e.queue:
+			e.idle.Add(-1)
+			return job{msg: m}, true
+		case j := <-e.waiting:
+			e.idle.Add(-1)
+			return j, true
+		case <-e.stopping:
+			e.idle.Add(-1)
+			runtime.Gosched() // the gate is about to end
+		}
+	}
+}
+
+// relieve sees to it that somebody takes the next message though a worker is held up.
+func (e *endpoint) relieve() {
+	if n := len(e.queue) + 1 - int(e.idle.Load()); n > 0 && e.hire(n) <= 0 {
+		e.gate()
+	}
+}
+
+// gate keeps as many messages waiting as may run at once, and refuses the rest, until a worker is free again.
+func (e *endpoint) gate() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.gated.Load() || e.stopped() {
+		return
+	}
+	e.gated.Store(true)
+	e.alive++
+	go func() {
+		defer e.leave(0)
+		tick := time.NewTicker(gateInterval)
+		defer tick.Stop()
+		for e.gated.Load() {
+			select {
+			case m := <-e.queue:
+				select {
+				case e.waiting <- job{m, time.Now()}:
+				default:
+					e.shed.Add(1)
+					e.refuse(m, newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, e.limit))
+				}
+			case <-tick.C:
+				e.openGate()
+			case <-e.stopping:
+				e.gated.Store(false)
+			}
+		}
+	}()
+}
+
+func (e *endpoint) openGate() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.gated.Store(false)
+	if len(e.waiting) > 0 || e.idle.Load() == 0 {
+		e.gated.Store(true)
+	}
+}
+
+// dispatch runs the handler, and returns the payload of its answer or the error that its caller is to see.
+func (e *endpoint) dispatch(r *request) (data []byte, failure *Error) {
+	finished := false
+	defer r.end()
+	defer func() {
+		if finished {
+			return
+		}
+		p := recover()
+		if p == nil {
+			p = "the handler called runtime.Goexit"
+		}
+		failure = newError(ErrInternal, "panic in %s: %v", e.name, p)
+		e.svc.log.Error("handler panicked", "endpoint", e.name, "correlation_id", r.correlationID(), "error", p, "stack", string(debug.Stack()))
+	}()
+	data, err := e.run(r, &r.msg)
+	finished = true
+	if err != nil {
+		failure = asError(err)
+		failure.NotRun = !r.ran
+		failure.Source = e.svc.name
+		return nil, failure
+	}
+	return data, nil
+}
+
+// The context of a message.
+
+// A request is the ctx of a handler. What costs a timer or a lock is made when it is first asked for.
+type request struct {
+	context.Context // the service's own
+	svc             *Service
+	msg             Message
+	reply           string
+	from            address
+	deadline        time.Time
+	codec           Codec // of the payload, once it was decoded
+	ran             bool  // the handler was called
+
+	mu     sync.Mutex // guards timed and cancel
+	timed  context.Context
+	cancel context.CancelFunc
+}
+
+type requestKey struct{}
+
+func (r *request) Value(key any) any {
+	if key == (requestKey{}) {
+		return r
+	}
+	r.mu.Lock()
+	timed := r.timed
+	r.mu.Unlock()
+	if timed == nil {
+		return r.Context.Value(key)
+	}
+	return timed.Value(key)
+}
+
+func (r *request) Deadline() (time.Time, bool) { return r.deadline, true }
+func (r *request) Done() <-chan struct{}       { return r.live().Done() }
+func (r *request) Err() error                  { return r.live().Err() }
+
+// live is a ctx that ends with the deadline, with the handler, when the caller cancels, or when Stop's time is up.
+func (r *request) live() context.Context {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.timed == nil {
+		r.timed, r.cancel = context.WithDeadline(r.Context, r.deadline)
+		r.svc.cancels.add(r.reply, r.cancel)
+	}
+	return r.timed
+}
+
+var ended = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
+
+// end ends the ctx, since its handler has returned.
+func (r *request) end() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.timed == nil {
+		r.timed = ended
+		return
+	}
+	r.svc.cancels.remove(r.reply)
+	r.cancel()
+}
+
+func requestOf(ctx context.Context) *request {
+	r, _ := ctx.Value(requestKey{}).(*request)
+	return r
+}
+
+// CorrelationID names the request that ctx belongs to, the same in each service that it passes through, for logs. In a
+// handler there always is one; elsewhere it is what [WithHeader] set as Aegis-Correlation-Id, else "". An error of a call made
+// without one tells the call's own in Details["correlation_id"].
+func CorrelationID(ctx context.Context) string {
+	if id := sent(ctx).Get(headerCorrelation); id != "" {
+		return id
+	}
+	if r := requestOf(ctx); r != nil {
+		return r.correlationID()
+	}
+	return ""
+}
+
+func (r *request) correlationID() string {
+	if id := r.msg.Header.Get(headerCorrelation); id != "" {
+		return id
+	}
+	return r.from.correlationID()
+}
+
+// Headers are those of the message that ctx's handler was called for, nil if there are none. They must not be changed.
+func Headers(ctx context.Context) nats.Header {
+	if r := requestOf(ctx); r != nil {
+		return r.msg.Header
+	}
+	return nil
+}
+
+type sentKey struct{}
+
+// WithHeader adds a header to all that is sent with the returned ctx; a later one of the same key replaces it. Of the headers
+// that a handler received only the trace context (traceparent, tracestate) and the correlation id travel on by themselves. A
+// key that is no HTTP token makes the call fail with [ErrInvalid].
+func WithHeader(ctx context.Context, key, value string) context.Context {
+	h := maps.Clone(sent(ctx))
+	if h == nil {
+		h = nats.Header{}
+	}
+	h[key] = []string{value}
+	return context.WithValue(ctx, sentKey{}, h)
+}
+
+func sent(ctx context.Context) nats.Header {
+	h, _ := ctx.Value(sentKey{}).(nats.Header)
+	return h
+}
+
+// outgoing are the headers to send with ctx: those of WithHeader, and what travels on from the message being handled. The
+// correlation id that can travel in the reply subject comes apart.
+func outgoing(ctx context.Context) (h nats.Header, correlation string) {
+	h = sent(ctx)
+	r := requestOf(ctx)
+	if r == nil {
+		return h, ""
+	}
+	inherit := func(key, value string) {
+		if value != "" && h[key] == nil {
+			if h = maps.Clone(h); h == nil {
+				h = nats.Header{}
+			}
+			h[key] = []string{value}
+		}
+	}
+	if correlation = r.correlationID(); h[headerCorrelation] != nil || !isToken(correlation, 64) {
+		inherit(headerCorrelation, correlation)
+		correlation = ""
+	}
+	inherit(headerTraceParent, r.msg.Header.Get(headerTraceParent))
+	inherit(headerTraceState, r.msg.Header.Get(headerTraceState))
+	return h, correlation
+}
+
+// backoff is a random pause between 0 and first·2ⁿ⁻¹, at most the longest.
+func backoff(n int, first, longest time.Duration) time.Duration {
+	d := longest
+	if n = max(n, 1); n < 64 && first <= longest>>(n-1) {
+		d = first << (n - 1)
+	}
+	return mrand.N(d + 1)
+}
+
+func orDefault[T comparable](v, otherwise T) T {
+	var zero T
+	if v == zero {
+		return otherwise
+	}
+	return v
+}
+
+func randomHex(n int) string {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
+}
+
+// subscribeOwn listens for what isn't meant for a handler; each message reaches the instance once, on any connection.
+func (s *Service) subscribeOwn() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for subject, fn := range map[string]nats.MsgHandler{
+		cancelSubject(s.name):              s.cancels.receive,
+		"$SRV.INFO." + s.name:              s.answerInfo,
+		"$SRV.INFO." + s.name + "." + s.id: s.answerInfo,
+	} {
+		for _, c := range s.conns {
+			sub, err := c.nc.QueueSubscribe(subject, s.id, fn)
+			if err != nil {
+				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
+			}
+			s.own = append(s.own, sub)
+		}
+	}
+	return nil
+}

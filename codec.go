@@ -1,0 +1,242 @@
+package aegis
+
+// This file turns values into bytes and back: the two codecs, how the format of a received payload is told, and the check
+// that keeps a hostile MessagePack payload from costing more memory or stack than its size warrants.
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"github.com/nats-io/nats.go"
+	"github.com/vmihailenco/msgpack/v5"
+)
+
+// A Codec turns values into payloads and back. Its methods are called from many goroutines at once.
+//
+// ContentType is the MIME type that a payload is labelled with where its first byte doesn't tell its format; it must differ
+// from those of [MsgPack] and [JSON].
+type Codec interface {
+	Marshal(v any) ([]byte, error)
+	Unmarshal(data []byte, v any) error
+	ContentType() string
+}
+
+// The codecs that every service understands, whichever it sends in itself.
+//
+// Both name fields by the `json` struct tag, so that one tag serves both. MsgPack is the default: smaller and faster. It
+// refuses, before it decodes anything, a payload that is cut short, has bytes left over, nests deeper than 128 levels, or
+// declares more elements than it has bytes; what it then allocates is at most a small multiple of the payload's size times the
+// size of the largest element of the target type.
+var (
+	MsgPack Codec = msgpackCodec{}
+	JSON    Codec = jsonCodec{}
+)
+
+type jsonCodec struct{}
+
+func (jsonCodec) Marshal(v any) ([]byte, error)      { return json.Marshal(v) }
+func (jsonCodec) Unmarshal(data []byte, v any) error { return json.Unmarshal(data, v) }
+func (jsonCodec) ContentType() string                { return "application/json" }
+
+type msgpackCodec struct{}
+
+func (msgpackCodec) ContentType() string { return "application/msgpack" }
+
+func (msgpackCodec) Marshal(v any) ([]byte, error) {
+	p := packers.Get().(*packer)
+	p.buf.Reset()
+	p.enc.ResetWriter(&p.buf) // plain Reset would also forget the struct tag
+	if err := p.enc.Encode(v); err != nil {
+		return nil, err
+	}
+	data := bytes.Clone(p.buf.Bytes())
+	if p.buf.Cap() <= keepBuffer {
+		packers.Put(p)
+	}
+	return data, nil
+}
+
+func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
+	if err := checkMsgPack(data); err != nil {
+		return err
+	}
+	defer func() { // e.g. a map with keys of type any is handed a slice as a key
+		if p := recover(); p != nil {
+			err = fmt.Errorf("msgpack: %v", p)
+		}
+	}()
+	u := unpackers.Get().(*unpacker)
+	u.src.Reset(data)
+	u.dec.ResetReader(&u.src)
+	err = u.dec.Decode(v)
+	u.src.Reset(nil)
+	if len(data) <= keepBuffer {
+		unpackers.Put(u)
+	}
+	return err
+}
+
+// keepBuffer bounds what a pooled encoder or decoder may hold on to after a large payload.
+const keepBuffer = 64 << 10
+
+type packer struct {
+	buf bytes.Buffer
+	enc *msgpack.Encoder
+}
+
+type unpacker struct {
+	src bytes.Reader
+	dec *msgpack.Decoder
+}
+
+var packers = sync.Pool{New: func() any {
+	p := &packer{}
+	p.enc = msgpack.NewEncoder(&p.buf)
+	p.enc.SetCustomStructTag("json")
+	p.enc.UseCompactInts(true)
+	p.enc.SetSortMapKeys(true) // equal values give equal bytes
+	return p
+}}
+
+var unpackers = sync.Pool{New: func() any {
+	u := &unpacker{}
+	u.dec = msgpack.NewDecoder(&u.src)
+	u.dec.SetCustomStructTag("json")
+	return u
+}}
+
+// contentType names the format of data where a receiver could not tell it from the first byte, else "".
+func contentType(c Codec, data []byte) string {
+	if s := sniff(data); s != nil && s.ContentType() == c.ContentType() {
+		return ""
+	}
+	return c.ContentType()
+}
+
+// codecFor finds the codec of a received payload: by its label if it has one, else by its first byte, else it is own.
+func codecFor(h nats.Header, data []byte, own Codec) (Codec, error) {
+	if h != nil {
+		if label := h.Get(headerContentType); label != "" {
+			mime, _, _ := strings.Cut(label, ";")
+			for _, c := range [...]Codec{own, MsgPack, JSON} {
+				if strings.EqualFold(strings.TrimSpace(mime), c.ContentType()) {
+					return c, nil
+				}
+			}
+			return nil, fmt.Errorf("content type %q is not known here: send %s, %s or %s",
+				label, MsgPack.ContentType(), JSON.ContentType(), own.ContentType())
+		}
+	}
+	if len(data) == 0 {
+		return nil, errors.New("the payload is empty: send at least {}")
+	}
+	if c := sniff(data); c != nil {
+		return c, nil
+	}
+	return own, nil
+}
+
+// sniff tells MessagePack from JSON by the first byte, nil if it can't: JSON starts with an ASCII character, and MessagePack
+// below 0x80 is an integer of that one byte.
+func sniff(data []byte) Codec {
+	switch {
+	case len(data) > 0 && data[0] >= 0x80:
+		return MsgPack
+	case len(data) > 1:
+		return JSON
+	default:
+		return nil
+	}
+}
+
+// maxDepth bounds the nesting of MessagePack, since the decoder recurses: one byte a level would overflow the stack.
+const maxDepth = 128
+
+var (
+	errShort = errors.New("msgpack: the payload ends in the middle of a value")
+	errDeep  = fmt.Errorf("msgpack: nested deeper than %d levels", maxDepth)
+)
+
+// checkMsgPack accepts exactly one well-formed value, without allocating. msgpack v5 trusts the lengths that it reads (five
+// bytes can make it allocate millions of elements), so they are compared with what is there first.
+func checkMsgPack(data []byte) error {
+	rest, err := skipMsgPack(data, 0)
+	if err == nil && len(rest) > 0 {
+		return fmt.Errorf("msgpack: %d bytes left over after the value", len(rest))
+	}
+	return err
+}
+
+// skipMsgPack returns what follows the first value of b. The format: https://github.com/msgpack/msgpack/blob/master/spec.md
+func skipMsgPack(b []byte, depth int) ([]byte, error) {
+	if depth > maxDepth {
+		return nil, errDeep
+	}
+	if len(b) == 0 {
+		return nil, errShort
+	}
+	c := b[0]
+	b = b[1:]
+	var size, children uint64 // bytes that belong to the value itself, and values nested in it
+	switch {
+	case c < 0x80 || c >= 0xe0: // small integer
+	case c < 0x90:
+		children = 2 * uint64(c&0x0f)
+	case c < 0xa0:
+		children = uint64(c & 0x0f)
+	case c < 0xc0:
+		size = uint64(c & 0x1f)
+	case c == 0xc1:
+		return nil, errors.New("msgpack: byte 0xc1 starts no value")
+	default:
+		f := msgpackFormats[c-0xc0]
+		if len(b) < int(f.length) {
+			return nil, errShort
+		}
+		var n uint64
+		switch f.length {
+		case 1:
+			n = uint64(b[0])
+		case 2:
+			n = uint64(binary.BigEndian.Uint16(b))
+		case 4:
+			n = uint64(binary.BigEndian.Uint32(b))
+		}
+		b = b[f.length:]
+		size, children = uint64(f.size), n*uint64(f.children)
+		if f.children == 0 {
+			size += n
+		}
+	}
+	if size > uint64(len(b)) || children > uint64(len(b))-size {
+		return nil, errShort
+	}
+	b = b[size:]
+	for ; children > 0; children-- {
+		var err error
+		if b, err = skipMsgPack(b, depth+1); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// msgpackFormats describes the values that start with 0xc0 to 0xdf: how many bytes tell a length, how many bytes there are
+// besides that length, and how many values each unit of the length stands for (none: it counts bytes).
+var msgpackFormats = [32]struct{ length, size, children uint8 }{
+	0x00: {}, 0x02: {}, 0x03: {}, // nil, false, true
+	0x04: {length: 1}, 0x05: {length: 2}, 0x06: {length: 4}, // bin
+	0x07: {length: 1, size: 1}, 0x08: {length: 2, size: 1}, 0x09: {length: 4, size: 1}, // ext
+	0x0a: {size: 4}, 0x0b: {size: 8}, // float
+	0x0c: {size: 1}, 0x0d: {size: 2}, 0x0e: {size: 4}, 0x0f: {size: 8}, // uint
+	0x10: {size: 1}, 0x11: {size: 2}, 0x12: {size: 4}, 0x13: {size: 8}, // int
+	0x14: {size: 2}, 0x15: {size: 3}, 0x16: {size: 5}, 0x17: {size: 9}, 0x18: {size: 17}, // fixext
+	0x19: {length: 1}, 0x1a: {length: 2}, 0x1b: {length: 4}, // str
+	0x1c: {length: 2, children: 1}, 0x1d: {length: 4, children: 1}, // array
+	0x1e: {length: 2, children: 2}, 0x1f: {length: 4, children: 2}, // map
+}

@@ -1,0 +1,891 @@
+package aegis
+
+// This file is typed RPC: a handler's side (Handle), a caller's side (Call), and what lies between them on the wire: reply
+// subjects that carry the deadline, typed errors, retries and the circuit breaker.
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// An Error is what fails in aegis, here or in a service that was called.
+//
+// Code is in upper snake case: one of the sentinels', or a handler's own. Source is the service that reports the error, ""
+// for this one. NotRun says that the request certainly did not reach a handler, so that sending it again can do no harm.
+// Cause is the error of the service behind Source, and so on over all hops.
+//
+// [errors.Is] compares the codes, along the whole chain: errors.Is(err, aegis.ErrNotFound) holds on both sides of the wire.
+// An error with the code DEADLINE_EXCEEDED also is [context.DeadlineExceeded], one with CANCELED [context.Canceled].
+type Error struct {
+	Code    string            `json:"code"`
+	Message string            `json:"message,omitempty"`
+	Source  string            `json:"source,omitempty"`
+	Details map[string]string `json:"details,omitempty"`
+	NotRun  bool              `json:"not_run,omitempty"`
+	Cause   *Error            `json:"cause,omitempty"`
+}
+
+// The errors that aegis itself makes, to be compared with [errors.Is].
+var (
+	ErrInvalid       = &Error{Code: "INVALID_ARGUMENT"}  // a name, option or payload that can't be used
+	ErrNotFound      = &Error{Code: "NOT_FOUND"}         // there is no such thing
+	ErrNotActive     = &Error{Code: "NOT_ACTIVE"}        // another instance leads
+	ErrFenced        = &Error{Code: "FENCED"}            // leadership was lost while the handler ran
+	ErrUnavailable   = &Error{Code: "UNAVAILABLE"}       // no instance or no server can be reached
+	ErrTimeout       = &Error{Code: "DEADLINE_EXCEEDED"} // no answer in time
+	ErrOverloaded    = &Error{Code: "OVERLOADED"}        // the handler is at its limit
+	ErrUnimplemented = &Error{Code: "UNIMPLEMENTED"}     // the service has no such method
+	ErrInternal      = &Error{Code: "INTERNAL"}          // a handler's plain error, or its panic
+	ErrCircuitOpen   = &Error{Code: "CIRCUIT_OPEN"}      // the service failed too often just now
+	ErrCanceled      = &Error{Code: "CANCELED"}          // ctx was cancelled
+	ErrClosed        = &Error{Code: "CLOSED"}            // the service was stopped
+)
+
+// Error is the path over the services that the error came along, with the code and the message of each that added one.
+func (e *Error) Error() string {
+	var parts []string
+	for ; e != nil; e = e.Cause {
+		parts = append(parts, e.Source)
+		if c := e.Cause; c == nil || c.Code != e.Code || c.Message != e.Message {
+			parts = append(parts, e.Code, e.Message)
+		}
+	}
+	return strings.Join(slices.DeleteFunc(parts, func(p string) bool { return p == "" }), ": ")
+}
+
+// Is compares the code.
+func (e *Error) Is(target error) bool {
+	switch target {
+	case context.DeadlineExceeded:
+		return e.Code == ErrTimeout.Code
+	case context.Canceled:
+		return e.Code == ErrCanceled.Code
+	}
+	t, ok := target.(*Error)
+	return ok && t.Code == e.Code
+}
+
+// Unwrap is the cause.
+func (e *Error) Unwrap() error {
+	if e.Cause == nil {
+		return nil
+	}
+	return e.Cause
+}
+
+func newError(kind *Error, format string, args ...any) *Error {
+	return &Error{Code: kind.Code, Message: fmt.Sprintf(format, args...)}
+}
+
+func notRun(e *Error) *Error {
+	e.NotRun = true
+	return e
+}
+
+// asError is the error that a handler's caller gets to see for err.
+func asError(err error) *Error {
+	e, ok := errors.AsType[*Error](err)
+	switch {
+	case !ok && errors.Is(err, context.DeadlineExceeded):
+		return newError(ErrTimeout, "%v", err)
+	case !ok && errors.Is(err, context.Canceled):
+		return newError(ErrCanceled, "%v", err)
+	case !ok:
+		return newError(ErrInternal, "%v", err)
+	}
+	out := *e
+	own := e.Message
+	if e.Source != "" { // it came from a service that the handler called
+		out.Cause, own = e, ""
+	}
+	if error(e) != err { // keep the words that it was wrapped in
+		out.Message = strings.TrimSuffix(strings.Replace(err.Error(), e.Error(), own, 1), ": ")
+	}
+	return &out
+}
+
+// The wire.
+
+const (
+	headerContentType = "Content-Type"
+	headerErrorCode   = "Nats-Service-Error-Code" // numeric, as HTTP has them
+	headerErrorText   = "Nats-Service-Error"
+	headerCorrelation = "Aegis-Correlation-Id"
+	headerTraceParent = "traceparent" // https://www.w3.org/TR/trace-context/
+	headerTraceState  = "tracestate"
+)
+
+// statusCodes give the error codes a number for callers that only know micro's headers, and back.
+var statusCodes = []struct {
+	kind   *Error
+	status string
+}{
+	{ErrInvalid, "400"}, {ErrNotFound, "404"}, {ErrFenced, "409"}, {ErrNotActive, "421"}, {ErrOverloaded, "429"}, {ErrCanceled, "499"},
+	{ErrInternal, "500"}, {ErrUnimplemented, "501"}, {ErrUnavailable, "503"}, {ErrTimeout, "504"}, {ErrCircuitOpen, "503"}, {ErrClosed, "503"},
+}
+
+const handlerStatus = "422" // of a code that is the handler's own
+
+// encode puts the error into headers, for any NATS client, and into a payload, whole.
+func (e *Error) encode(c Codec) (nats.Header, []byte) {
+	status := handlerStatus
+	for _, s := range statusCodes {
+		if s.kind.Code == e.Code {
+			status = s.status
+			break
+		}
+	}
+	if c != JSON {
+		c = MsgPack
+	}
+	data, _ := c.Marshal(e) // strings and booleans only: it can't fail
+	text := e.Error()
+	return nats.Header{headerErrorCode: {status}, headerErrorText: {text[:min(len(text), maxErrorText)]}}, data
+}
+
+const maxErrorText = 1 << 10
+
+// decodeError is the error that an answer stands for, nil if it is a success.
+func decodeError(m *nats.Msg) *Error {
+	status := m.Header.Get(headerErrorCode)
+	if status == "" {
+		return nil
+	}
+	e := &Error{}
+	if c := sniff(m.Data); c != nil && c.Unmarshal(m.Data, e) == nil && e.Code != "" {
+		return e
+	}
+	e = &Error{Code: ErrInternal.Code, Message: m.Header.Get(headerErrorText)} // of a service that isn't aegis
+	for _, s := range statusCodes {
+		if s.status == status {
+			e.Code = s.kind.Code
+			break
+		}
+	}
+	return e
+}
+
+// An address is what a reply subject says about its caller:
+//
+//	<inbox prefix>.<calling service>.<connection>.<slot>.<call>[-<correlation id>].<budget in ms>
+//
+// so that deadline, caller and correlation id need no header. It is the caller's own account, and proves nothing.
+type address struct {
+	service, connection, slot, call, correlation string
+	budget                                       time.Duration // 0 for a caller that isn't aegis: all is unknown then
+}
+
+const connectionToken = 16 // characters: 80 random bits
+
+func parseAddress(reply string) address {
+	var a address
+	rest, ok := reply, true
+	next := func() string {
+		i := strings.LastIndexByte(rest, '.')
+		if i < 0 {
+			ok = false
+			return ""
+		}
+		token := rest[i+1:]
+		rest = rest[:i]
+		return token
+	}
+	ms, err := strconv.ParseUint(next(), 10, 40)
+	a.call, a.correlation, _ = strings.Cut(next(), "-")
+	a.slot, a.connection, a.service = next(), next(), next()
+	if !ok || err != nil || ms == 0 || len(a.connection) != connectionToken || !isName(a.service, maxService) {
+		return address{correlation: reply}
+	}
+	a.budget = time.Duration(ms) * time.Millisecond
+	return a
+}
+
+func (a address) correlationID() string {
+	if a.correlation != "" {
+		return a.correlation
+	}
+	return a.connection + "-" + a.slot + "-" + a.call
+}
+
+// isToken tells whether s is one token of a subject, of letters, digits, - and _.
+func isToken(s string, most int) bool {
+	for _, c := range []byte(s) {
+		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' && c != '_' {
+			return false
+		}
+	}
+	return len(s) > 0 && len(s) <= most
+}
+
+func isName(s string, most int) bool {
+	return isToken(s, most) && (s[0] >= 'a' && s[0] <= 'z' || s[0] >= 'A' && s[0] <= 'Z')
+}
+
+// A handler's side.
+
+// Handle serves a method: fn is called with each request's value, on a goroutine of the library, several at once up to the
+// handler's [Concurrency]. method is [A-Za-z][A-Za-z0-9_]*. It may be added before or after Start; after it, Handle returns
+// once the servers know it.
+//
+// An [*Error] that fn returns, also one wrapped by %w, arrives at the caller with its code; any other error as [ErrInternal]
+// with its message, like a panic. A payload that can't be decoded into Req is answered with [ErrInvalid]. fn's ctx ends with
+// the caller's deadline; a request whose caller has given up while it waited is dropped.
+//
+// Handle fails with [ErrInvalid] if the name or an option is out of range or the method has a handler already, with
+// [ErrClosed] after Stop.
+func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, Req) (Resp, error), opts ...HandlerOption) error {
+	if fn == nil {
+		return newError(ErrInvalid, "method %q: its function is nil", method)
+	}
+	return s.handle(method, func(ctx context.Context, m *Message) ([]byte, error) {
+		r := requestOf(ctx)
+		if r == nil {
+			return nil, newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
+		}
+		var req Req
+		if err := r.decode(m, &req); err != nil {
+			return nil, err
+		}
+		r.ran = true
+		resp, err := fn(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		data, err := r.codec.Marshal(&resp)
+		if err != nil {
+			return nil, newError(ErrInternal, "encoding the answer of %s: %v", method, err)
+		}
+		return data, nil
+	}, opts)
+}
+
+func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) error {
+	if !isMethod(method) {
+		return newError(ErrInvalid, "method %q: want a letter, then letters, digits and _", method)
+	}
+	return s.register(&endpoint{kind: "rpc", name: method, subject: "rpc." + s.name + "." + method, run: run}, opts)
+}
+
+func isMethod(s string) bool { return isName(s, 128) && !strings.Contains(s, "-") }
+
+// decode reads the message's payload into v, and notes its codec for the answer.
+func (r *request) decode(m *Message, v any) error {
+	c, err := codecFor(m.Header, m.Data, r.svc.cfg.codec)
+	if err == nil {
+		r.codec = c
+		err = c.Unmarshal(m.Data, v)
+	}
+	if err != nil {
+		return newError(ErrInvalid, "the payload of %s is not %T: %v", m.Subject, v, err)
+	}
+	return nil
+}
+
+// serve handles one request and answers it.
+func (e *endpoint) serve(j job) {
+	m, now := j.msg, time.Now()
+	r := &request{
+		Context: e.svc.base,
+		svc:     e.svc,
+		msg:     Message{Kind: e.kind, Subject: m.Subject, Header: m.Header, Data: m.Data},
+		reply:   m.Reply,
+		from:    parseAddress(m.Reply),
+	}
+	r.msg.Source = r.from.service
+	if m.Reply == "" {
+		r.from.correlation = rand.Text()
+	}
+	if j.arrived.IsZero() {
+		j.arrived = now
+	}
+	r.deadline = j.arrived.Add(orDefault(r.from.budget, e.svc.cfg.timeout))
+	switch {
+	case now.After(r.deadline), e.svc.cancels.has(m.Reply):
+		e.expired.Add(1)
+	case e.svc.draining.Load():
+		e.refuse(m, newError(ErrUnavailable, "instance %s is stopping", e.svc.id))
+	default:
+		data, failure := e.dispatch(r)
+		e.answer(m, r.codec, data, failure)
+	}
+}
+
+// refuse answers a request that no handler gets to see.
+func (e *endpoint) refuse(m *nats.Msg, failure *Error) {
+	failure.Source = e.svc.name
+	e.answer(m, sniff(m.Data), nil, notRun(failure))
+}
+
+func (e *endpoint) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
+	if m.Reply == "" {
+		return
+	}
+	out := &nats.Msg{Subject: m.Reply, Data: data}
+	if failure != nil {
+		out.Header, out.Data = failure.encode(c)
+	} else if c != nil {
+		if label := contentType(c, data); label != "" {
+			out.Header = nats.Header{headerContentType: {label}}
+		}
+	}
+	err := e.send(m.Sub, out)
+	if errors.Is(err, nats.ErrMaxPayload) {
+		tooLarge := newError(ErrInternal, "the answer of %s has %d bytes, more than the server's max_payload of %d: split it, or raise that limit",
+			e.name, len(out.Data), e.svc.Conn().MaxPayload())
+		if failure != nil {
+			tooLarge.Code, tooLarge.NotRun = failure.Code, failure.NotRun
+		}
+		tooLarge.Source = e.svc.name
+		out.Header, out.Data = tooLarge.encode(c)
+		err = e.send(m.Sub, out)
+	}
+	if err != nil {
+		e.svc.log.Warn("an answer was lost", "endpoint", e.name, "correlation_id", parseAddress(m.Reply).correlationID(), "error", err)
+	}
+}
+
+// send publishes an answer on the connection that the request came by: others may not know the caller's inbox yet. If that
+// connection is gone, another will do.
+func (e *endpoint) send(sub *nats.Subscription, out *nats.Msg) error {
+	var err error = nats.ErrDisconnected
+	if byConn := e.byConn.Load(); byConn != nil {
+		if c := (*byConn)[sub]; c != nil {
+			err = c.nc.PublishMsg(out)
+		}
+	}
+	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) {
+		if c, _ := e.svc.pick(); c != nil {
+			err = c.nc.PublishMsg(out)
+		}
+	}
+	return err
+}
+
+// A caller's side.
+
+// A CallOption configures one call.
+type CallOption func(*callConfig)
+
+type callConfig struct {
+	sticky, idempotent bool
+	retry              *RetryPolicy
+	instance           string
+	err                error
+}
+
+// A RetryPolicy says how often and when a call is sent again. The pause before attempt n+1 is random between 0 and
+// Backoff·2ⁿ⁻¹, at most MaxBackoff ("full jitter", https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
+// Fields that are 0 have their defaults; negative ones are invalid.
+type RetryPolicy struct {
+	Attempts       int           // in all; default 3
+	Backoff        time.Duration // default 50 ms
+	MaxBackoff     time.Duration // default 1 s
+	AttemptTimeout time.Duration // of one attempt of an Idempotent call; default 1 s
+}
+
+// Retry sends the call again when it certainly did not reach a handler (NotRun) because its service was unavailable,
+// overloaded, without an active instance, or behind an open circuit breaker.
+func Retry(p RetryPolicy) CallOption {
+	return func(c *callConfig) {
+		if p.Attempts < 0 || p.Backoff < 0 || p.MaxBackoff < 0 || p.AttemptTimeout < 0 {
+			c.err = newError(ErrInvalid, "Retry(%+v): negative", p)
+		}
+		c.retry = &p
+	}
+}
+
+// Sticky keeps at a call that did not reach a handler, as [Retry] does, but until ctx ends: through a restart of the service,
+// say. Its pauses are of 10 ms at first and at most 200 ms, unless Retry sets others.
+func Sticky() CallOption { return func(c *callConfig) { c.sticky = true } }
+
+// Idempotent is the caller's word that it does no harm if the handler runs twice. The call is then also sent again when an
+// answer is missing: after AttemptTimeout, or when the connection is lost. Without [Retry] or [Sticky], Retry's defaults hold.
+func Idempotent() CallOption { return func(c *callConfig) { c.idempotent = true } }
+
+// ToInstance addresses the instance with this id.
+func ToInstance(id string) CallOption {
+	return func(c *callConfig) {
+		if !isToken(id, maxInstance) {
+			c.err = newError(ErrInvalid, "ToInstance(%q): want 1 to %d of a-z, A-Z, 0-9, - and _", id, maxInstance)
+		}
+		c.instance = id
+	}
+}
+
+// policy fills in the defaults.
+func (c *callConfig) policy() RetryPolicy {
+	p := RetryPolicy{Attempts: 1}
+	switch {
+	case c.retry != nil:
+		p = *c.retry
+	case c.sticky:
+		p = RetryPolicy{Backoff: 10 * time.Millisecond, MaxBackoff: 200 * time.Millisecond}
+	case c.idempotent:
+		p = RetryPolicy{}
+	}
+	p.Attempts = orDefault(p.Attempts, 3)
+	if c.sticky {
+		p.Attempts = math.MaxInt
+	}
+	p.Backoff = orDefault(p.Backoff, 50*time.Millisecond)
+	p.MaxBackoff = orDefault(p.MaxBackoff, time.Second)
+	p.AttemptTimeout = orDefault(p.AttemptTimeout, time.Second)
+	return p
+}
+
+var plainCall callConfig
+
+// Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The
+// time that is left travels along and bounds the handler's ctx; when ctx is cancelled, so is the handler's.
+//
+// The error is an [*Error]: the handler's, or one of these. [ErrInvalid]: a name, option or header is out of range, the
+// request can't be encoded or is larger than the server's max_payload. [ErrUnavailable]: no connection, no instance, or the
+// connection was lost while waiting. [ErrUnimplemented]: the service has no such method. [ErrTimeout], [ErrCanceled]: ctx
+// ended. [ErrOverloaded]: the handler is at its limit. [ErrCircuitOpen]: see [WithBreaker]. [ErrInternal]: the handler failed,
+// or its answer can't be decoded. [ErrClosed]: s was stopped. All but those of ctx come at once.
+func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
+	var resp, zero Resp
+	data, err := s.cfg.codec.Marshal(&req)
+	if err != nil {
+		return zero, notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
+	}
+	answer, failure := s.call(ctx, service, method, data, opts)
+	if failure != nil {
+		return zero, failure
+	}
+	if len(answer.Data) == 0 { // from a service that isn't aegis
+		return zero, nil
+	}
+	c, err := codecFor(answer.Header, answer.Data, s.cfg.codec)
+	if err == nil {
+		err = c.Unmarshal(answer.Data, &resp)
+	}
+	if err != nil {
+		return zero, newError(ErrInternal, "the answer of %s.%s is not %T: %v", service, method, resp, err)
+	}
+	return resp, nil
+}
+
+func (s *Service) call(ctx context.Context, service, method string, data []byte, opts []CallOption) (*nats.Msg, *Error) {
+	cfg := &plainCall
+	if len(opts) > 0 {
+		cfg = &callConfig{}
+		for _, opt := range opts {
+			opt(cfg)
+		}
+	}
+	switch {
+	case !isName(service, maxService):
+		return nil, notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
+	case !isMethod(method):
+		return nil, notRun(newError(ErrInvalid, "method %q: want a letter, then letters, digits and _", method))
+	case cfg.err != nil:
+		return nil, notRun(asError(cfg.err))
+	}
+	x := exchange{subject: "rpc." + service + "." + method, data: data}
+	if cfg.instance != "" {
+		x.subject += "." + cfg.instance
+	}
+	x.header, x.correlation = outgoing(ctx)
+	policy := cfg.policy()
+	breaker := s.breakers.get(service, s.cfg.breaker)
+
+	end, ok := ctx.Deadline()
+	if !ok {
+		end = time.Now().Add(s.cfg.timeout)
+	}
+	mayHaveRun := false
+	for attempt := 1; ; attempt++ {
+		x.limit = time.Until(end)
+		if cfg.idempotent {
+			x.limit = min(x.limit, policy.AttemptTimeout)
+		}
+		answer, failure, again := s.attempt(ctx, &x, breaker, service, cfg)
+		if failure == nil {
+			return answer, nil
+		}
+		mayHaveRun = mayHaveRun || !failure.NotRun
+		failure.NotRun = !mayHaveRun
+		if !again || attempt >= policy.Attempts {
+			return nil, failure
+		}
+		pause := time.NewTimer(min(backoff(attempt, policy.Backoff, policy.MaxBackoff), time.Until(end)))
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+		}
+		pause.Stop()
+		if err := ctx.Err(); err != nil || !time.Now().Before(end) {
+			given := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, attempt)
+			if errors.Is(err, context.Canceled) {
+				given.Code = ErrCanceled.Code
+			}
+			given.NotRun, given.Cause = failure.NotRun, failure
+			return nil, given
+		}
+	}
+}
+
+// attempt sends the call once; again tells whether the caller's options allow to send it once more.
+func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service string, cfg *callConfig) (answer *nats.Msg, failure *Error, again bool) {
+	probe, left := b.admit()
+	if left > 0 {
+		return nil, notRun(newError(ErrCircuitOpen, "%s failed %d times in a row; next attempt in %v", service, b.policy.Failures, left)), true
+	}
+	answer, failure = s.request(ctx, x)
+	answered := failure == nil
+	if answered {
+		failure = decodeError(answer)
+	}
+	if failure == nil {
+		b.report(probe, good)
+		return answer, nil, false
+	}
+	nobody := failure == errNobody
+	if nobody {
+		failure = s.whyNobody(ctx, x, service, cfg.instance)
+	}
+	if x.sent && failure.Code == ErrCanceled.Code && !answered {
+		s.sendCancel(service, x.reply)
+	}
+	unreached := failure.NotRun && slices.Contains(passing, failure.Code)
+	missing := !answered && !failure.NotRun && (failure.Code == ErrUnavailable.Code || failure.Code == ErrTimeout.Code)
+	switch {
+	case failure.Code == ErrNotActive.Code:
+		b.report(probe, neither)
+	case unreached && (answered || nobody), missing && failure.Code == ErrTimeout.Code:
+		b.report(probe, bad)
+	case answered || nobody:
+		b.report(probe, good)
+	default: // it says nothing about the service
+		b.report(probe, neither)
+	}
+	return nil, failure, unreached || missing && cfg.idempotent
+}
+
+// passing are the codes of what may have passed by itself in a moment.
+var passing = []string{ErrUnavailable.Code, ErrOverloaded.Code, ErrNotActive.Code, ErrCircuitOpen.Code}
+
+// Request: a message out, the one answer back.
+
+// An exchange is what request sends, and the reply subject that it was given.
+type exchange struct {
+	subject     string
+	header      nats.Header
+	data        []byte
+	correlation string // "" for one of its own
+	limit       time.Duration
+	reply       string
+	sent        bool
+}
+
+// errNobody is request's answer if no one listens on the subject.
+var errNobody = notRun(newError(ErrUnavailable, "nobody listens"))
+
+// A slot waits for the answer to one call at a time. It is a subscription that is kept and used again, to
+// <inbox>.<slot>.>, so that the connection's read loop hands an answer straight to its caller; the call's number in the reply
+// subject tells it from a late one to an earlier call.
+type slot struct {
+	prefix  string
+	calls   uint64
+	answers chan *nats.Msg
+	timer   *time.Timer
+}
+
+// slot takes a free slot, makes one, or waits for one while all are in use.
+func (c *conn) slot(ctx context.Context, limit time.Duration) (*slot, *Error) {
+	select {
+	case sl := <-c.free:
+		return sl, nil
+	default:
+	}
+	if n := c.slots.Add(1); n <= maxSlots {
+		sl := &slot{prefix: c.inbox + strconv.Itoa(int(n)) + ".", answers: make(chan *nats.Msg, 8), timer: time.NewTimer(time.Hour)}
+		sl.timer.Stop()
+		if _, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers); err != nil {
+			c.slots.Add(-1)
+			return nil, newError(ErrUnavailable, "subscribing to %s>: %v", sl.prefix, err)
+		}
+		return sl, nil
+	}
+	c.slots.Add(-1)
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case sl := <-c.free:
+		return sl, nil
+	case <-ctx.Done():
+		return nil, asError(fmt.Errorf("%w while %d calls wait for their answers", ctx.Err(), maxSlots))
+	case <-timer.C:
+		return nil, newError(ErrTimeout, "%d calls wait for their answers", maxSlots)
+	}
+}
+
+// request publishes x and waits for its answer, for x.limit at most. Whatever goes wrong becomes an Error here.
+func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) {
+	if err := ctx.Err(); err != nil {
+		return nil, notRun(asError(err))
+	}
+	if x.limit <= 0 {
+		return nil, notRun(newError(ErrTimeout, "no time left for %s", x.subject))
+	}
+	x.sent = false
+	for range s.conns {
+		c, down := s.pick()
+		if c == nil {
+			break
+		}
+		sl, failure := c.slot(ctx, x.limit)
+		if failure != nil {
+			return nil, notRun(failure)
+		}
+		answer, failure := s.exchange(ctx, c, down, sl, x)
+		c.free <- sl
+		if failure != errDropped {
+			return answer, failure
+		}
+	}
+	return nil, s.disconnectedError()
+}
+
+// errDropped says that the connection was lost before anything was written.
+var errDropped = &Error{}
+
+func (s *Service) exchange(ctx context.Context, c *conn, down <-chan struct{}, sl *slot, x *exchange) (*nats.Msg, *Error) {
+	for len(sl.answers) > 0 { // late ones
+		<-sl.answers
+	}
+	sl.calls++
+	var buf [192]byte
+	b := append(buf[:0], sl.prefix...)
+	b = strconv.AppendUint(b, sl.calls, 10)
+	if x.correlation != "" {
+		b = append(append(b, '-'), x.correlation...)
+	}
+	b = strconv.AppendInt(append(b, '.'), max(x.limit.Milliseconds(), 1), 10)
+	x.reply = string(b)
+
+	switch err := c.nc.PublishMsg(&nats.Msg{Subject: x.subject, Reply: x.reply, Header: x.header, Data: x.data}); {
+	case err == nil:
+	case errors.Is(err, nats.ErrReconnectBufExceeded):
+		return nil, errDropped
+	case errors.Is(err, nats.ErrMaxPayload):
+		return nil, notRun(newError(ErrInvalid, "the request to %s has %d bytes, more than the server's max_payload of %d", x.subject, len(x.data), c.nc.MaxPayload()))
+	case errors.Is(err, nats.ErrBadHeaderMsg):
+		return nil, notRun(newError(ErrInvalid, "the request to %s has a header whose key is no HTTP token: %q", x.subject, slices.Collect(maps.Keys(x.header))))
+	case errors.Is(err, nats.ErrConnectionClosed):
+		return nil, s.disconnectedError()
+	default: // part of it may have been written
+		return nil, newError(ErrUnavailable, "publishing to %s: %v", x.subject, err)
+	}
+
+	sl.timer.Reset(x.limit)
+	defer sl.timer.Stop()
+	for {
+		select {
+		case m := <-sl.answers:
+			if m.Subject != x.reply {
+				continue
+			}
+			if len(m.Data) == 0 && m.Header.Get("Status") == "503" {
+				return nil, errNobody
+			}
+			return m, nil
+		case <-ctx.Done():
+			return nil, s.unanswered(asError(ctx.Err()), x)
+		case <-sl.timer.C:
+			return nil, s.unanswered(newError(ErrTimeout, "%v", context.DeadlineExceeded), x)
+		case <-down:
+			if s.base.Err() != nil {
+				return nil, s.unanswered(newError(ErrClosed, "service %s was stopped", s.name), x)
+			}
+			return nil, s.unanswered(newError(ErrUnavailable, "the connection was lost"), x)
+		}
+	}
+}
+
+// unanswered adds to the error of a call that may have run what it takes to find it in the logs of both sides.
+func (s *Service) unanswered(e *Error, x *exchange) *Error {
+	e.Message = fmt.Sprintf("no answer from %s within %v: %s", x.subject, x.limit, e.Message)
+	e.Details = map[string]string{"correlation_id": parseAddress(x.reply).correlationID()}
+	return e
+}
+
+// Cancellation: when a caller's ctx is cancelled, all instances of the service are told the call's reply subject, and the one
+// that works on it ends its handler's ctx. It is best effort: the deadline bounds a handler in any case.
+
+func cancelSubject(service string) string { return "rpc." + service + ".$cancel" }
+
+func (s *Service) sendCancel(service, reply string) {
+	if c, _ := s.pick(); c != nil {
+		_ = c.nc.Publish(cancelSubject(service), []byte(reply))
+	}
+}
+
+// cancels knows the handlers that watch their ctx, and the latest cancellations of requests that don't run yet.
+type cancels struct {
+	some  atomic.Bool
+	mu    sync.Mutex // guards the rest
+	watch map[string]context.CancelFunc
+	early [2]map[string]bool // the latest, and those before
+}
+
+const maxEarly = 1024
+
+// add makes cancel be called when the request with this reply subject is cancelled.
+func (c *cancels) add(reply string, cancel context.CancelFunc) {
+	c.mu.Lock()
+	if c.watch == nil {
+		c.watch = map[string]context.CancelFunc{}
+	}
+	c.watch[reply] = cancel
+	early := c.early[0][reply] || c.early[1][reply]
+	c.mu.Unlock()
+	if early {
+		cancel()
+	}
+}
+
+func (c *cancels) remove(reply string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.watch, reply)
+}
+
+// has tells whether the request was cancelled before it began.
+func (c *cancels) has(reply string) bool {
+	if !c.some.Load() {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.early[0][reply] || c.early[1][reply]
+}
+
+func (c *cancels) receive(m *nats.Msg) {
+	reply := string(m.Data)
+	if len(reply) > 512 || parseAddress(reply).budget == 0 {
+		return // not a caller's
+	}
+	c.mu.Lock()
+	cancel := c.watch[reply]
+	if cancel == nil {
+		if c.early[0] == nil || len(c.early[0]) >= maxEarly {
+			c.early = [2]map[string]bool{{}, c.early[0]}
+		}
+		c.early[0][reply] = true
+		c.some.Store(true)
+	}
+	c.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
+}
+
+// Circuit breaker.
+
+// A BreakerPolicy says when calls to a service are refused without a try: after so many Failures in a row, for Cooldown; then
+// one call probes, and decides whether the rest may follow. A failure is a call that no handler answered: no instance, no
+// answer in time, overloaded, stopping. What a handler returns is an answer; NOT_ACTIVE, a caller's own cancel and a lost
+// connection say nothing. Fields that are 0 have their defaults; negative ones are invalid.
+type BreakerPolicy struct {
+	Failures int           // default 5
+	Cooldown time.Duration // default 5 s
+}
+
+type breakers struct {
+	mu sync.RWMutex // guards of
+	of map[string]*breaker
+}
+
+// get is the breaker before a service; nil, which lets all through, if p is zero.
+func (bs *breakers) get(service string, p BreakerPolicy) *breaker {
+	if p.Failures == 0 {
+		return nil
+	}
+	bs.mu.RLock()
+	b := bs.of[service]
+	bs.mu.RUnlock()
+	if b != nil {
+		return b
+	}
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	if bs.of == nil {
+		bs.of = map[string]*breaker{}
+	}
+	if bs.of[service] == nil {
+		bs.of[service] = &breaker{policy: p}
+	}
+	return bs.of[service]
+}
+
+type breaker struct {
+	policy BreakerPolicy
+
+	mu       sync.Mutex // guards the rest
+	failures int        // in a row
+	until    time.Time  // the end of the cooldown; zero while closed
+	probing  bool
+}
+
+type verdict int
+
+const (
+	neither verdict = iota
+	good
+	bad
+)
+
+// admit tells whether a call may go out, as a probe perhaps, or how long it has to wait.
+func (b *breaker) admit() (probe bool, wait time.Duration) {
+	if b == nil {
+		return false, 0
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.until.IsZero() {
+		return false, 0
+	}
+	if wait := time.Until(b.until); wait > 0 {
+		return false, wait
+	}
+	if b.probing {
+		return false, b.policy.Cooldown
+	}
+	b.probing = true
+	return true, 0
+}
+
+func (b *breaker) report(probe bool, v verdict) {
+	if b == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if probe {
+		b.probing = false
+	} else if !b.until.IsZero() {
+		return // sent before it opened
+	}
+	switch v {
+	case good:
+		b.failures, b.until = 0, time.Time{}
+	case bad:
+		if b.failures++; b.failures >= b.policy.Failures {
+			b.until = time.Now().Add(b.policy.Cooldown)
+		}
+	}
+}
