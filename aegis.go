@@ -438,6 +438,10 @@ type conn struct {
 	up    atomic.Pointer[chan struct{}] // closed when the connection drops; nil while there is none
 	free  chan *slot
 	slots atomic.Int32
+
+	mu      sync.Mutex // guards the rest
+	pending []nats.Msg // to be published by the goroutine that is about to publish
+	leading bool       // there is one
 }
 
 const maxSlots = 4096 // calls that may wait for their answers on one connection
@@ -537,6 +541,31 @@ func (s *Service) pick() (*conn, <-chan struct{}) {
 	return nil, nil
 }
 
+// publish sends m, together with what other goroutines publish at the same time. nats.go would write to the socket each time
+// that one of them has to wait for its answer; so the first lets the others run, and then hands over all they have put down.
+// That makes some 50 messages a write where there were 2, and costs a lone caller nothing. The error is m's, if it goes first; else
+// nil: what can still go wrong then ends the connection too.
+func (c *conn) publish(m *nats.Msg) error {
+	c.mu.Lock()
+	if c.leading {
+		c.pending = append(c.pending, *m)
+		c.mu.Unlock()
+		return nil
+	}
+	c.leading = true
+	c.mu.Unlock()
+	runtime.Gosched()
+	err := c.nc.PublishMsg(m)
+	c.mu.Lock()
+	batch := c.pending
+	c.pending, c.leading = nil, false
+	c.mu.Unlock()
+	for i := range batch {
+		_ = c.nc.PublishMsg(&batch[i])
+	}
+	return err
+}
+
 // disconnectedError is what a call gets when no connection is up.
 func (s *Service) disconnectedError() *Error {
 	select {
@@ -583,43 +612,54 @@ type Message struct {
 // An endpoint is a handler and the workers that run it.
 //
 // The read loops of all connections put its messages into one channel. A few resident workers take them from there and run
-// the handler right away: fast handlers pay for no goroutine of their own, and their answers share a flush. A worker that is
-// held up for longer than a moment is replaced, up to the limit; replacements leave when there is nothing to do. At the
-// limit, a gate takes over the channel: it keeps as many messages waiting as may run, and refuses the rest at once.
+// the handler right away, so that fast handlers pay for no goroutine of their own. More workers, up to the limit, are started
+// where handlers take long: ahead of need if they do so on average, else by a watchdog that finds workers held up. They leave
+// when there is nothing to do. At the limit, a gate takes over the channel: it lets as many messages wait as may run, and
+// refuses the rest at once.
 type endpoint struct {
 	svc                 *Service
 	kind, name, subject string
 	run                 HandlerFunc
-	limit, resident     int32
+	limit, resident     int
 
 	queue    chan *nats.Msg // from the read loops
 	waiting  chan job       // from the gate; taken before the queue
 	stopping chan struct{}  // closed when no more messages will come
+	byConn   atomic.Pointer[map[*nats.Subscription]*conn]
 
 	idle          atomic.Int32 // workers that wait for a message
 	gated         atomic.Bool
-	slow          atomic.Bool // its handler usually takes long enough to be worth a worker of its own
+	watched       atomic.Bool  // the watchdog is set
+	average       atomic.Int64 // nanoseconds that the latest messages took, a moving average
 	expired, shed atomic.Uint64
-	byConn        atomic.Pointer[map[*nats.Subscription]*conn]
 
-	mu      sync.Mutex // guards the rest
-	subs    []*nats.Subscription
-	drained bool          // subscribe no more
-	workers int           // at most limit
-	alive   int           // workers and gate
-	gone    chan struct{} // closed when stopping and none is alive
+	mu       sync.Mutex // guards the rest
+	subs     []*nats.Subscription
+	drained  bool // subscribe no more
+	workers  map[*worker]bool
+	alive    int           // workers and gate
+	gone     chan struct{} // closed when stopping and none is alive
+	watchdog *time.Timer
+	quiet    int // rounds of the watchdog in which no worker moved
+}
+
+type worker struct {
+	turns atomic.Uint32 // odd while it handles a message
+	seen  uint32        // by the watchdog, under the endpoint's mu
 }
 
 type job struct {
 	msg     *nats.Msg
-	arrived time.Time
+	arrived time.Time // zero: just now
 }
 
 const (
-	queueSize    = 8192                   // bounds what the read loops may put down before somebody looks
-	queueAlarm   = queueSize / 4          // a longer queue is too much for the machine, however fast the handler
-	patience     = 250 * time.Microsecond // after which a worker counts as held up
-	gateInterval = 10 * time.Millisecond
+	queueSize     = 8192             // bounds what the read loops may put down before somebody looks
+	queueAlarm    = queueSize / 4    // a longer queue is too much for the machine, however fast the handler
+	slowHandler   = 100_000          // nanoseconds on average that are worth a worker for each message
+	watchInterval = time.Millisecond // a worker that handles one message for longer is held up
+	watchRounds   = 16               // without any movement, until the watchdog sleeps
+	gateInterval  = 10 * time.Millisecond
 )
 
 // register adds a handler, wrapped in the service's middleware, and opens it if the service is serving.
@@ -632,8 +672,12 @@ func (s *Service) register(e *endpoint, opts []HandlerOption) error {
 		return cfg.err
 	}
 	e.svc = s
-	e.limit = int32(cfg.concurrency)
-	e.resident = min(e.limit, int32(runtime.GOMAXPROCS(0)))
+	e.limit = cfg.concurrency
+	e.resident = min(e.limit, runtime.GOMAXPROCS(0))
+	e.workers = map[*worker]bool{}
+	e.average.Store(2 * slowHandler) // until it is known better
+	e.watchdog = time.AfterFunc(time.Hour, e.watch)
+	e.watchdog.Stop()
 	e.queue = make(chan *nats.Msg, queueSize)
 	e.waiting = make(chan job, e.limit)
 	e.stopping, e.gone = make(chan struct{}), make(chan struct{})
@@ -665,7 +709,7 @@ func (s *Service) register(e *endpoint, opts []HandlerOption) error {
 
 // open subscribes on every connection, to the service's subject and to the instance's own.
 func (e *endpoint) open() error {
-	e.hire(int(e.resident))
+	e.hire(e.resident)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	byConn := map[*nats.Subscription]*conn{}
@@ -705,20 +749,26 @@ func (e *endpoint) finish() {
 	}
 	e.mu.Unlock()
 	<-e.gone
+	e.watchdog.Stop()
 }
 
 // hire starts up to n workers within the limit, and returns how many.
 func (e *endpoint) hire(n int) int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	n = min(n, int(e.limit)-e.workers)
+	return e.hireLocked(n)
+}
+
+func (e *endpoint) hireLocked(n int) int {
+	n = max(min(n, e.limit-len(e.workers)), 0)
 	if e.alive == 0 && e.stopped() {
-		n = 0
+		return 0
 	}
-	e.workers += max(n, 0)
-	e.alive += max(n, 0)
+	e.alive += n
 	for range n {
-		go e.work()
+		w := &worker{}
+		e.workers[w] = true
+		go e.work(w)
 	}
 	return n
 }
@@ -732,10 +782,10 @@ func (e *endpoint) stopped() bool {
 	}
 }
 
-func (e *endpoint) leave(workers int) {
+func (e *endpoint) leave(w *worker) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.workers -= workers
+	delete(e.workers, w)
 	e.alive--
 	if e.alive == 0 && e.stopped() {
 		close(e.gone)
@@ -745,30 +795,74 @@ func (e *endpoint) leave(workers int) {
 func (e *endpoint) running() int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.workers - int(e.idle.Load())
+	return len(e.workers) - int(e.idle.Load())
 }
 
-func (e *endpoint) work() {
-	heldUp := time.AfterFunc(time.Hour, e.relieve)
+func (e *endpoint) work(w *worker) {
 	done := false
 	defer func() {
-		heldUp.Stop()
 		if done {
-			e.leave(1)
+			e.leave(w)
 		} else { // the handler has ended its goroutine (runtime.Goexit)
-			go e.work()
+			w.turns.Add(1)
+			go e.work(w)
 		}
 	}()
 	for {
-		heldUp.Stop()
 		j, ok := e.take()
 		if !ok {
 			done = true
 			return
 		}
-		heldUp.Reset(patience)
+		w.turns.Add(1)
+		if !e.watched.Load() && e.watched.CompareAndSwap(false, true) {
+			e.watchdog.Reset(watchInterval)
+		}
+		if e.idle.Load() == 0 && e.average.Load() > slowHandler {
+			e.hire(1)
+		}
 		e.serve(j)
+		w.turns.Add(1)
 	}
+}
+
+// watch is the watchdog: it sees to it that somebody takes the next message though workers are held up.
+func (e *endpoint) watch() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	moved, stuck := e.lookLocked()
+	e.quiet++
+	if moved {
+		e.quiet = 0
+	}
+	if free := len(e.workers) - stuck; stuck > 0 && free < e.resident {
+		if free+e.hireLocked(e.resident-free+len(e.queue)) == 0 {
+			e.gateLocked()
+		}
+	}
+	if e.alive == 0 {
+		return
+	}
+	if e.quiet >= watchRounds {
+		e.watched.Store(false)
+		if moved, _ := e.lookLocked(); !moved || !e.watched.CompareAndSwap(false, true) {
+			return
+		}
+	}
+	e.watchdog.Reset(watchInterval)
+}
+
+// lookLocked tells whether any worker did anything since the last look, and how many still handle the same message.
+func (e *endpoint) lookLocked() (moved bool, stuck int) {
+	for w := range e.workers {
+		turns := w.turns.Load()
+		if turns != w.seen {
+			w.seen, moved = turns, true
+		} else if turns%2 == 1 {
+			stuck++
+		}
+	}
+	return moved, stuck
 }
 
 // take waits for the next message; not ok tells the worker to leave.
@@ -793,7 +887,7 @@ func (e *endpoint) take() (j job, ok bool) {
 		if over {
 			return job{}, false
 		}
-		if e.idle.Add(1) > e.resident {
+		if int(e.idle.Add(1)) > e.resident {
 			e.idle.Add(-1)
 			return job{}, false
 		}
@@ -811,24 +905,21 @@ func (e *endpoint) take() (j job, ok bool) {
 	}
 }
 
-// relieve sees to it that somebody takes the next message though a worker is held up.
-func (e *endpoint) relieve() {
-	if n := len(e.queue) + 1 - int(e.idle.Load()); n > 0 && e.hire(n) <= 0 {
-		e.gate()
-	}
-}
-
-// gate keeps as many messages waiting as may run at once, and refuses the rest, until a worker is free again.
+// gate lets as many messages wait as may run at once, and refuses the rest, until a worker is free again.
 func (e *endpoint) gate() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.gateLocked()
+}
+
+func (e *endpoint) gateLocked() {
 	if e.gated.Load() || e.stopped() {
 		return
 	}
 	e.gated.Store(true)
 	e.alive++
 	go func() {
-		defer e.leave(0)
+		defer e.leave(nil)
 		tick := time.NewTicker(gateInterval)
 		defer tick.Stop()
 		for e.gated.Load() {

@@ -318,6 +318,8 @@ func (e *endpoint) serve(j job) {
 		e.refuse(m, newError(ErrUnavailable, "instance %s is stopping", e.svc.id))
 	default:
 		data, failure := e.dispatch(r)
+		average := e.average.Load()
+		e.average.Store(average + (int64(time.Since(now))-average)/8)
 		e.answer(m, r.codec, data, failure)
 	}
 }
@@ -362,12 +364,12 @@ func (e *endpoint) send(sub *nats.Subscription, out *nats.Msg) error {
 	var err error = nats.ErrDisconnected
 	if byConn := e.byConn.Load(); byConn != nil {
 		if c := (*byConn)[sub]; c != nil {
-			err = c.nc.PublishMsg(out)
+			err = c.publish(out)
 		}
 	}
 	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) {
 		if c, _ := e.svc.pick(); c != nil {
-			err = c.nc.PublishMsg(out)
+			err = c.publish(out)
 		}
 	}
 	return err
@@ -677,7 +679,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, down <-chan struct{}, s
 	b = strconv.AppendInt(append(b, '.'), max(x.limit.Milliseconds(), 1), 10)
 	x.reply = string(b)
 
-	switch err := c.nc.PublishMsg(&nats.Msg{Subject: x.subject, Reply: x.reply, Header: x.header, Data: x.data}); {
+	switch err := c.publish(&nats.Msg{Subject: x.subject, Reply: x.reply, Header: x.header, Data: x.data}); {
 	case err == nil:
 	case errors.Is(err, nats.ErrReconnectBufExceeded):
 		return nil, errDropped
