@@ -297,7 +297,7 @@ func (s *Service) ID() string { return s.id }
 
 // Conn is a connection of the pool, for what aegis doesn't do. The service goes on using it: don't close or drain it.
 func (s *Service) Conn() *nats.Conn {
-	if c, _ := s.pick(); c != nil {
+	if c := s.pick(); c != nil {
 		return c.nc
 	}
 	return s.conns[0].nc
@@ -434,21 +434,29 @@ func (s *Service) close() {
 // A conn is one connection of the pool and the reply slots on it.
 type conn struct {
 	nc    *nats.Conn
-	inbox string                        // the subject of the connection's slots, up to and including the dot
-	up    atomic.Pointer[chan struct{}] // closed when the connection drops; nil while there is none
+	inbox string        // the subject of the connection's slots, up to and including the dot
+	up    atomic.Bool   // as far as nats.go has told
+	drops atomic.Uint32 // how often the connection was lost
 	free  chan *slot
-	slots atomic.Int32
 
-	mu      sync.Mutex // guards the rest
-	pending []nats.Msg // to be published by the goroutine that is about to publish
-	leading bool       // there is one
+	sendMu  sync.Mutex // guards what goroutines put down to be published by the one that leads
+	leading bool
+	pending []outgoing
+	spare   []outgoing
+
+	slotsMu sync.Mutex // guards the rest
+	slots   []*slot
+	sweeper *time.Timer
+	swept   atomic.Bool // the sweeper is set
 }
 
 const maxSlots = 4096 // calls that may wait for their answers on one connection
 
 func (s *Service) connect() (*conn, error) {
 	c := &conn{free: make(chan *slot, maxSlots)}
-	c.connected() // so that nothing but the callbacks below, which run in order, changes it
+	c.sweeper = time.AfterFunc(time.Hour, c.sweep)
+	c.sweeper.Stop()
+	c.up.Store(true) // so that nothing but the callbacks below, which run in order, changes it
 	opts := nats.GetDefaultOptions()
 	opts.Servers = s.cfg.urls
 	opts.Name = s.id
@@ -473,13 +481,13 @@ func (s *Service) connect() (*conn, error) {
 		}
 	}
 	opts.ConnectedCB = func(nc *nats.Conn) {
-		c.connected()
+		c.up.Store(true)
 		if connected != nil {
 			connected(nc)
 		}
 	}
 	opts.ReconnectedCB = func(nc *nats.Conn) {
-		c.connected()
+		c.up.Store(true)
 		s.log.Info("reconnected to NATS", "url", nc.ConnectedUrlRedacted())
 		if reconnected != nil {
 			reconnected(nc)
@@ -518,52 +526,64 @@ func redacted(urls []string) []string {
 	return out
 }
 
-func (c *conn) connected() {
-	up := make(chan struct{})
-	c.up.CompareAndSwap(nil, &up)
-}
-
 func (c *conn) disconnected() {
-	if up := c.up.Swap(nil); up != nil {
-		close(*up)
-	}
+	c.up.Store(false)
+	c.drops.Add(1)
+	c.wakeSlots()
 }
 
-// pick returns the next connection that is up, and the channel that is closed when it drops; nil if all are down.
-func (s *Service) pick() (*conn, <-chan struct{}) {
+// pick returns the next connection that is up, nil if all are down.
+func (s *Service) pick() *conn {
 	n := s.next.Add(1)
 	for i := range uint32(len(s.conns)) {
-		c := s.conns[(n+i)%uint32(len(s.conns))]
-		if up := c.up.Load(); up != nil {
-			return c, *up
+		if c := s.conns[(n+i)%uint32(len(s.conns))]; c.up.Load() {
+			return c
 		}
 	}
-	return nil, nil
+	return nil
 }
 
-// publish sends m, together with what other goroutines publish at the same time. nats.go would write to the socket each time
-// that one of them has to wait for its answer; so the first lets the others run, and then hands over all they have put down.
-// That makes some 50 messages a write where there were 2, and costs a lone caller nothing. The error is m's, if it goes first; else
-// nil: what can still go wrong then ends the connection too.
-func (c *conn) publish(m *nats.Msg) error {
-	c.mu.Lock()
+// An outgoing message.
+type outgoing struct {
+	subject, reply string
+	header         nats.Header
+	data           []byte
+}
+
+// publish sends m, together with what other goroutines publish at the same time. nats.go would write to the socket whenever
+// one of them goes on to wait for its answer; so the first lets the others run, then hands over all that they have put down.
+// That makes some 50 messages a write where there were 2, and costs a lone caller nothing. The error is m's own if it leads,
+// else nil: what can still fail then fails with the connection.
+func (c *conn) publish(m outgoing) error {
+	c.sendMu.Lock()
 	if c.leading {
-		c.pending = append(c.pending, *m)
-		c.mu.Unlock()
+		c.pending = append(c.pending, m)
+		c.sendMu.Unlock()
 		return nil
 	}
 	c.leading = true
-	c.mu.Unlock()
+	c.sendMu.Unlock()
 	runtime.Gosched()
-	err := c.nc.PublishMsg(m)
-	c.mu.Lock()
+	err := c.write(m)
+	c.sendMu.Lock()
 	batch := c.pending
-	c.pending, c.leading = nil, false
-	c.mu.Unlock()
-	for i := range batch {
-		_ = c.nc.PublishMsg(&batch[i])
+	c.pending, c.spare, c.leading = c.spare, nil, false
+	c.sendMu.Unlock()
+	if len(batch) == 0 {
+		return err
 	}
+	for _, m := range batch {
+		_ = c.write(m)
+	}
+	clear(batch)
+	c.sendMu.Lock()
+	c.spare = batch[:0]
+	c.sendMu.Unlock()
 	return err
+}
+
+func (c *conn) write(m outgoing) error {
+	return c.nc.PublishMsg(&nats.Msg{Subject: m.subject, Reply: m.reply, Header: m.header, Data: m.data})
 }
 
 // disconnectedError is what a call gets when no connection is up.
@@ -582,7 +602,7 @@ func (s *Service) flush(ctx context.Context) error {
 	defer cancel()
 	for _, c := range s.conns {
 		var err error = nats.ErrDisconnected
-		if c.up.Load() != nil {
+		if c.up.Load() {
 			err = c.nc.FlushWithContext(ctx)
 		}
 		if err != nil {
@@ -1093,9 +1113,9 @@ func sent(ctx context.Context) nats.Header {
 	return h
 }
 
-// outgoing are the headers to send with ctx: those of WithHeader, and what travels on from the message being handled. The
+// headersFor are the headers to send with ctx: those of WithHeader, and what travels on from the message being handled. The
 // correlation id that can travel in the reply subject comes apart.
-func outgoing(ctx context.Context) (h nats.Header, correlation string) {
+func headersFor(ctx context.Context) (h nats.Header, correlation string) {
 	h = sent(ctx)
 	r := requestOf(ctx)
 	if r == nil {

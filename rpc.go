@@ -364,12 +364,12 @@ func (e *endpoint) send(sub *nats.Subscription, out *nats.Msg) error {
 	var err error = nats.ErrDisconnected
 	if byConn := e.byConn.Load(); byConn != nil {
 		if c := (*byConn)[sub]; c != nil {
-			err = c.publish(out)
+			err = c.publish(outgoing{out.Subject, "", out.Header, out.Data})
 		}
 	}
 	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) {
-		if c, _ := e.svc.pick(); c != nil {
-			err = c.publish(out)
+		if c := e.svc.pick(); c != nil {
+			err = c.publish(outgoing{out.Subject, "", out.Header, out.Data})
 		}
 	}
 	return err
@@ -500,7 +500,7 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 	if cfg.instance != "" {
 		x.subject += "." + cfg.instance
 	}
-	x.header, x.correlation = outgoing(ctx)
+	x.header, x.correlation = headersFor(ctx)
 	policy := cfg.policy()
 	breaker := s.breakers.get(service, s.cfg.breaker)
 
@@ -598,12 +598,50 @@ var errNobody = notRun(newError(ErrUnavailable, "nobody listens"))
 
 // A slot waits for the answer to one call at a time. It is a subscription that is kept and used again, to
 // <inbox>.<slot>.>, so that the connection's read loop hands an answer straight to its caller; the call's number in the reply
-// subject tells it from a late one to an earlier call.
+// subject tells it from a late one to an earlier call. A nil among the answers tells the caller to look whether its time is up
+// or its connection was lost; waiting for those in a select would cost more than all the rest of a call.
 type slot struct {
 	prefix  string
 	calls   uint64
 	answers chan *nats.Msg
-	timer   *time.Timer
+	until   atomic.Int64  // in the time of clock; 0 while there is no call
+	drops   atomic.Uint32 // of the connection, when the call began
+}
+
+// clock is monotonic time.
+func clock() time.Duration { return time.Since(clockStart) }
+
+var clockStart = time.Now()
+
+const sweepInterval = 10 * time.Millisecond
+
+// sweep wakes the calls whose time is up, as long as there are calls.
+func (c *conn) sweep() {
+	if !c.wakeSlots() {
+		c.swept.Store(false)
+		if !c.wakeSlots() || !c.swept.CompareAndSwap(false, true) {
+			return
+		}
+	}
+	c.sweeper.Reset(sweepInterval)
+}
+
+func (c *conn) wakeSlots() (calls bool) {
+	c.slotsMu.Lock()
+	slots := c.slots // only ever appended to
+	c.slotsMu.Unlock()
+	now, drops := int64(clock()), c.drops.Load()
+	for _, sl := range slots {
+		until := sl.until.Load()
+		calls = calls || until != 0
+		if until != 0 && (until <= now || sl.drops.Load() != drops) {
+			select {
+			case sl.answers <- nil:
+			default: // there is something to wake it already
+			}
+		}
+	}
+	return calls
 }
 
 // slot takes a free slot, makes one, or waits for one while all are in use.
@@ -613,16 +651,17 @@ func (c *conn) slot(ctx context.Context, limit time.Duration) (*slot, *Error) {
 		return sl, nil
 	default:
 	}
-	if n := c.slots.Add(1); n <= maxSlots {
-		sl := &slot{prefix: c.inbox + strconv.Itoa(int(n)) + ".", answers: make(chan *nats.Msg, 8), timer: time.NewTimer(time.Hour)}
-		sl.timer.Stop()
+	c.slotsMu.Lock()
+	if n := len(c.slots); n < maxSlots {
+		defer c.slotsMu.Unlock()
+		sl := &slot{prefix: c.inbox + strconv.Itoa(n) + ".", answers: make(chan *nats.Msg, 8)}
 		if _, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers); err != nil {
-			c.slots.Add(-1)
 			return nil, newError(ErrUnavailable, "subscribing to %s>: %v", sl.prefix, err)
 		}
+		c.slots = append(c.slots, sl)
 		return sl, nil
 	}
-	c.slots.Add(-1)
+	c.slotsMu.Unlock()
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	select {
@@ -645,7 +684,7 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 	}
 	x.sent = false
 	for range s.conns {
-		c, down := s.pick()
+		c := s.pick()
 		if c == nil {
 			break
 		}
@@ -653,7 +692,8 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 		if failure != nil {
 			return nil, notRun(failure)
 		}
-		answer, failure := s.exchange(ctx, c, down, sl, x)
+		answer, failure := s.exchange(ctx, c, sl, x)
+		sl.until.Store(0)
 		c.free <- sl
 		if failure != errDropped {
 			return answer, failure
@@ -665,7 +705,7 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 // errDropped says that the connection was lost before anything was written.
 var errDropped = &Error{}
 
-func (s *Service) exchange(ctx context.Context, c *conn, down <-chan struct{}, sl *slot, x *exchange) (*nats.Msg, *Error) {
+func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) (*nats.Msg, *Error) {
 	for len(sl.answers) > 0 { // late ones
 		<-sl.answers
 	}
@@ -678,9 +718,17 @@ func (s *Service) exchange(ctx context.Context, c *conn, down <-chan struct{}, s
 	}
 	b = strconv.AppendInt(append(b, '.'), max(x.limit.Milliseconds(), 1), 10)
 	x.reply = string(b)
+	drops := c.drops.Load()
+	until := clock() + x.limit
+	sl.drops.Store(drops)
+	sl.until.Store(int64(until))
+	if !c.swept.Load() && c.swept.CompareAndSwap(false, true) {
+		c.sweeper.Reset(sweepInterval)
+	}
 
-	switch err := c.publish(&nats.Msg{Subject: x.subject, Reply: x.reply, Header: x.header, Data: x.data}); {
+	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data}); {
 	case err == nil:
+		x.sent = true
 	case errors.Is(err, nats.ErrReconnectBufExceeded):
 		return nil, errDropped
 	case errors.Is(err, nats.ErrMaxPayload):
@@ -693,34 +741,38 @@ func (s *Service) exchange(ctx context.Context, c *conn, down <-chan struct{}, s
 		return nil, newError(ErrUnavailable, "publishing to %s: %v", x.subject, err)
 	}
 
-	sl.timer.Reset(x.limit)
-	defer sl.timer.Stop()
+	done := ctx.Done()
 	for {
-		select {
-		case m := <-sl.answers:
-			if m.Subject != x.reply {
-				continue
+		var m *nats.Msg
+		if done == nil {
+			m = <-sl.answers
+		} else {
+			select {
+			case m = <-sl.answers:
+			case <-done:
+				return nil, s.unanswered(asError(ctx.Err()), x)
 			}
+		}
+		switch {
+		case m != nil && m.Subject == x.reply:
 			if len(m.Data) == 0 && m.Header.Get("Status") == "503" {
 				return nil, errNobody
 			}
 			return m, nil
-		case <-ctx.Done():
-			return nil, s.unanswered(asError(ctx.Err()), x)
-		case <-sl.timer.C:
-			return nil, s.unanswered(newError(ErrTimeout, "%v", context.DeadlineExceeded), x)
-		case <-down:
-			if s.base.Err() != nil {
-				return nil, s.unanswered(newError(ErrClosed, "service %s was stopped", s.name), x)
-			}
+		case m != nil: // late
+		case s.base.Err() != nil:
+			return nil, s.unanswered(newError(ErrClosed, "service %s was stopped", s.name), x)
+		case c.drops.Load() != drops:
 			return nil, s.unanswered(newError(ErrUnavailable, "the connection was lost"), x)
+		case clock() >= until:
+			return nil, s.unanswered(newError(ErrTimeout, "%v", context.DeadlineExceeded), x)
 		}
 	}
 }
 
 // unanswered adds to the error of a call that may have run what it takes to find it in the logs of both sides.
 func (s *Service) unanswered(e *Error, x *exchange) *Error {
-	e.Message = fmt.Sprintf("no answer from %s within %v: %s", x.subject, x.limit, e.Message)
+	e.Message = fmt.Sprintf("no answer from %s within %v: %s", x.subject, x.limit.Round(time.Millisecond), e.Message)
 	e.Details = map[string]string{"correlation_id": parseAddress(x.reply).correlationID()}
 	return e
 }
@@ -731,7 +783,7 @@ func (s *Service) unanswered(e *Error, x *exchange) *Error {
 func cancelSubject(service string) string { return "rpc." + service + ".$cancel" }
 
 func (s *Service) sendCancel(service, reply string) {
-	if c, _ := s.pick(); c != nil {
+	if c := s.pick(); c != nil {
 		_ = c.nc.Publish(cancelSubject(service), []byte(reply))
 	}
 }
