@@ -437,7 +437,6 @@ type conn struct {
 	inbox string        // the subject of the connection's slots, up to and including the dot
 	up    atomic.Bool   // as far as nats.go has told
 	drops atomic.Uint32 // how often the connection was lost
-	free  chan *slot
 
 	sendMu  sync.Mutex // guards what goroutines put down to be published by the one that leads
 	leading bool
@@ -446,14 +445,15 @@ type conn struct {
 
 	slotsMu sync.Mutex // guards the rest
 	slots   []*slot
+	free    []*slot
 	sweeper *time.Timer
 	swept   atomic.Bool // the sweeper is set
 }
 
-const maxSlots = 4096 // calls that may wait for their answers on one connection
+const maxSlots = 8192 // calls that may wait for their answers on one connection
 
 func (s *Service) connect() (*conn, error) {
-	c := &conn{free: make(chan *slot, maxSlots)}
+	c := &conn{}
 	c.sweeper = time.AfterFunc(time.Hour, c.sweep)
 	c.sweeper.Stop()
 	c.up.Store(true) // so that nothing but the callbacks below, which run in order, changes it
@@ -1004,9 +1004,11 @@ type request struct {
 	msg             Message
 	reply           string
 	from            address
+	id              string // if it has no reply subject
 	deadline        time.Time
-	codec           Codec // of the payload, once it was decoded
-	ran             bool  // the handler was called
+	packer          *packer // holds the answer
+	codec           Codec   // of the payload, once it was decoded
+	ran             bool    // the handler was called
 
 	mu     sync.Mutex // guards timed and cancel
 	timed  context.Context
@@ -1083,7 +1085,10 @@ func (r *request) correlationID() string {
 	if id := r.msg.Header.Get(headerCorrelation); id != "" {
 		return id
 	}
-	return r.from.correlationID()
+	if r.from.call != "" {
+		return r.from.correlationID()
+	}
+	return r.id + r.reply
 }
 
 // Headers are those of the message that ctx's handler was called for, nil if there are none. They must not be changed.

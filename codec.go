@@ -48,17 +48,29 @@ type msgpackCodec struct{}
 func (msgpackCodec) ContentType() string { return "application/msgpack" }
 
 func (msgpackCodec) Marshal(v any) ([]byte, error) {
-	p := packers.Get().(*packer)
+	data, p, err := marshal(MsgPack, v)
+	data = bytes.Clone(data)
+	p.release()
+	return data, err
+}
+
+// marshal encodes v, into a pooled buffer if it can: data is valid until p is released, which is the caller's to do, or not.
+func marshal(c Codec, v any) (data []byte, p *packer, err error) {
+	if c != MsgPack {
+		data, err = c.Marshal(v)
+		return data, nil, err
+	}
+	p = packers.Get().(*packer)
 	p.buf.Reset()
 	p.enc.ResetWriter(&p.buf) // plain Reset would also forget the struct tag
-	if err := p.enc.Encode(v); err != nil {
-		return nil, err
-	}
-	data := bytes.Clone(p.buf.Bytes())
-	if p.buf.Cap() <= keepBuffer {
+	err = p.enc.Encode(v)
+	return p.buf.Bytes(), p, err
+}
+
+func (p *packer) release() {
+	if p != nil && p.buf.Cap() <= keepBuffer {
 		packers.Put(p)
 	}
-	return data, nil
 }
 
 func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {

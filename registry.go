@@ -37,6 +37,7 @@ const whyTimeout = 500 * time.Millisecond
 // serve.
 func (s *Service) whyNobody(ctx context.Context, x *exchange, service, instance string) *Error {
 	ask, who := exchange{subject: "$SRV.INFO." + service, limit: min(x.limit, whyTimeout)}, service
+	ask.until = clock() + ask.limit
 	served := x.subject
 	if instance != "" {
 		ask.subject += "." + instance

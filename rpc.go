@@ -183,40 +183,37 @@ func decodeError(m *nats.Msg) *Error {
 //
 // so that deadline, caller and correlation id need no header. It is the caller's own account, and proves nothing.
 type address struct {
-	service, connection, slot, call, correlation string
-	budget                                       time.Duration // 0 for a caller that isn't aegis: all is unknown then
+	service string
+	call    string        // <connection>.<slot>.<call>[-<correlation id>]
+	budget  time.Duration // 0 for a caller that isn't aegis: all is unknown then
 }
 
-const connectionToken = 16 // characters: 80 random bits
+const connectionToken = 12 // characters: 60 random bits
 
-func parseAddress(reply string) address {
-	var a address
-	rest, ok := reply, true
-	next := func() string {
-		i := strings.LastIndexByte(rest, '.')
-		if i < 0 {
-			ok = false
-			return ""
-		}
-		token := rest[i+1:]
-		rest = rest[:i]
-		return token
+func parseAddress(reply string) (a address) {
+	last := strings.LastIndexByte(reply, '.')
+	ms, err := strconv.ParseUint(reply[last+1:], 10, 40)
+	if err != nil || ms == 0 {
+		return a
 	}
-	ms, err := strconv.ParseUint(next(), 10, 40)
-	a.call, a.correlation, _ = strings.Cut(next(), "-")
-	a.slot, a.connection, a.service = next(), next(), next()
-	if !ok || err != nil || ms == 0 || len(a.connection) != connectionToken || !isName(a.service, maxService) {
-		return address{correlation: reply}
+	first := last
+	for range 3 {
+		first = strings.LastIndexByte(reply[:max(first, 0)], '.')
 	}
-	a.budget = time.Duration(ms) * time.Millisecond
-	return a
+	service := reply[:max(first, 0)]
+	service = service[strings.LastIndexByte(service, '.')+1:]
+	call := reply[first+1 : last]
+	if len(call) <= connectionToken || call[connectionToken] != '.' || !isName(service, maxService) {
+		return a
+	}
+	return address{service, call, time.Duration(ms) * time.Millisecond}
 }
 
 func (a address) correlationID() string {
-	if a.correlation != "" {
-		return a.correlation
+	if _, id, ok := strings.Cut(a.call, "-"); ok {
+		return id
 	}
-	return a.connection + "-" + a.slot + "-" + a.call
+	return strings.ReplaceAll(a.call, ".", "-")
 }
 
 // isToken tells whether s is one token of a subject, of letters, digits, - and _.
@@ -263,10 +260,11 @@ func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, R
 		if err != nil {
 			return nil, err
 		}
-		data, err := r.codec.Marshal(&resp)
+		data, p, err := marshal(r.codec, &resp)
 		if err != nil {
 			return nil, newError(ErrInternal, "encoding the answer of %s: %v", method, err)
 		}
+		r.packer = p
 		return data, nil
 	}, opts)
 }
@@ -305,7 +303,7 @@ func (e *endpoint) serve(j job) {
 	}
 	r.msg.Source = r.from.service
 	if m.Reply == "" {
-		r.from.correlation = rand.Text()
+		r.id = rand.Text()
 	}
 	if j.arrived.IsZero() {
 		j.arrived = now
@@ -321,6 +319,9 @@ func (e *endpoint) serve(j job) {
 		average := e.average.Load()
 		e.average.Store(average + (int64(time.Since(now))-average)/8)
 		e.answer(m, r.codec, data, failure)
+		if len(e.svc.cfg.middleware) == 0 { // which may have kept the data
+			r.packer.release()
+		}
 	}
 }
 
@@ -364,12 +365,12 @@ func (e *endpoint) send(sub *nats.Subscription, out *nats.Msg) error {
 	var err error = nats.ErrDisconnected
 	if byConn := e.byConn.Load(); byConn != nil {
 		if c := (*byConn)[sub]; c != nil {
-			err = c.publish(outgoing{out.Subject, "", out.Header, out.Data})
+			err = c.write(outgoing{out.Subject, "", out.Header, out.Data})
 		}
 	}
 	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) {
 		if c := e.svc.pick(); c != nil {
-			err = c.publish(outgoing{out.Subject, "", out.Header, out.Data})
+			err = c.write(outgoing{out.Subject, "", out.Header, out.Data})
 		}
 	}
 	return err
@@ -459,14 +460,15 @@ var plainCall callConfig
 // or its answer can't be decoded. [ErrClosed]: s was stopped. All but those of ctx come at once.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
 	var resp, zero Resp
-	data, err := s.cfg.codec.Marshal(&req)
+	data, p, err := marshal(s.cfg.codec, &req)
 	if err != nil {
 		return zero, notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
 	}
 	answer, failure := s.call(ctx, service, method, data, opts)
 	if failure != nil {
-		return zero, failure
+		return zero, failure // the request may still wait to be published
 	}
+	p.release()
 	if len(answer.Data) == 0 { // from a service that isn't aegis
 		return zero, nil
 	}
@@ -504,15 +506,16 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 	policy := cfg.policy()
 	breaker := s.breakers.get(service, s.cfg.breaker)
 
-	end, ok := ctx.Deadline()
-	if !ok {
-		end = time.Now().Add(s.cfg.timeout)
+	now := clock()
+	end := now + s.cfg.timeout
+	if deadline, ok := ctx.Deadline(); ok {
+		end = now + time.Until(deadline)
 	}
 	mayHaveRun := false
 	for attempt := 1; ; attempt++ {
-		x.limit = time.Until(end)
-		if cfg.idempotent {
-			x.limit = min(x.limit, policy.AttemptTimeout)
+		x.limit, x.until = end-now, end
+		if cfg.idempotent && x.limit > policy.AttemptTimeout {
+			x.limit, x.until = policy.AttemptTimeout, now+policy.AttemptTimeout
 		}
 		answer, failure, again := s.attempt(ctx, &x, breaker, service, cfg)
 		if failure == nil {
@@ -523,13 +526,14 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 		if !again || attempt >= policy.Attempts {
 			return nil, failure
 		}
-		pause := time.NewTimer(min(backoff(attempt, policy.Backoff, policy.MaxBackoff), time.Until(end)))
+		pause := time.NewTimer(min(backoff(attempt, policy.Backoff, policy.MaxBackoff), end-clock()))
 		select {
 		case <-pause.C:
 		case <-ctx.Done():
 		}
 		pause.Stop()
-		if err := ctx.Err(); err != nil || !time.Now().Before(end) {
+		now = clock()
+		if err := ctx.Err(); err != nil || now >= end {
 			given := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, attempt)
 			if errors.Is(err, context.Canceled) {
 				given.Code = ErrCanceled.Code
@@ -587,8 +591,9 @@ type exchange struct {
 	subject     string
 	header      nats.Header
 	data        []byte
-	correlation string // "" for one of its own
-	limit       time.Duration
+	correlation string        // "" for one of its own
+	limit       time.Duration // to be told to the handler
+	until       time.Duration // by the clock
 	reply       string
 	sent        bool
 }
@@ -644,34 +649,32 @@ func (c *conn) wakeSlots() (calls bool) {
 	return calls
 }
 
-// slot takes a free slot, makes one, or waits for one while all are in use.
-func (c *conn) slot(ctx context.Context, limit time.Duration) (*slot, *Error) {
-	select {
-	case sl := <-c.free:
-		return sl, nil
-	default:
-	}
+// slot takes the free slot that was used last, or makes one; nil if all are in use.
+func (c *conn) slot() (*slot, error) {
 	c.slotsMu.Lock()
-	if n := len(c.slots); n < maxSlots {
-		defer c.slotsMu.Unlock()
-		sl := &slot{prefix: c.inbox + strconv.Itoa(n) + ".", answers: make(chan *nats.Msg, 8)}
-		if _, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers); err != nil {
-			return nil, newError(ErrUnavailable, "subscribing to %s>: %v", sl.prefix, err)
-		}
-		c.slots = append(c.slots, sl)
+	defer c.slotsMu.Unlock()
+	if n := len(c.free); n > 0 {
+		sl := c.free[n-1]
+		c.free = c.free[:n-1]
 		return sl, nil
 	}
+	n := len(c.slots)
+	if n == maxSlots {
+		return nil, nil
+	}
+	sl := &slot{prefix: c.inbox + strconv.Itoa(n) + ".", answers: make(chan *nats.Msg, 8)}
+	if _, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers); err != nil {
+		return nil, err
+	}
+	c.slots = append(c.slots, sl)
+	return sl, nil
+}
+
+func (c *conn) release(sl *slot) {
+	sl.until.Store(0)
+	c.slotsMu.Lock()
+	c.free = append(c.free, sl)
 	c.slotsMu.Unlock()
-	timer := time.NewTimer(limit)
-	defer timer.Stop()
-	select {
-	case sl := <-c.free:
-		return sl, nil
-	case <-ctx.Done():
-		return nil, asError(fmt.Errorf("%w while %d calls wait for their answers", ctx.Err(), maxSlots))
-	case <-timer.C:
-		return nil, newError(ErrTimeout, "%d calls wait for their answers", maxSlots)
-	}
 }
 
 // request publishes x and waits for its answer, for x.limit at most. Whatever goes wrong becomes an Error here.
@@ -688,13 +691,15 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 		if c == nil {
 			break
 		}
-		sl, failure := c.slot(ctx, x.limit)
-		if failure != nil {
-			return nil, notRun(failure)
+		sl, err := c.slot()
+		if err != nil {
+			return nil, notRun(newError(ErrUnavailable, "subscribing to %s>: %v", c.inbox, err))
+		}
+		if sl == nil {
+			return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers: try later, or use WithPool for more connections", maxSlots))
 		}
 		answer, failure := s.exchange(ctx, c, sl, x)
-		sl.until.Store(0)
-		c.free <- sl
+		c.release(sl)
 		if failure != errDropped {
 			return answer, failure
 		}
@@ -719,9 +724,8 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 	b = strconv.AppendInt(append(b, '.'), max(x.limit.Milliseconds(), 1), 10)
 	x.reply = string(b)
 	drops := c.drops.Load()
-	until := clock() + x.limit
 	sl.drops.Store(drops)
-	sl.until.Store(int64(until))
+	sl.until.Store(int64(x.until))
 	if !c.swept.Load() && c.swept.CompareAndSwap(false, true) {
 		c.sweeper.Reset(sweepInterval)
 	}
@@ -764,7 +768,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 			return nil, s.unanswered(newError(ErrClosed, "service %s was stopped", s.name), x)
 		case c.drops.Load() != drops:
 			return nil, s.unanswered(newError(ErrUnavailable, "the connection was lost"), x)
-		case clock() >= until:
+		case clock() >= x.until:
 			return nil, s.unanswered(newError(ErrTimeout, "%v", context.DeadlineExceeded), x)
 		}
 	}
