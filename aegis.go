@@ -640,6 +640,7 @@ type endpoint struct {
 	svc                 *Service
 	kind, name, subject string
 	run                 HandlerFunc
+	done                func(r *request, data []byte, failure *Error)
 	limit, resident     int
 
 	queue    chan *nats.Msg // from the read loops
@@ -969,30 +970,26 @@ func (e *endpoint) openGate() {
 	}
 }
 
-// dispatch runs the handler, and returns the payload of its answer or the error that its caller is to see.
-func (e *endpoint) dispatch(r *request) (data []byte, failure *Error) {
-	finished := false
-	defer r.end()
+// dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to e.done: whatever
+// the handler does, even if it panics or ends its goroutine.
+func (e *endpoint) dispatch(r *request) {
+	var data []byte
+	err := error(newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name))
 	defer func() {
-		if finished {
-			return
+		if p := recover(); p != nil {
+			err = newError(ErrInternal, "panic in %s: %v", e.name, p)
+			e.svc.log.Error("handler panicked", "endpoint", e.name, "correlation_id", r.correlationID(), "error", p, "stack", string(debug.Stack()))
 		}
-		p := recover()
-		if p == nil {
-			p = "the handler called runtime.Goexit"
+		var failure *Error
+		if err != nil {
+			failure = asError(err)
+			failure.NotRun = !r.ran
+			failure.Source = e.svc.name
 		}
-		failure = newError(ErrInternal, "panic in %s: %v", e.name, p)
-		e.svc.log.Error("handler panicked", "endpoint", e.name, "correlation_id", r.correlationID(), "error", p, "stack", string(debug.Stack()))
+		r.end()
+		e.done(r, data, failure)
 	}()
-	data, err := e.run(r, &r.msg)
-	finished = true
-	if err != nil {
-		failure = asError(err)
-		failure.NotRun = !r.ran
-		failure.Source = e.svc.name
-		return nil, failure
-	}
-	return data, nil
+	data, err = e.run(r, &r.msg)
 }
 
 // The context of a message.
@@ -1002,6 +999,7 @@ type request struct {
 	context.Context // the service's own
 	svc             *Service
 	msg             Message
+	in              *nats.Msg
 	reply           string
 	from            address
 	id              string // if it has no reply subject
@@ -1105,12 +1103,15 @@ type sentKey struct{}
 // that a handler received only the trace context (traceparent, tracestate) and the correlation id travel on by themselves. A
 // key that is no HTTP token makes the call fail with [ErrInvalid].
 func WithHeader(ctx context.Context, key, value string) context.Context {
-	h := maps.Clone(sent(ctx))
-	if h == nil {
-		h = nats.Header{}
-	}
-	h[key] = []string{value}
-	return context.WithValue(ctx, sentKey{}, h)
+	return context.WithValue(ctx, sentKey{}, withHeader(sent(ctx), key, value))
+}
+
+// withHeader is h, which is left as it is, with one header set.
+func withHeader(h nats.Header, key, value string) nats.Header {
+	out := make(nats.Header, len(h)+1)
+	maps.Copy(out, h)
+	out[key] = []string{value}
+	return out
 }
 
 func sent(ctx context.Context) nats.Header {
@@ -1128,10 +1129,7 @@ func headersFor(ctx context.Context) (h nats.Header, correlation string) {
 	}
 	inherit := func(key, value string) {
 		if value != "" && h[key] == nil {
-			if h = maps.Clone(h); h == nil {
-				h = nats.Header{}
-			}
-			h[key] = []string{value}
+			h = withHeader(h, key, value)
 		}
 	}
 	if correlation = r.correlationID(); h[headerCorrelation] != nil || !isToken(correlation, 64) {

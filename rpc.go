@@ -273,7 +273,9 @@ func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) e
 	if !isMethod(method) {
 		return newError(ErrInvalid, "method %q: want a letter, then letters, digits and _", method)
 	}
-	return s.register(&endpoint{kind: "rpc", name: method, subject: "rpc." + s.name + "." + method, run: run}, opts)
+	e := &endpoint{kind: "rpc", name: method, subject: "rpc." + s.name + "." + method, run: run}
+	e.done = e.reply
+	return s.register(e, opts)
 }
 
 func isMethod(s string) bool { return isName(s, 128) && !strings.Contains(s, "-") }
@@ -298,6 +300,7 @@ func (e *endpoint) serve(j job) {
 		Context: e.svc.base,
 		svc:     e.svc,
 		msg:     Message{Kind: e.kind, Subject: m.Subject, Header: m.Header, Data: m.Data},
+		in:      m,
 		reply:   m.Reply,
 		from:    parseAddress(m.Reply),
 	}
@@ -315,13 +318,17 @@ func (e *endpoint) serve(j job) {
 	case e.svc.draining.Load():
 		e.refuse(m, newError(ErrUnavailable, "instance %s is stopping", e.svc.id))
 	default:
-		data, failure := e.dispatch(r)
+		e.dispatch(r)
 		average := e.average.Load()
 		e.average.Store(average + (int64(time.Since(now))-average)/8)
-		e.answer(m, r.codec, data, failure)
-		if len(e.svc.cfg.middleware) == 0 { // which may have kept the data
-			r.packer.release()
-		}
+	}
+}
+
+// reply answers what a handler has handled.
+func (e *endpoint) reply(r *request, data []byte, failure *Error) {
+	e.answer(r.in, r.codec, data, failure)
+	if len(e.svc.cfg.middleware) == 0 { // which may have kept the data
+		r.packer.release()
 	}
 }
 
@@ -503,6 +510,9 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 		x.subject += "." + cfg.instance
 	}
 	x.header, x.correlation = headersFor(ctx)
+	if label := contentType(s.cfg.codec, data); label != "" {
+		x.header = withHeader(x.header, headerContentType, label)
+	}
 	policy := cfg.policy()
 	breaker := s.breakers.get(service, s.cfg.breaker)
 

@@ -1,0 +1,1576 @@
+package aegis_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"reflect"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+)
+
+// TestMain fails if goroutines of the library or of nats.go are left when all services were stopped.
+func TestMain(m *testing.M) {
+	if child := os.Getenv("AEGIS_TEST_CHILD"); child != "" {
+		os.Exit(runChild(child))
+	}
+	code := m.Run()
+	if code == 0 {
+		if left := leaked(10 * time.Second); left != "" {
+			fmt.Fprintln(os.Stderr, "goroutines left behind:\n"+left)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// leaked returns the stacks of what still runs in aegis or nats.go after patience has run out.
+func leaked(patience time.Duration) string {
+	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		buf := make([]byte, 4<<20)
+		buf = buf[:runtime.Stack(buf, true)]
+		var left []string
+		for _, g := range strings.Split(string(buf), "\n\n") {
+			if strings.Contains(g, "aegistrader/aegis.") || strings.Contains(g, "nats-io/nats.go.") || strings.Contains(g, "nats-io/nats%2ego.") {
+				left = append(left, g)
+			}
+		}
+		if len(left) == 0 {
+			return ""
+		}
+		if time.Now().After(end) {
+			return strings.Join(left, "\n\n")
+		}
+	}
+}
+
+// startServer runs a nats-server in this process until the test ends.
+func startServer(tb testing.TB, configure ...func(*server.Options)) *server.Server {
+	tb.Helper()
+	opts := &server.Options{Host: "127.0.0.1", Port: -1, NoLog: true, NoSigs: true}
+	for _, c := range configure {
+		c(opts)
+	}
+	srv, err := server.NewServer(opts)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	srv.Start()
+	tb.Cleanup(func() { srv.Shutdown(); srv.WaitForShutdown() })
+	if !srv.ReadyForConnections(10 * time.Second) {
+		tb.Fatal("the server doesn't start")
+	}
+	return srv
+}
+
+// onPort makes startServer listen where an earlier server did.
+func onPort(srv *server.Server) func(*server.Options) {
+	port := srv.Addr().(*net.TCPAddr).Port
+	return func(o *server.Options) { o.Port = port }
+}
+
+// newService makes a service that is stopped when the test ends.
+func newService(tb testing.TB, srv *server.Server, name string, opts ...aegis.Option) *aegis.Service {
+	tb.Helper()
+	quiet := slog.New(slog.DiscardHandler)
+	s, err := aegis.New(name, append([]aegis.Option{aegis.WithURL(srv.ClientURL()), aegis.WithLogger(quiet)}, opts...)...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		_ = s.Stop(ctx) // the server may be gone already
+	})
+	return s
+}
+
+func start(tb testing.TB, s *aegis.Service) {
+	tb.Helper()
+	if err := s.Start(context.Background()); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func handle[Req, Resp any](tb testing.TB, s *aegis.Service, method string, fn func(context.Context, Req) (Resp, error), opts ...aegis.HandlerOption) {
+	tb.Helper()
+	if err := aegis.Handle(s, method, fn, opts...); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// eventually waits until ok.
+func eventually(tb testing.TB, what string, ok func() bool) {
+	tb.Helper()
+	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			tb.Fatalf("never: %s", what)
+		}
+	}
+}
+
+// fails checks an error's code and returns it.
+func fails(tb testing.TB, err error, kind *aegis.Error, words ...string) *aegis.Error {
+	tb.Helper()
+	var e *aegis.Error
+	if !errors.As(err, &e) || e.Code != kind.Code {
+		tb.Fatalf("got error %v, want %s", err, kind.Code)
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) {
+			tb.Errorf("the error %q doesn't mention %q", err, w)
+		}
+	}
+	return e
+}
+
+// promptly fails the test if fn takes long enough to have waited for a timeout.
+func promptly(tb testing.TB, fn func()) {
+	tb.Helper()
+	begin := time.Now()
+	fn()
+	if took := time.Since(begin); took > 2*time.Second {
+		tb.Errorf("it took %v", took)
+	}
+}
+
+type Order struct {
+	SKU  string            `json:"sku"`
+	Qty  int               `json:"qty"`
+	Tags map[string]string `json:"tags,omitempty"`
+}
+
+type Receipt struct {
+	ID  string    `json:"id"`
+	At  time.Time `json:"at"`
+	Raw []byte    `json:"raw,omitempty"`
+}
+
+func createOrder(_ context.Context, o Order) (Receipt, error) {
+	return Receipt{ID: fmt.Sprintf("%s-%d", o.SKU, o.Qty), Raw: []byte(o.Tags["raw"])}, nil
+}
+
+func echo(_ context.Context, s string) (string, error) { return s, nil }
+
+func call[Req, Resp any](s *aegis.Service, service, method string, req Req, opts ...aegis.CallOption) (Resp, error) {
+	return aegis.Call[Req, Resp](context.Background(), s, service, method, req, opts...)
+}
+
+// Calls and values.
+
+func TestCall(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	for _, serverCodec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
+		for _, clientCodec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
+			if (clientCodec == gobbledygook{}) && clientCodec != serverCodec {
+				continue
+			}
+			t.Run(serverCodec.ContentType()+" "+clientCodec.ContentType(), func(t *testing.T) {
+				svc := newService(t, srv, "order-service", aegis.WithCodec(serverCodec))
+				handle(t, svc, "create_order", createOrder)
+				start(t, svc)
+				handle(t, svc, "added_later", createOrder)
+				handle(t, svc, "double", func(_ context.Context, n int) (int, error) { return 2 * n, nil })
+				client := newService(t, srv, "client", aegis.WithCodec(clientCodec))
+				for _, method := range []string{"create_order", "added_later"} {
+					got, err := call[Order, Receipt](client, "order-service", method, Order{SKU: "x", Qty: 3, Tags: map[string]string{"raw": "r"}})
+					if err != nil || got.ID != "x-3" || string(got.Raw) != "r" {
+						t.Errorf("%s: got %+v, %v", method, got, err)
+					}
+				}
+				for n := range 200 { // one byte of MessagePack or JSON doesn't tell which it is
+					if got, err := call[int, int](client, "order-service", "double", n); got != 2*n || err != nil {
+						t.Fatalf("double(%d): got %d, %v", n, got, err)
+					}
+				}
+				if err := svc.Stop(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+// gobbledygook is a codec of a user's own: JSON with every bit flipped.
+type gobbledygook struct{}
+
+func (gobbledygook) ContentType() string { return "application/gobbledygook" }
+func (gobbledygook) Marshal(v any) ([]byte, error) {
+	data, err := json.Marshal(v)
+	return flip(data), err
+}
+func (gobbledygook) Unmarshal(data []byte, v any) error { return json.Unmarshal(flip(data), v) }
+
+func flip(data []byte) []byte {
+	out := make([]byte, len(data))
+	for i, b := range data {
+		out[i] = ^b
+	}
+	return out
+}
+
+func TestPlainNATSClient(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "order-service")
+	handle(t, svc, "create_order", createOrder)
+	handle(t, svc, "refuse", func(context.Context, Order) (Receipt, error) {
+		return Receipt{}, &aegis.Error{Code: "NO_FUNDS", Message: "balance is 3", Details: map[string]string{"balance": "3"}}
+	})
+	sources := make(chan string, 10)
+	handle(t, svc, "deadline", func(ctx context.Context, _ Order) (time.Duration, error) {
+		sources <- aegis.CorrelationID(ctx)
+		d, _ := ctx.Deadline()
+		return time.Until(d), nil
+	})
+	start(t, svc)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+
+	m, err := nc.Request("rpc.order-service.create_order", []byte(`{"sku":"x","qty":2}`), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r Receipt
+	if err := json.Unmarshal(m.Data, &r); err != nil || r.ID != "x-2" {
+		t.Errorf("got %s", m.Data)
+	}
+	if len(m.Header) != 0 {
+		t.Errorf("a plain answer has headers: %v", m.Header)
+	}
+
+	m, err = nc.Request("rpc.order-service.refuse", []byte(`{}`), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var e aegis.Error
+	if err := json.Unmarshal(m.Data, &e); err != nil || e.Code != "NO_FUNDS" || e.Details["balance"] != "3" || e.Source != "order-service" {
+		t.Errorf("got %s", m.Data)
+	}
+	if code, text := m.Header.Get("Nats-Service-Error-Code"), m.Header.Get("Nats-Service-Error"); code != "422" || !strings.Contains(text, "balance is 3") {
+		t.Errorf("got error headers %q, %q", code, text)
+	}
+
+	m, err = nc.Request("rpc.order-service.deadline", []byte(`{}`), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ns, _ := strconv.ParseInt(string(m.Data), 10, 64); time.Duration(ns) < 4*time.Second || time.Duration(ns) > 5*time.Second {
+		t.Errorf("a caller that tells no deadline: the handler has %v, want the 5 s of WithTimeout", time.Duration(ns))
+	}
+	if id := <-sources; id == "" {
+		t.Error("no correlation id for a plain caller")
+	}
+	if err := nc.Publish("rpc.order-service.deadline", []byte(`{}`)); err != nil { // asks for no answer
+		t.Fatal(err)
+	}
+	if id := <-sources; id == "" {
+		t.Error("no correlation id for a plain message")
+	}
+}
+
+// What travels with a call.
+
+func TestContextTravels(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	type seen struct {
+		correlation, source, trace, state, auth, hop string
+		left                                         time.Duration
+	}
+	observed := make(chan seen, 4)
+	watching := aegis.WithMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			d, _ := ctx.Deadline()
+			h := aegis.Headers(ctx)
+			observed <- seen{aegis.CorrelationID(ctx), m.Source, h.Get("traceparent"), h.Get("tracestate"), h.Get("Authorization"), h.Get("X-Hop"), time.Until(d)}
+			return next(ctx, m)
+		}
+	})
+	const trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	back := newService(t, srv, "back", watching)
+	handle(t, back, "last", echo)
+	start(t, back)
+	middle := newService(t, srv, "middle", watching)
+	handle(t, middle, "first", func(ctx context.Context, s string) (string, error) {
+		return aegis.Call[string, string](aegis.WithHeader(ctx, "X-Hop", "2"), middle, "back", "last", s)
+	})
+	start(t, middle)
+	client := newService(t, srv, "client")
+
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	ctx = aegis.WithHeader(ctx, "traceparent", trace)
+	ctx = aegis.WithHeader(ctx, "tracestate", "a=1")
+	ctx = aegis.WithHeader(ctx, "Authorization", "none")
+	ctx = aegis.WithHeader(ctx, "Authorization", "secret")
+	if got, err := aegis.Call[string, string](ctx, client, "middle", "first", "hello"); got != "hello" || err != nil {
+		t.Fatal(got, err)
+	}
+	first, second := <-observed, <-observed
+	if first.source != "client" || second.source != "middle" {
+		t.Errorf("sources: %q, %q", first.source, second.source)
+	}
+	if first.correlation == "" || first.correlation != second.correlation {
+		t.Errorf("correlation ids: %q, %q", first.correlation, second.correlation)
+	}
+	if first.trace != trace || second.trace != trace || first.state != "a=1" || second.state != "a=1" {
+		t.Errorf("trace context: %+v, %+v", first, second)
+	}
+	if first.auth != "secret" || second.auth != "" || first.hop != "" || second.hop != "2" {
+		t.Errorf("headers: %+v, %+v", first, second)
+	}
+	if first.left > 3*time.Second || second.left > first.left || second.left < time.Second {
+		t.Errorf("time left: %v, %v of 3s", first.left, second.left)
+	}
+
+	for _, id := range []string{"order-77", "an id. that is no token"} { // of the user's own
+		if _, err := aegis.Call[string, string](aegis.WithHeader(t.Context(), "Aegis-Correlation-Id", id), client, "middle", "first", "x"); err != nil {
+			t.Fatal(err)
+		}
+		if first, second := <-observed, <-observed; first.correlation != id || second.correlation != id {
+			t.Errorf("correlation ids: %q, %q, want %q", first.correlation, second.correlation, id)
+		}
+	}
+	_, err := aegis.Call[string, string](aegis.WithHeader(t.Context(), "bad key", "v"), client, "middle", "first", "x")
+	fails(t, err, aegis.ErrInvalid, "bad key")
+}
+
+func TestDeadlineReachesHandler(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	ended := make(chan error, 2)
+	handle(t, svc, "wait", func(ctx context.Context, _ int) (int, error) {
+		child, cancel := context.WithCancel(ctx) // what most libraries do first
+		defer cancel()
+		<-child.Done()
+		ended <- ctx.Err()
+		return 0, ctx.Err()
+	})
+	start(t, svc)
+	client := newService(t, srv, "client", aegis.WithTimeout(50*time.Millisecond))
+	for _, limit := range []time.Duration{0, 50 * time.Millisecond} {
+		ctx := t.Context()
+		if limit > 0 {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, limit)
+			defer cancel()
+		}
+		_, err := aegis.Call[int, int](ctx, client, "svc", "wait", 1)
+		e := fails(t, err, aegis.ErrTimeout)
+		if !errors.Is(err, context.DeadlineExceeded) || e.NotRun {
+			t.Errorf("got %+v", e)
+		}
+		if err := <-ended; !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("the handler's ctx ended with %v", err)
+		}
+	}
+	ctx, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
+	defer cancel()
+	_, err := aegis.Call[int, int](ctx, client, "svc", "wait", 1)
+	if e := fails(t, err, aegis.ErrTimeout); !e.NotRun {
+		t.Error("a call past its deadline was sent")
+	}
+}
+
+func TestCancelReachesHandler(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	one := aegis.WithPool(1) // so that cancellations arrive in their order
+	svc, client := newService(t, srv, "svc", one), newService(t, srv, "client", one)
+	running, ended := make(chan int, 2), make(chan error, 2)
+	handle(t, svc, "wait", func(ctx context.Context, n int) (int, error) {
+		running <- n
+		<-ctx.Done()
+		ended <- ctx.Err()
+		return 0, nil
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	begin := func(n int) (cancel context.CancelFunc, failed chan error) {
+		ctx, cancel := context.WithCancel(t.Context())
+		failed = make(chan error, 1)
+		go func() {
+			_, err := aegis.Call[int, int](ctx, client, "svc", "wait", n)
+			failed <- err
+		}()
+		return cancel, failed
+	}
+	cancel0, failed0 := begin(0)
+	<-running
+	cancel1, failed1 := begin(1)      // waits its turn
+	time.Sleep(50 * time.Millisecond) // for it to be sent; the test holds if it isn't
+	cancel1()
+	fails(t, <-failed1, aegis.ErrCanceled)
+	at := time.Now()
+	cancel0()
+	if e := fails(t, <-failed0, aegis.ErrCanceled, "no answer from rpc.svc.wait"); e.NotRun || !errors.Is(e, context.Canceled) {
+		t.Errorf("got %+v", e)
+	}
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("the handler's ctx ended with %v", err)
+	}
+	if took := time.Since(at); took > time.Second {
+		t.Errorf("the handler learned of it after %v", took)
+	}
+	cancel7, failed7 := begin(7)
+	if n := <-running; n != 7 {
+		t.Errorf("call %d ran although it was cancelled while it waited", n)
+	}
+	cancel7()
+	<-failed7
+}
+
+func TestExpiredRequestIsNotRun(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	var ran atomic.Int32
+	release := make(chan struct{})
+	running := make(chan struct{})
+	handle(t, svc, "work", func(context.Context, int) (int, error) {
+		if ran.Add(1) == 1 {
+			close(running)
+			<-release
+		}
+		return 0, nil
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	client := newService(t, srv, "client")
+	first := make(chan error, 1)
+	go func() {
+		_, err := call[int, int](client, "svc", "work", 1)
+		first <- err
+	}()
+	<-running
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err := aegis.Call[int, int](ctx, client, "svc", "work", 2)
+	fails(t, err, aegis.ErrTimeout)
+	time.Sleep(20 * time.Millisecond) // well past its deadline: the instance only knows when it noticed the request
+	close(release)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	if _, err := call[int, int](client, "svc", "work", 3); err != nil { // is behind the expired one
+		t.Error(err)
+	}
+	if n := ran.Load(); n != 2 {
+		t.Errorf("%d requests ran, want 2", n)
+	}
+}
+
+// Errors.
+
+func TestErrors(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	noFunds := &aegis.Error{Code: "NO_FUNDS", Message: "balance is 3", Details: map[string]string{"balance": "3"}, NotRun: true}
+	for method, fn := range map[string]func() error{
+		"own":      func() error { return noFunds },
+		"wrapped":  func() error { return fmt.Errorf("order 7: %w", noFunds) },
+		"sentinel": func() error { return fmt.Errorf("order 7: %w", aegis.ErrNotFound) },
+		"plain":    func() error { return errors.New("disk full") },
+		"deadline": func() error { return fmt.Errorf("reading: %w", context.DeadlineExceeded) },
+		"panic":    func() error { panic("boom") },
+		"nil_map":  func() error { var m map[string]int; m["x"]++; return nil },
+		"goexit":   func() error { runtime.Goexit(); return nil },
+	} {
+		handle(t, svc, method, func(context.Context, int) (int, error) { return 0, fn() }, aegis.Concurrency(1))
+	}
+	handle(t, svc, "unencodable", func(context.Context, int) (chan int, error) { return nil, nil })
+	start(t, svc)
+	client := newService(t, srv, "client")
+	for range 3 { // a handler that panics goes on serving
+		for _, c := range []struct{ method, code, message, text string }{
+			{"own", "NO_FUNDS", "balance is 3", "svc: NO_FUNDS: balance is 3"},
+			{"wrapped", "NO_FUNDS", "order 7: balance is 3", "svc: NO_FUNDS: order 7: balance is 3"},
+			{"sentinel", "NOT_FOUND", "order 7", "svc: NOT_FOUND: order 7"},
+			{"plain", "INTERNAL", "disk full", "svc: INTERNAL: disk full"},
+			{"deadline", "DEADLINE_EXCEEDED", "reading: context deadline exceeded", "svc: DEADLINE_EXCEEDED: reading: context deadline exceeded"},
+			{"panic", "INTERNAL", "panic in panic: boom", "svc: INTERNAL: panic in panic: boom"},
+			{"nil_map", "INTERNAL", "panic in nil_map: assignment to entry in nil map", "svc: INTERNAL: panic in nil_map: assignment to entry in nil map"},
+			{"goexit", "INTERNAL", "panic in goexit: the handler called runtime.Goexit", "svc: INTERNAL: panic in goexit: the handler called runtime.Goexit"},
+		} {
+			_, err := call[int, int](client, "svc", c.method, 1)
+			e := fails(t, err, &aegis.Error{Code: c.code})
+			if e.Message != c.message || e.Error() != c.text || e.Source != "svc" || e.NotRun || e.Cause != nil {
+				t.Errorf("%s: got %+v, %q", c.method, *e, e)
+			}
+			if strings.Contains(c.code, "FUNDS") && !reflect.DeepEqual(e.Details, noFunds.Details) {
+				t.Errorf("%s: details %v", c.method, e.Details)
+			}
+		}
+		_, err := call[int, int](client, "svc", "unencodable", 1)
+		fails(t, err, aegis.ErrInternal, "unencodable")
+	}
+	if !noFunds.NotRun || noFunds.Source != "" {
+		t.Errorf("the handler's error was changed: %+v", noFunds)
+	}
+	if errors.Is(noFunds, aegis.ErrNotFound) || !errors.Is(&aegis.Error{Code: "NOT_FOUND"}, aegis.ErrNotFound) {
+		t.Error("errors.Is doesn't go by the code")
+	}
+}
+
+func TestErrorChainOverThreeHops(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	a, b, c := newService(t, srv, "a"), newService(t, srv, "b"), newService(t, srv, "c")
+	handle(t, c, "m", func(context.Context, int) (int, error) {
+		return 0, &aegis.Error{Code: "NO_FUNDS", Message: "balance is 3"}
+	})
+	handle(t, b, "wrap", func(ctx context.Context, n int) (int, error) {
+		n, err := aegis.Call[int, int](ctx, b, "c", "m", n)
+		return n, fmt.Errorf("reserving: %w", err)
+	})
+	handle(t, b, "pass", func(ctx context.Context, n int) (int, error) {
+		return aegis.Call[int, int](ctx, b, "c", "m", n)
+	})
+	handle(t, b, "nowhere", func(ctx context.Context, n int) (int, error) {
+		return aegis.Call[int, int](ctx, b, "d", "m", n)
+	})
+	for _, via := range []string{"wrap", "pass", "nowhere"} {
+		handle(t, a, via, func(ctx context.Context, n int) (int, error) {
+			n, err := aegis.Call[int, int](ctx, a, "b", via, n)
+			return n, fmt.Errorf("order 7: %w", err)
+		})
+	}
+	for _, s := range []*aegis.Service{a, b, c} {
+		start(t, s)
+	}
+	client := newService(t, srv, "client")
+	sources := func(err error) (s []string) {
+		var e *aegis.Error
+		for errors.As(err, &e) {
+			s, err = append(s, e.Source), e.Unwrap()
+		}
+		return s
+	}
+
+	_, err := call[int, int](client, "a", "wrap", 1)
+	fails(t, err, &aegis.Error{Code: "NO_FUNDS"})
+	if got := err.Error(); got != "a: NO_FUNDS: order 7: b: NO_FUNDS: reserving: c: NO_FUNDS: balance is 3" {
+		t.Errorf("got %q", got)
+	}
+	if got := sources(err); !reflect.DeepEqual(got, []string{"a", "b", "c"}) {
+		t.Errorf("got sources %v", got)
+	}
+
+	_, err = call[int, int](client, "a", "pass", 1)
+	if got := err.Error(); got != "a: NO_FUNDS: order 7: b: c: NO_FUNDS: balance is 3" {
+		t.Errorf("got %q", got)
+	}
+	if got := sources(err); !reflect.DeepEqual(got, []string{"a", "b", "c"}) {
+		t.Errorf("got sources %v", got)
+	}
+
+	_, err = call[int, int](client, "a", "nowhere", 1)
+	e := fails(t, err, aegis.ErrUnavailable, "d is not running")
+	if e.NotRun {
+		t.Error("a ran, but its error says that it did not")
+	}
+	if !errors.Is(err, aegis.ErrUnavailable) {
+		t.Error("errors.Is")
+	}
+}
+
+func TestInvalidInput(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	for _, name := range []string{"", "1a", "-a", "a.b", "a b", "a*", "a>", "größe", strings.Repeat("a", 65)} {
+		promptly(t, func() {
+			_, err := aegis.New(name, aegis.WithURL(srv.ClientURL()))
+			fails(t, err, aegis.ErrInvalid, "service", strconv.Quote(name))
+		})
+	}
+	for want, opt := range map[string]aegis.Option{
+		"WithPool(0)":          aegis.WithPool(0),
+		"WithPool(65)":         aegis.WithPool(65),
+		`WithID("a.b")`:        aegis.WithID("a.b"),
+		`WithID("")`:           aegis.WithID(""),
+		`WithVersion("1.0")`:   aegis.WithVersion("1.0"),
+		"WithCodec(nil)":       aegis.WithCodec(nil),
+		"WithLogger(nil)":      aegis.WithLogger(nil),
+		"WithTimeout(0s)":      aegis.WithTimeout(0),
+		"WithConcurrency(0)":   aegis.WithConcurrency(0),
+		"WithBreaker(":         aegis.WithBreaker(aegis.BreakerPolicy{Failures: -1}),
+		"WithMiddleware(nil)":  aegis.WithMiddleware(nil),
+		"WithURL()":            aegis.WithURL(),
+		`WithURL("")`:          aegis.WithURL(""),
+		`WithURL("nats://")`:   aegis.WithURL("nats://"),
+		`WithURL("http://a b`:  aegis.WithURL("http://a b"),
+		"WithNATS: no option!": aegis.WithNATS(func(*nats.Options) error { return errors.New("no option!") }),
+	} {
+		_, err := aegis.New("svc", aegis.WithURL(srv.ClientURL()), opt)
+		fails(t, err, aegis.ErrInvalid, want)
+	}
+
+	svc := newService(t, srv, "svc")
+	for _, method := range []string{"", "1a", "a-b", "a.b", "a b", "*"} {
+		fails(t, aegis.Handle(svc, method, echo), aegis.ErrInvalid, "method", strconv.Quote(method))
+		_, err := call[string, string](svc, "svc", method, "")
+		if e := fails(t, err, aegis.ErrInvalid, "method", strconv.Quote(method)); !e.NotRun {
+			t.Error("it says that it may have run")
+		}
+	}
+	fails(t, aegis.Handle(svc, "m", echo, aegis.Concurrency(0)), aegis.ErrInvalid, "Concurrency(0)")
+	fails(t, aegis.Handle[int, int](svc, "m", nil), aegis.ErrInvalid, "nil")
+	handle(t, svc, "m", echo)
+	fails(t, aegis.Handle(svc, "m", echo), aegis.ErrInvalid, "rpc.svc.m")
+	_, err := call[string, string](svc, "s.v", "m", "")
+	fails(t, err, aegis.ErrInvalid, "s.v")
+	_, err = call[string, string](svc, "svc", "m", "", aegis.ToInstance("*"))
+	fails(t, err, aegis.ErrInvalid, "ToInstance")
+	_, err = call[string, string](svc, "svc", "m", "", aegis.Retry(aegis.RetryPolicy{Attempts: -1}))
+	fails(t, err, aegis.ErrInvalid, "Retry")
+	_, err = call[chan int, string](svc, "svc", "m", nil)
+	fails(t, err, aegis.ErrInvalid, "chan int")
+}
+
+func TestUnreachable(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	promptly(t, func() {
+		_, err := aegis.New("svc", aegis.WithURL("nats://user:secret@"+address))
+		fails(t, err, aegis.ErrUnavailable, address)
+		if strings.Contains(err.Error(), "secret") {
+			t.Errorf("the error shows the password: %v", err)
+		}
+	})
+
+	srv := startServer(t)
+	client := newService(t, srv, "client")
+	svc := newService(t, srv, "svc", aegis.WithID("one"), aegis.WithVersion("1.2.3"))
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	promptly(t, func() {
+		_, err := call[string, string](client, "nobody", "m", "")
+		if e := fails(t, err, aegis.ErrUnavailable, "nobody is not running"); !e.NotRun {
+			t.Error("it says that it may have run")
+		}
+		_, err = call[string, string](client, "svc", "nothing", "")
+		if e := fails(t, err, aegis.ErrUnimplemented, "rpc.svc.nothing", "one", "1.2.3"); !e.NotRun {
+			t.Error("it says that it may have run")
+		}
+		_, err = call[string, string](client, "svc", "m", "", aegis.ToInstance("two"))
+		fails(t, err, aegis.ErrUnavailable, "two")
+		_, err = call[string, string](client, "svc", "nothing", "", aegis.ToInstance("one"))
+		fails(t, err, aegis.ErrUnimplemented, "rpc.svc.nothing")
+		if got, err := call[string, string](client, "svc", "m", "hi", aegis.ToInstance("one")); got != "hi" || err != nil {
+			t.Error(got, err)
+		}
+	})
+}
+
+func TestUndecodable(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "m", createOrder)
+	start(t, svc)
+	client := newService(t, srv, "client")
+	nc := client.Conn()
+	for _, data := range [][]byte{nil, {0xc1}, {0x81}, []byte("{"), []byte("[1,2]"), []byte("nonsense"), {0xdd, 0xff, 0xff, 0xff, 0xff}, bytes.Repeat([]byte{0x91}, 100_000)} {
+		m, err := nc.Request("rpc.svc.m", data, 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if code := m.Header.Get("Nats-Service-Error-Code"); code != "400" {
+			t.Errorf("%.20q: got %s", data, code)
+		}
+	}
+	m, err := nc.RequestMsg(&nats.Msg{Subject: "rpc.svc.m", Data: []byte("<x/>"), Header: nats.Header{"Content-Type": {"text/xml"}}}, 5*time.Second)
+	if err != nil || !strings.Contains(m.Header.Get("Nats-Service-Error"), "text/xml") {
+		t.Errorf("got %v, %v", m, err)
+	}
+	_, err = call[string, Receipt](client, "svc", "m", "not an order")
+	if e := fails(t, err, aegis.ErrInvalid, "rpc.svc.m"); !e.NotRun {
+		t.Error("it says that it may have run")
+	}
+	_, err = call[Order, int](client, "svc", "m", Order{})
+	if e := fails(t, err, aegis.ErrInternal, "svc.m"); e.NotRun {
+		t.Error("it ran, and the error says that it did not")
+	}
+	if got, err := call[Order, Receipt](client, "svc", "m", Order{SKU: "x"}); got.ID != "x-0" || err != nil {
+		t.Error(got, err)
+	}
+}
+
+func TestTooLarge(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) { o.MaxPayload = 32 << 10 })
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "repeat", func(_ context.Context, n int) ([]byte, error) { return make([]byte, n), nil })
+	handle(t, svc, "fail", func(_ context.Context, n int) ([]byte, error) {
+		return nil, &aegis.Error{Code: "HUGE", Message: strings.Repeat("x", n)}
+	})
+	handle(t, svc, "take", func(_ context.Context, b []byte) (int, error) { return len(b), nil })
+	start(t, svc)
+	client := newService(t, srv, "client")
+	promptly(t, func() {
+		_, err := call[int, []byte](client, "svc", "repeat", 40<<10)
+		if e := fails(t, err, aegis.ErrInternal, "32768", "repeat"); e.NotRun {
+			t.Error("it ran, and the error says that it did not")
+		}
+		_, err = call[int, []byte](client, "svc", "fail", 40<<10)
+		fails(t, err, &aegis.Error{Code: "HUGE"}, "32768")
+		_, err = call[[]byte, int](client, "svc", "take", make([]byte, 40<<10))
+		if e := fails(t, err, aegis.ErrInvalid, "32768", "rpc.svc.take"); !e.NotRun {
+			t.Error("it says that it may have run")
+		}
+		if got, err := call[int, []byte](client, "svc", "repeat", 20<<10); len(got) != 20<<10 || err != nil {
+			t.Error(len(got), err)
+		}
+	})
+}
+
+// Lifecycle.
+
+func TestLifecycle(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	client := newService(t, srv, "client")
+	handle(t, svc, "m", echo)
+	if svc.Name() != "svc" || !strings.HasPrefix(svc.ID(), "svc-") || len(svc.ID()) != len("svc-12345678") {
+		t.Errorf("name %q, id %q", svc.Name(), svc.ID())
+	}
+	_, err := call[string, string](client, "svc", "m", "")
+	fails(t, err, aegis.ErrUnavailable)
+	start(t, svc)
+	fails(t, svc.Start(t.Context()), aegis.ErrInvalid, "started already")
+	for range 2 {
+		if err := svc.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	promptly(t, func() {
+		_, err = call[string, string](svc, "svc", "m", "")
+		if e := fails(t, err, aegis.ErrClosed, "svc"); !e.NotRun {
+			t.Error("it says that it may have run")
+		}
+		fails(t, svc.Start(t.Context()), aegis.ErrClosed)
+		fails(t, aegis.Handle(svc, "other", echo), aegis.ErrClosed)
+		_, err = call[string, string](client, "svc", "m", "")
+		fails(t, err, aegis.ErrUnavailable, "not running")
+	})
+}
+
+func TestRun(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "m", echo)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- svc.Run(ctx) }()
+	client := newService(t, srv, "client")
+	if got, err := call[string, string](client, "svc", "m", "hi", aegis.Sticky()); got != "hi" || err != nil {
+		t.Error(got, err)
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestStopFinishesWhatRuns(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	running, release := make(chan struct{}, 4), make(chan struct{})
+	handle(t, svc, "m", func(ctx context.Context, n int) (string, error) {
+		running <- struct{}{}
+		<-release
+		return aegis.Call[string, string](ctx, svc, "helper", "echo", strconv.Itoa(n)) // it may still call
+	}, aegis.Concurrency(2))
+	start(t, svc)
+	helper := newService(t, srv, "helper")
+	handle(t, helper, "echo", echo)
+	start(t, helper)
+	results := make(chan error, 4)
+	for n := range 4 { // two run, two wait
+		go func() {
+			got, err := call[int, string](client, "svc", "m", n)
+			if err == nil && got != strconv.Itoa(n) {
+				err = fmt.Errorf("got %q for %d", got, n)
+			}
+			results <- err
+		}()
+	}
+	<-running
+	<-running
+	time.Sleep(50 * time.Millisecond) // for the others to arrive
+	stopped := make(chan error)
+	go func() { stopped <- svc.Stop(context.Background()) }()
+	eventually(t, "no new calls are taken", func() bool {
+		_, err := call[int, string](client, "svc", "m", 9)
+		return errors.Is(err, aegis.ErrUnavailable)
+	})
+	select {
+	case err := <-stopped:
+		t.Fatalf("Stop returned %v while handlers run", err)
+	default:
+	}
+	close(release)
+	for range 4 {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestStopRunsOutOfTime(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	running := make(chan struct{}, 1)
+	handle(t, svc, "m", func(ctx context.Context, n int) (int, error) {
+		running <- struct{}{}
+		<-ctx.Done()
+		return 0, ctx.Err()
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	results := make(chan error, 2)
+	for range 2 {
+		go func() {
+			_, err := call[int, int](client, "svc", "m", 1)
+			results <- err
+		}()
+	}
+	<-running
+	time.Sleep(50 * time.Millisecond) // for the other to arrive
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	promptly(t, func() {
+		fails(t, svc.Stop(ctx), aegis.ErrTimeout, "1 handlers running")
+		var ran, refused int
+		for range 2 {
+			switch err := <-results; {
+			case errors.Is(err, aegis.ErrCanceled):
+				ran++
+			default:
+				if e := fails(t, err, aegis.ErrUnavailable, "stopping"); !e.NotRun {
+					t.Error("it says that it may have run")
+				}
+				refused++
+			}
+		}
+		if ran != 1 || refused != 1 {
+			t.Errorf("%d ran, %d refused", ran, refused)
+		}
+	})
+}
+
+func TestStopWhileDisconnected(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	eventually(t, "it notices", func() bool { return !svc.Conn().IsConnected() })
+	promptly(t, func() {
+		fails(t, svc.Stop(context.Background()), aegis.ErrUnavailable)
+		if err := svc.Stop(context.Background()); err != nil {
+			t.Error(err)
+		}
+		_, err := call[string, string](svc, "svc", "m", "")
+		fails(t, err, aegis.ErrClosed)
+	})
+}
+
+// Load and faults.
+
+func TestBlockingHandlers(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "countdown", func(ctx context.Context, n int) (int, error) { // each waits for the next, on the same handler
+		if n == 0 {
+			return 0, nil
+		}
+		n, err := aegis.Call[int, int](ctx, svc, "svc", "countdown", n-1)
+		return n + 1, err
+	})
+	var arrived sync.WaitGroup
+	arrived.Add(300)
+	handle(t, svc, "together", func(context.Context, int) (int, error) {
+		arrived.Done()
+		arrived.Wait()
+		return 0, nil
+	})
+	fast := make(chan struct{})
+	handle(t, svc, "suddenly", func(_ context.Context, n int) (int, error) { // fast as a rule, so that it has few workers
+		if n < 0 {
+			<-fast
+		}
+		return n, nil
+	})
+	start(t, svc)
+	if n, err := call[int, int](svc, "svc", "countdown", 100); n != 100 || err != nil {
+		t.Error(n, err)
+	}
+	var calls sync.WaitGroup
+	for range 300 {
+		calls.Go(func() {
+			if _, err := call[int, int](svc, "svc", "together", 1); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	calls.Wait()
+
+	for n := range 500 {
+		if _, err := call[int, int](svc, "svc", "suddenly", n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 50 {
+		calls.Go(func() {
+			if _, err := call[int, int](svc, "svc", "suddenly", -1); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for n := range 100 {
+		if _, err := call[int, int](svc, "svc", "suddenly", n); err != nil {
+			t.Error(err)
+		}
+	}
+	close(fast)
+	calls.Wait()
+}
+
+func TestOverload(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc", aegis.WithConcurrency(3)), newService(t, srv, "client")
+	release := make(chan struct{})
+	var running, most atomic.Int32
+	handle(t, svc, "m", func(context.Context, int) (int, error) {
+		n := running.Add(1)
+		defer running.Add(-1)
+		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+		}
+		<-release
+		return 0, nil
+	})
+	start(t, svc)
+	results := make(chan error, 20)
+	for range 20 {
+		go func() {
+			_, err := call[int, int](client, "svc", "m", 1)
+			results <- err
+		}()
+	}
+	promptly(t, func() {
+		for range 14 { // 3 run, 3 wait
+			if e := fails(t, <-results, aegis.ErrOverloaded, "rpc.svc.m", "3"); !e.NotRun {
+				t.Error("it says that it may have run")
+			}
+		}
+	})
+	close(release)
+	for range 6 {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+	if most.Load() != 3 {
+		t.Errorf("%d ran at once, want 3", most.Load())
+	}
+	if _, err := call[int, int](client, "svc", "m", 1); err != nil {
+		t.Error(err)
+	}
+}
+
+// hammer calls from several goroutines until stop, and counts successes; failed is told of the errors.
+func hammer(tb testing.TB, client *aegis.Service, goroutines int, service, method string, failed func(error), opts ...aegis.CallOption) (stop func() (calls int64)) {
+	var done atomic.Bool
+	var n atomic.Int64
+	var wg sync.WaitGroup
+	for i := range goroutines {
+		wg.Go(func() {
+			for seq := 0; !done.Load(); seq++ {
+				want := fmt.Sprintf("%d/%d", i, seq)
+				got, err := call[string, string](client, service, method, want, opts...)
+				if err == nil && got != want {
+					err = fmt.Errorf("got %q, want %q: the answer to another call", got, want)
+				}
+				if err != nil {
+					failed(err)
+				} else {
+					n.Add(1)
+				}
+			}
+		})
+	}
+	stop = func() int64 {
+		done.Store(true)
+		wg.Wait()
+		return n.Load()
+	}
+	tb.Cleanup(func() { stop() })
+	return stop
+}
+
+func TestInstancesShareTheLoad(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	var handled [3]atomic.Int64
+	var instances [3]*aegis.Service
+	for i := range instances {
+		instances[i] = newService(t, srv, "svc")
+		handle(t, instances[i], "m", func(_ context.Context, s string) (string, error) {
+			handled[i].Add(1)
+			return s, nil
+		})
+		start(t, instances[i])
+	}
+	client := newService(t, srv, "client")
+	stop := hammer(t, client, 16, "svc", "m", func(err error) { t.Error(err) })
+	all := func() bool { return handled[0].Load() > 200 && handled[1].Load() > 200 && handled[2].Load() > 200 }
+	eventually(t, "all three handle calls", all)
+	if err := instances[1].Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	first, second := handled[0].Load(), handled[1].Load()
+	eventually(t, "the others go on", func() bool { return handled[0].Load() > first+200 })
+	if handled[1].Load() != second {
+		t.Error("the stopped instance goes on handling")
+	}
+	if calls := stop(); calls != handled[0].Load()+handled[1].Load()+handled[2].Load() {
+		t.Errorf("%d calls, handled %d + %d + %d", calls, handled[0].Load(), handled[1].Load(), handled[2].Load())
+	}
+}
+
+func TestServerRestartUnderLoad(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
+	svc, client := newService(t, srv, "svc", reconnect), newService(t, srv, "client", reconnect, aegis.WithPool(3))
+	handle(t, svc, "m", echo)
+	running := make(chan struct{})
+	handle(t, svc, "hang", func(ctx context.Context, _ int) (int, error) {
+		close(running)
+		<-ctx.Done()
+		return 0, ctx.Err()
+	})
+	start(t, svc)
+	var unavailable atomic.Int64
+	stop := hammer(t, client, 8, "svc", "m", func(err error) {
+		if !errors.Is(err, aegis.ErrUnavailable) {
+			t.Error(err)
+		}
+		unavailable.Add(1)
+		time.Sleep(time.Millisecond)
+	})
+	hanging := make(chan error)
+	go func() {
+		_, err := call[int, int](client, "svc", "hang", 1)
+		hanging <- err
+	}()
+	<-running
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	promptly(t, func() {
+		if e := fails(t, <-hanging, aegis.ErrUnavailable, "connection was lost"); e.NotRun || e.Details["correlation_id"] == "" {
+			t.Errorf("got %+v", e)
+		}
+	})
+	eventually(t, "calls fail at once", func() bool { return unavailable.Load() > 100 })
+	again := startServer(t, samePort)
+	eventually(t, "calls succeed again", func() bool {
+		_, err := call[string, string](client, "svc", "m", "")
+		return err == nil
+	})
+	eventually(t, "all connections are back", func() bool { return again.NumClients() == 5 })
+	eventually(t, "all connections serve", func() bool {
+		for range 30 {
+			if _, err := call[string, string](client, "svc", "m", ""); err != nil {
+				return false
+			}
+		}
+		return true
+	})
+	stop()
+}
+
+func TestPoolSkipsWhatIsDown(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	var lost atomic.Int32
+	client := newService(t, srv, "client", aegis.WithPool(3), aegis.WithNATS(
+		nats.CustomReconnectDelay(func(int) time.Duration { return time.Hour }),
+		nats.DisconnectErrHandler(func(*nats.Conn, error) { lost.Add(1) })))
+	id, err := client.Conn().GetClientID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := srv.DisconnectClientByID(id); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the user's handler is told", func() bool { return lost.Load() == 1 })
+	for range 30 {
+		if _, err := call[string, string](client, "svc", "m", ""); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A responder that answers late, twice, and to calls that are long over must never get an answer to another call.
+func TestLateAnswers(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	type held struct {
+		*nats.Msg
+		since time.Time
+	}
+	var old []held // calls that were not answered in time; only the subscription's goroutine uses it
+	if _, err := nc.Subscribe("rpc.svc.m", func(m *nats.Msg) {
+		for len(old) > 0 && time.Since(old[0].since) > 40*time.Millisecond {
+			_ = old[0].Respond(old[0].Data)
+			_ = old[0].Respond(old[0].Data)
+			old = old[1:]
+		}
+		if rand.IntN(4) == 0 {
+			old = append(old, held{m, time.Now()})
+			return
+		}
+		_ = m.Respond(m.Data)
+		_ = m.Respond(m.Data)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	client := newService(t, srv, "client", aegis.WithPool(1), aegis.WithTimeout(20*time.Millisecond))
+	var late atomic.Int64
+	stop := hammer(t, client, 4, "svc", "m", func(err error) {
+		if !errors.Is(err, aegis.ErrTimeout) {
+			t.Error(err)
+		}
+		late.Add(1)
+	})
+	eventually(t, "many answers are late", func() bool { return late.Load() > 100 })
+	if calls := stop(); calls < 100 {
+		t.Errorf("only %d calls were answered", calls)
+	}
+}
+
+func TestManyCallsAtOnce(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	handle(t, svc, "m", func(_ context.Context, s string) (string, error) {
+		time.Sleep(time.Duration(rand.IntN(1000)) * time.Microsecond)
+		return s, nil
+	})
+	start(t, svc)
+	var calls atomic.Int64
+	stop := hammer(t, client, 500, "svc", "m", func(err error) { t.Error(err) })
+	eventually(t, "some time passes", func() bool { return calls.Add(1) > 200 })
+	if n := stop(); n < 500 {
+		t.Errorf("only %d calls", n)
+	}
+}
+
+// Retry, breaker, middleware.
+
+// flaky fails the first calls: each instance of it can be asked how often it was called.
+func flaky(failures int32, how func() error) (fn func(context.Context, int) (int, error), called *atomic.Int32) {
+	called = new(atomic.Int32)
+	return func(context.Context, int) (int, error) {
+		if called.Add(1) <= failures {
+			return 0, how()
+		}
+		return 7, nil
+	}, called
+}
+
+func TestRetry(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	policy := aegis.RetryPolicy{Attempts: 4, Backoff: time.Millisecond, AttemptTimeout: 50 * time.Millisecond}
+
+	// What ran is not sent again, whatever its error says.
+	fn, called := flaky(99, func() error { return &aegis.Error{Code: "UNAVAILABLE", NotRun: true} })
+	handle(t, svc, "ran", fn)
+	slow, slowCalled := flaky(1, func() error { time.Sleep(300 * time.Millisecond); return nil })
+	handle(t, svc, "slow", slow)
+	start(t, svc)
+	for _, opts := range [][]aegis.CallOption{{aegis.Retry(policy)}, {aegis.Sticky()}, {aegis.Idempotent(), aegis.Retry(policy)}} {
+		called.Store(0)
+		_, err := call[int, int](client, "svc", "ran", 1, opts...)
+		if e := fails(t, err, aegis.ErrUnavailable); e.NotRun || called.Load() != 1 {
+			t.Errorf("called %d times, %+v", called.Load(), e)
+		}
+	}
+
+	// A missing answer is waited for, unless the call is idempotent.
+	if got, err := call[int, int](client, "svc", "slow", 1, aegis.Retry(policy)); got != 0 || err != nil || slowCalled.Load() != 1 {
+		t.Errorf("got %d, %v after %d calls", got, err, slowCalled.Load())
+	}
+	slowCalled.Store(0)
+	if got, err := call[int, int](client, "svc", "slow", 1, aegis.Idempotent(), aegis.Retry(policy)); got != 7 || err != nil || slowCalled.Load() != 2 {
+		t.Errorf("got %d, %v after %d calls", got, err, slowCalled.Load())
+	}
+
+	// What did not reach a handler is sent again.
+	started := time.Now()
+	_, err := call[int, int](client, "late", "m", 1, aegis.Retry(policy))
+	if e := fails(t, err, aegis.ErrUnavailable, "late"); !e.NotRun {
+		t.Error("it says that it may have run")
+	}
+	if time.Since(started) > 2*time.Second {
+		t.Error("retrying took", time.Since(started))
+	}
+	result := make(chan error)
+	go func() {
+		_, err := call[int, int](client, "late", "m", 1, aegis.Sticky())
+		result <- err
+	}()
+	late := newService(t, srv, "late")
+	ok, _ := flaky(0, nil)
+	handle(t, late, "m", ok)
+	start(t, late)
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+
+	// Giving up says why, and that nothing ran.
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err = aegis.Call[int, int](ctx, client, "never", "m", 1, aegis.Sticky())
+	if e := fails(t, err, aegis.ErrTimeout, "never is not running"); !e.NotRun || !errors.Is(err, aegis.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %+v", e)
+	}
+
+	// Once an attempt may have run, the call may have, even if the last attempt did not.
+	once := newService(t, srv, "once")
+	release := make(chan struct{})
+	defer close(release)
+	handle(t, once, "m", func(context.Context, int) (int, error) {
+		go func() { _ = once.Stop(context.Background()) }()
+		<-release
+		return 0, nil
+	})
+	start(t, once)
+	_, err = call[int, int](client, "once", "m", 1, aegis.Idempotent(), aegis.Retry(aegis.RetryPolicy{Attempts: 2, Backoff: time.Millisecond, AttemptTimeout: 100 * time.Millisecond}))
+	if e := fails(t, err, aegis.ErrUnavailable, "once is not running"); e.NotRun {
+		t.Error("the first attempt ran, and the error says that none did")
+	}
+}
+
+func TestBreaker(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	client := newService(t, srv, "client", aegis.WithBreaker(aegis.BreakerPolicy{Failures: 3, Cooldown: 100 * time.Millisecond}))
+	for range 3 {
+		_, err := call[int, int](client, "svc", "m", 1)
+		fails(t, err, aegis.ErrUnavailable)
+	}
+	_, err := call[int, int](client, "svc", "m", 1)
+	if e := fails(t, err, aegis.ErrCircuitOpen, "svc", "3 times"); !e.NotRun {
+		t.Error("it says that it may have run")
+	}
+	_, err = call[int, int](client, "other", "m", 1)
+	fails(t, err, aegis.ErrUnavailable) // has a breaker of its own
+
+	svc := newService(t, srv, "svc")
+	inside, release := make(chan struct{}), make(chan struct{})
+	handle(t, svc, "m", func(context.Context, int) (int, error) {
+		close(inside)
+		<-release
+		return 7, nil
+	})
+	handle(t, svc, "refuse", func(context.Context, int) (int, error) { return 0, errors.New("no") })
+	start(t, svc)
+	probe := make(chan error)
+	go func() {
+		_, err := call[int, int](client, "svc", "m", 1, aegis.Sticky())
+		probe <- err
+	}()
+	<-inside
+	_, err = call[int, int](client, "svc", "m", 1) // one probe at a time
+	fails(t, err, aegis.ErrCircuitOpen)
+	close(release)
+	if err := <-probe; err != nil {
+		t.Error(err)
+	}
+	for range 10 { // what a handler returns doesn't count
+		_, err := call[int, int](client, "svc", "refuse", 1)
+		fails(t, err, aegis.ErrInternal)
+	}
+	for range 10 { // nor does a caller's cancel
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err := aegis.Call[int, int](ctx, client, "svc", "refuse", 1)
+		fails(t, err, aegis.ErrCanceled)
+	}
+	_, err = call[int, int](client, "svc", "refuse", 1)
+	fails(t, err, aegis.ErrInternal)
+}
+
+func TestMiddleware(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	var mu sync.Mutex
+	var order []string
+	note := func(name string) aegis.Middleware {
+		return func(next aegis.HandlerFunc) aegis.HandlerFunc {
+			return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+				mu.Lock()
+				order = append(order, fmt.Sprintf("%s %s %s %s", name, m.Kind, m.Subject, m.Source))
+				mu.Unlock()
+				return next(ctx, m)
+			}
+		}
+	}
+	auth := func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			if m.Header.Get("Authorization") != "secret" {
+				return nil, &aegis.Error{Code: "DENIED", Message: "no token"}
+			}
+			return next(ctx, m)
+		}
+	}
+	svc := newService(t, srv, "svc", aegis.WithMiddleware(note("outer"), auth), aegis.WithMiddleware(note("inner")))
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	client := newService(t, srv, "client")
+	_, err := call[string, string](client, "svc", "m", "hi")
+	if e := fails(t, err, &aegis.Error{Code: "DENIED"}, "no token"); !e.NotRun {
+		t.Error("it did not reach the handler, and the error doesn't say so")
+	}
+	got, err := aegis.Call[string, string](aegis.WithHeader(t.Context(), "Authorization", "secret"), client, "svc", "m", "hi")
+	if got != "hi" || err != nil {
+		t.Error(got, err)
+	}
+	if want := []string{"outer rpc rpc.svc.m client", "outer rpc rpc.svc.m client", "inner rpc rpc.svc.m client"}; !reflect.DeepEqual(order, want) {
+		t.Errorf("got %v", order)
+	}
+	careless := newService(t, srv, "careless", aegis.WithMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(_ context.Context, m *aegis.Message) ([]byte, error) { return next(context.Background(), m) }
+	}))
+	handle(t, careless, "m", echo)
+	start(t, careless)
+	_, err = call[string, string](client, "careless", "m", "hi")
+	fails(t, err, aegis.ErrInternal, "ctx")
+}
+
+// Codecs.
+
+type everything struct {
+	B     bool
+	I     int64 `json:"i"`
+	U     uint8
+	F     float64
+	S     string `json:"s,omitempty"`
+	D     []byte
+	L     []string
+	M     map[string]int
+	P     *everything `json:"p,omitempty"`
+	T     time.Time
+	Any   any
+	Skip  string `json:"-"`
+	inner int
+}
+
+func TestCodecs(t *testing.T) {
+	t.Parallel()
+	in := everything{B: true, I: -5, U: 200, F: 1.5, S: "ü", D: []byte{0, 255}, L: []string{"a", ""}, M: map[string]int{"x": 1},
+		P: &everything{S: "deep"}, T: time.Unix(1e9, 5).UTC(), Any: "a", Skip: "skipped", inner: 3}
+	want := in
+	want.Skip, want.inner = "", 0
+	for _, c := range []aegis.Codec{aegis.MsgPack, aegis.JSON} {
+		data, err := c.Marshal(&in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, _ := c.Marshal(&in)
+		if !bytes.Equal(data, again) {
+			t.Errorf("%s: equal values differ in bytes", c.ContentType())
+		}
+		var out everything
+		if err := c.Unmarshal(data, &out); err != nil {
+			t.Fatal(err)
+		}
+		out.T, out.P.T = out.T.UTC(), out.P.T.UTC()
+		want := want
+		want.P = out.P
+		if out.P.S != "deep" || !reflect.DeepEqual(out, want) {
+			t.Errorf("%s: got %+v, want %+v", c.ContentType(), out, want)
+		}
+		var raw map[string]any
+		if err := c.Unmarshal(data, &raw); err != nil || raw["s"] != "ü" || raw["Skip"] != nil {
+			t.Errorf("%s: got %v, %v", c.ContentType(), raw, err)
+		}
+	}
+}
+
+func TestMsgPackRefuses(t *testing.T) {
+	t.Parallel()
+	for name, data := range map[string][]byte{
+		"nothing":               {},
+		"a byte without use":    {0xc1},
+		"two values":            {1, 2},
+		"half a float":          {0xcb, 1, 2, 3},
+		"half a string":         {0xd9, 5, 'a'},
+		"half a length":         {0xdb, 0, 0},
+		"an array of 4 billion": {0xdd, 0xff, 0xff, 0xff, 0xff},
+		"a map of 4 billion":    {0xdf, 0xff, 0xff, 0xff, 0xff, 1, 1},
+		"bytes of 4 GB":         {0xc6, 0xff, 0xff, 0xff, 0xff, 1},
+		"an extension of 4 GB":  {0xc9, 0xff, 0xff, 0xff, 0xff, 1, 1},
+		"a million levels":      append(bytes.Repeat([]byte{0x91}, 1_000_000), 1),
+		"129 levels":            append(bytes.Repeat([]byte{0x91}, 129), 1),
+		"a map short of one":    {0x82, 1, 1, 2},
+		"an unhashable key":     {0x81, 0x91, 1, 1},
+	} {
+		var m map[any]any
+		if err := aegis.MsgPack.Unmarshal(data, &m); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+		var v any
+		if err := aegis.MsgPack.Unmarshal(data, &v); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+	var v any
+	if err := aegis.MsgPack.Unmarshal(append(bytes.Repeat([]byte{0x91}, 128), 1), &v); err != nil {
+		t.Error(err)
+	}
+}
+
+// FuzzMsgPack checks that hostile bytes cost no more memory than their length warrants, and no panic.
+func FuzzMsgPack(f *testing.F) {
+	for _, v := range []any{1, "s", []int{1, 2}, map[string]any{"i": 1, "L": []string{"a"}, "P": map[string]any{"M": map[string]int{"x": 1}}}, everything{}} {
+		data, err := aegis.MsgPack.Marshal(v)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Add([]byte{0xdd, 0x00, 0xff, 0xff, 0xff})
+	f.Add([]byte{0x81, 0xa1, 'L', 0xdd, 0x00, 0xff, 0xff, 0xff})
+	f.Add([]byte{0x81, 0xa1, 'M', 0xdf, 0x00, 0xff, 0xff, 0xff})
+	f.Add(bytes.Repeat([]byte{0x91}, 200))
+	element := uint64(reflect.TypeFor[everything]().Size())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		var list []everything
+		_ = aegis.MsgPack.Unmarshal(data, &list)
+		var one everything
+		_ = aegis.MsgPack.Unmarshal(data, &one)
+		var v any
+		_ = aegis.MsgPack.Unmarshal(data, &v)
+		runtime.ReadMemStats(&after)
+		if got, most := after.TotalAlloc-before.TotalAlloc, 256<<10+uint64(len(data))*4*element; got > most {
+			t.Errorf("%d bytes of input took %d bytes of memory, want at most %d", len(data), got, most)
+		}
+	})
+}
+
+// FuzzRequest sends what it likes, with a reply subject and headers of its own, and expects the service to answer and live on.
+func FuzzRequest(f *testing.F) {
+	srv := startServer(f)
+	svc := newService(f, srv, "svc")
+	handle(f, svc, "m", func(_ context.Context, e everything) (everything, error) { return e, nil })
+	start(f, svc)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(nc.Close)
+	f.Add([]byte("{}"), "_INBOX.client.ABCDEFGHIJKL.1.1.1000", "Content-Type", "application/json")
+	f.Add([]byte{0x80}, "_INBOX.client.ABCDEFGHIJKL.1.1-corr.99999999999999", "traceparent", "x")
+	f.Add([]byte{0xc1}, "...", "Nats-Service-Error-Code", "500")
+	f.Add([]byte("x"), "a.1", "Aegis-Correlation-Id", "x y")
+	f.Fuzz(func(t *testing.T, data []byte, reply, key, value string) {
+		_ = nc.PublishMsg(&nats.Msg{Subject: "rpc.svc.m", Reply: reply, Data: data, Header: nats.Header{key: {value}}})
+		_ = nc.Publish("rpc.svc.$cancel", data)
+		_ = nc.Publish("rpc.svc.$cancel", []byte(reply))
+		m, err := nc.RequestMsg(&nats.Msg{Subject: "rpc.svc.m", Data: data, Header: nats.Header{"X": {"1"}}}, 10*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if code := m.Header.Get("Nats-Service-Error-Code"); code != "" && code != "400" {
+			t.Errorf("got %s", m.Header)
+		}
+	})
+}
+
+// FuzzAnswer gives a caller hostile answers.
+func FuzzAnswer(f *testing.F) {
+	srv := startServer(f)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(nc.Close)
+	var answer atomic.Pointer[nats.Msg]
+	if _, err := nc.Subscribe("rpc.svc.m", func(m *nats.Msg) { _ = m.RespondMsg(answer.Load()) }); err != nil {
+		f.Fatal(err)
+	}
+	client := newService(f, srv, "client")
+	f.Add([]byte("{}"), "Nats-Service-Error-Code", "404")
+	f.Add([]byte{0x81, 0xa4, 'c', 'o', 'd', 'e', 0xa1, 'X'}, "Nats-Service-Error-Code", "")
+	f.Add([]byte{}, "Status", "503")
+	f.Add([]byte{0xc1}, "Content-Type", "application/json")
+	f.Fuzz(func(t *testing.T, data []byte, key, value string) {
+		if strings.ContainsAny(key, ": \r\n") || key == "" {
+			key = "X"
+		}
+		answer.Store(&nats.Msg{Data: data, Header: nats.Header{key: {value}}})
+		_, err := aegis.Call[int, everything](t.Context(), client, "svc", "m", 1, aegis.Retry(aegis.RetryPolicy{Attempts: 1}))
+		var e *aegis.Error
+		if err != nil && (!errors.As(err, &e) || err.Error() == "") {
+			t.Errorf("got %#v", err)
+		}
+		if errors.Is(err, context.DeadlineExceeded) && e.Source == "" {
+			t.Errorf("no answer: %v", err)
+		}
+	})
+}

@@ -1,0 +1,3 @@
+package aegis_test
+
+func runChild(string) int { return 0 }
