@@ -1232,12 +1232,12 @@ func TestRetry(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
-	policy := aegis.RetryPolicy{Attempts: 4, Backoff: time.Millisecond, AttemptTimeout: 50 * time.Millisecond}
+	policy := aegis.RetryPolicy{Attempts: 4, Backoff: time.Millisecond, AttemptTimeout: time.Second}
 
 	// What ran is not sent again, whatever its error says.
 	fn, called := flaky(99, func() error { return &aegis.Error{Code: "UNAVAILABLE", NotRun: true} })
 	handle(t, svc, "ran", fn)
-	slow, slowCalled := flaky(1, func() error { time.Sleep(300 * time.Millisecond); return nil })
+	slow, slowCalled := flaky(1, func() error { time.Sleep(1200 * time.Millisecond); return nil })
 	handle(t, svc, "slow", slow)
 	start(t, svc)
 	for _, opts := range [][]aegis.CallOption{{aegis.Retry(policy)}, {aegis.Sticky()}, {aegis.Idempotent(), aegis.Retry(policy)}} {
@@ -1297,7 +1297,7 @@ func TestRetry(t *testing.T) {
 		return 0, nil
 	})
 	start(t, once)
-	_, err = call[int, int](client, "once", "m", 1, aegis.Idempotent(), aegis.Retry(aegis.RetryPolicy{Attempts: 2, Backoff: time.Millisecond, AttemptTimeout: 100 * time.Millisecond}))
+	_, err = call[int, int](client, "once", "m", 1, aegis.Idempotent(), aegis.Retry(aegis.RetryPolicy{Attempts: 2, Backoff: time.Millisecond, AttemptTimeout: 500 * time.Millisecond}))
 	if e := fails(t, err, aegis.ErrUnavailable, "once is not running"); e.NotRun {
 		t.Error("the first attempt ran, and the error says that none did")
 	}
