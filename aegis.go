@@ -336,18 +336,20 @@ func (s *Service) stateErrorLocked(verb string) error {
 	return nil
 }
 
-// Run serves until ctx ends: Start, wait, Stop. Stop gets 30 s to finish what runs.
+// Run serves until ctx ends: Start, wait, Stop. Stop gets 30 s to finish what runs; it is called too when Start fails.
 func (s *Service) Run(ctx context.Context) error {
-	if err := s.Start(ctx); err != nil {
-		return err
-	}
-	select {
-	case <-ctx.Done():
-	case <-s.done: // stopped by someone else
+	err := s.Start(ctx)
+	if err == nil {
+		select {
+		case <-ctx.Done():
+		case <-s.done: // stopped by someone else
+		}
+	} else if ctx.Err() != nil {
+		err = nil // told to end before it had begun
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 	defer cancel()
-	return s.Stop(ctx)
+	return errors.Join(err, s.Stop(ctx))
 }
 
 // cancelGrace is how long Stop waits, once its ctx has ended, for handlers to heed the end of theirs.
@@ -383,13 +385,25 @@ func (s *Service) Stop(ctx context.Context) error {
 		e.drain()
 	}
 	// The answer to a flush comes after all that the server sent before it took the subscriptions away.
-	lost := s.flush(ctx)
+	var lost error
+	for _, c := range s.conns {
+		if err := c.flush(ctx); err != nil {
+			lost = err
+			for _, e := range endpoints {
+				e.cut(c)
+			}
+		}
+	}
 
 	finished := make(chan struct{})
 	go func() {
 		defer close(finished)
 		for _, e := range endpoints {
 			e.finish()
+		}
+		for _, e := range endpoints {
+			<-e.gone
+			e.watchdog.Stop()
 		}
 	}()
 	var late error
@@ -411,8 +425,8 @@ func (s *Service) Stop(ctx context.Context) error {
 		defer cancel()
 		ctx = flushCtx
 	}
-	if lost == nil {
-		lost = s.flush(ctx)
+	if err := s.flush(ctx); err != nil {
+		lost = err
 	}
 	if lost != nil {
 		lost = newError(ErrUnavailable, "Stop: %v: answers may be lost; the server ends the subscriptions with the connection", lost)
@@ -437,6 +451,7 @@ type conn struct {
 	inbox string        // the subject of the connection's slots, up to and including the dot
 	up    atomic.Bool   // as far as nats.go has told
 	drops atomic.Uint32 // how often the connection was lost
+	limit atomic.Int64  // the server's max_payload
 
 	sendMu  sync.Mutex // guards what goroutines put down to be published by the one that leads
 	leading bool
@@ -444,8 +459,9 @@ type conn struct {
 	spare   []outgoing
 
 	slotsMu sync.Mutex // guards the rest
-	slots   []*slot
-	free    []*slot
+	made    int        // slots that exist or are being made
+	slots   []*slot    // only ever appended to
+	free    []*slot    // the one used last comes last
 	sweeper *time.Timer
 	swept   atomic.Bool // the sweeper is set
 }
@@ -464,6 +480,8 @@ func (s *Service) connect() (*conn, error) {
 	opts.CustomReconnectDelayCB = func(rounds int) time.Duration { return backoff(rounds, 50*time.Millisecond, 5*time.Second) }
 	opts.IgnoreAuthErrorAbort = true // credentials may be renewed meanwhile
 	opts.PingInterval = 10 * time.Second
+	opts.FlusherTimeout = 2 * time.Second // a server that takes nothing any more is as good as gone
+	opts.ReconnectOnFlusherError = true
 	for _, opt := range s.cfg.nats {
 		if err := opt(&opts); err != nil {
 			return nil, newError(ErrInvalid, "WithNATS: %v", err)
@@ -481,13 +499,13 @@ func (s *Service) connect() (*conn, error) {
 		}
 	}
 	opts.ConnectedCB = func(nc *nats.Conn) {
-		c.up.Store(true)
+		c.connected(nc)
 		if connected != nil {
 			connected(nc)
 		}
 	}
 	opts.ReconnectedCB = func(nc *nats.Conn) {
-		c.up.Store(true)
+		c.connected(nc)
 		s.log.Info("reconnected to NATS", "url", nc.ConnectedUrlRedacted())
 		if reconnected != nil {
 			reconnected(nc)
@@ -512,6 +530,7 @@ func (s *Service) connect() (*conn, error) {
 		prefix = strings.TrimSuffix(nats.InboxPrefix, ".")
 	}
 	c.nc = nc
+	c.limit.Store(nc.MaxPayload())
 	c.inbox = prefix + "." + s.name + "." + rand.Text()[:connectionToken] + "."
 	return c, nil
 }
@@ -524,6 +543,11 @@ func redacted(urls []string) []string {
 		}
 	}
 	return out
+}
+
+func (c *conn) connected(nc *nats.Conn) {
+	c.limit.Store(nc.MaxPayload())
+	c.up.Store(true)
 }
 
 func (c *conn) disconnected() {
@@ -543,11 +567,13 @@ func (s *Service) pick() *conn {
 	return nil
 }
 
-// An outgoing message.
+// An outgoing message. It is not sent any more once clock passes until, if that is not 0, or the connection was lost since.
 type outgoing struct {
 	subject, reply string
 	header         nats.Header
 	data           []byte
+	until          time.Duration
+	drops          uint32
 }
 
 // publish sends m, together with what other goroutines publish at the same time. nats.go would write to the socket whenever
@@ -555,11 +581,18 @@ type outgoing struct {
 // That makes some 50 messages a write where there were 2, and costs a lone caller nothing. The error is m's own if it leads,
 // else nil: what can still fail then fails with the connection.
 func (c *conn) publish(m outgoing) error {
+	if !m.surelyFits(c.limit.Load()) {
+		return c.write(m)
+	}
 	c.sendMu.Lock()
-	if c.leading {
+	if c.leading && len(c.pending) < maxSlots {
 		c.pending = append(c.pending, m)
 		c.sendMu.Unlock()
 		return nil
+	}
+	if c.leading {
+		c.sendMu.Unlock()
+		return c.write(m)
 	}
 	c.leading = true
 	c.sendMu.Unlock()
@@ -572,14 +605,31 @@ func (c *conn) publish(m outgoing) error {
 	if len(batch) == 0 {
 		return err
 	}
+	now := clock()
 	for _, m := range batch {
-		_ = c.write(m)
+		if m.until > now && m.drops == c.drops.Load() {
+			_ = c.write(m)
+		}
 	}
 	clear(batch)
 	c.sendMu.Lock()
 	c.spare = batch[:0]
 	c.sendMu.Unlock()
 	return err
+}
+
+// surelyFits tells that nats.go won't turn m down, be it for its size or a header's key.
+func (m *outgoing) surelyFits(limit int64) bool {
+	size := len(m.data)
+	for key, values := range m.header {
+		if !isToken(key, 128) {
+			return false
+		}
+		for _, v := range values {
+			size += len(key) + len(v) + 4
+		}
+	}
+	return int64(size)+64 <= limit
 }
 
 func (c *conn) write(m outgoing) error {
@@ -596,18 +646,27 @@ func (s *Service) disconnectedError() *Error {
 	}
 }
 
-// flush waits until the server has processed what was sent on every connection.
+// flush waits until the servers have processed what was sent on every connection.
 func (s *Service) flush(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.timeout)
-	defer cancel()
+	var errs []error
 	for _, c := range s.conns {
-		var err error = nats.ErrDisconnected
-		if c.up.Load() {
-			err = c.nc.FlushWithContext(ctx)
-		}
-		if err != nil {
-			return newError(ErrUnavailable, "no answer from %s: %v", strings.Join(redacted(s.cfg.urls), ", "), err)
-		}
+		errs = append(errs, c.flush(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+func (c *conn) flush(ctx context.Context) error {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+	}
+	err := nats.ErrDisconnected
+	if c.up.Load() {
+		err = c.nc.FlushWithContext(ctx)
+	}
+	if err != nil {
+		return newError(ErrUnavailable, "no answer from %s: %v", strings.Join(redacted(c.nc.Servers()), ", "), err)
 	}
 	return nil
 }
@@ -618,7 +677,8 @@ func (s *Service) flush(ctx context.Context) error {
 type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
 
 // A Middleware wraps a handler, to check, measure or change what goes in and comes out. It must pass on the ctx that it was
-// given, or one derived from it. An error that it returns without calling next is one of a request that did not run.
+// given, or one derived from it, and not return before next does. An error that it returns without calling next is one of a
+// request that did not run.
 type Middleware func(next HandlerFunc) HandlerFunc
 
 // A Message is what a handler is called for, as middleware sees it. Source is the calling service by its own account, "" if
@@ -643,10 +703,11 @@ type endpoint struct {
 	done                func(r *request, data []byte, failure *Error)
 	limit, resident     int
 
-	queue    chan *nats.Msg // from the read loops
-	waiting  chan job       // from the gate; taken before the queue
-	stopping chan struct{}  // closed when no more messages will come
-	byConn   atomic.Pointer[map[*nats.Subscription]*conn]
+	queue      chan *nats.Msg // from the read loops
+	waiting    chan job       // from the gate; taken before the queue
+	overloaded *Error         // what the gate answers
+	stopping   chan struct{}  // closed when no more messages will come
+	byConn     atomic.Pointer[map[*nats.Subscription]*conn]
 
 	idle          atomic.Int32 // workers that wait for a message
 	gated         atomic.Bool
@@ -675,8 +736,8 @@ type job struct {
 }
 
 const (
-	queueSize     = 8192             // bounds what the read loops may put down before somebody looks
-	queueAlarm    = queueSize / 4    // a longer queue is too much for the machine, however fast the handler
+	queueSize     = 16384            // bounds what the read loops may put down before somebody looks
+	queueAlarm    = queueSize / 8    // a longer queue is too much for the machine, however fast the handler
 	slowHandler   = 100_000          // nanoseconds on average that are worth a worker for each message
 	watchInterval = time.Millisecond // a worker that handles one message for longer is held up
 	watchRounds   = 16               // without any movement, until the watchdog sleeps
@@ -694,6 +755,8 @@ func (s *Service) register(e *endpoint, opts []HandlerOption) error {
 	}
 	e.svc = s
 	e.limit = cfg.concurrency
+	e.overloaded = notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, e.limit))
+	e.overloaded.Source = s.name
 	e.resident = min(e.limit, runtime.GOMAXPROCS(0))
 	e.workers = map[*worker]bool{}
 	e.average.Store(2 * slowHandler) // until it is known better
@@ -723,6 +786,9 @@ func (s *Service) register(e *endpoint, opts []HandlerOption) error {
 		return nil
 	}
 	if err := e.open(); err != nil {
+		s.mu.Lock()
+		delete(s.endpoints, e.subject)
+		s.mu.Unlock()
 		return err
 	}
 	return s.flush(context.Background())
@@ -761,16 +827,25 @@ func (e *endpoint) drain() {
 	}
 }
 
-// finish waits until all that has arrived is handled and the workers are gone.
+// cut ends the subscriptions on a connection that can't be drained, so that they don't come back when it does.
+func (e *endpoint) cut(c *conn) {
+	if byConn := e.byConn.Load(); byConn != nil {
+		for sub, on := range *byConn {
+			if on == c {
+				_ = sub.Unsubscribe() // fails only on a closed connection
+			}
+		}
+	}
+}
+
+// finish lets the workers leave when all that has arrived is handled; e.gone tells when the last has.
 func (e *endpoint) finish() {
 	e.mu.Lock()
+	defer e.mu.Unlock()
 	close(e.stopping)
 	if e.alive == 0 {
 		close(e.gone)
 	}
-	e.mu.Unlock()
-	<-e.gone
-	e.watchdog.Stop()
 }
 
 // hire starts up to n workers within the limit, and returns how many.
@@ -806,6 +881,9 @@ func (e *endpoint) stopped() bool {
 func (e *endpoint) leave(w *worker) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if w == nil { // the gate
+		e.gated.Store(false)
+	}
 	delete(e.workers, w)
 	e.alive--
 	if e.alive == 0 && e.stopped() {
@@ -943,54 +1021,52 @@ func (e *endpoint) gateLocked() {
 		defer e.leave(nil)
 		tick := time.NewTicker(gateInterval)
 		defer tick.Stop()
-		for e.gated.Load() {
+		for {
 			select {
 			case m := <-e.queue:
 				select {
 				case e.waiting <- job{m, time.Now()}:
 				default:
 					e.shed.Add(1)
-					e.refuse(m, newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, e.limit))
+					e.answer(m, nil, nil, e.overloaded)
 				}
 			case <-tick.C:
-				e.openGate()
+				if len(e.waiting) == 0 && e.idle.Load() > 0 {
+					return
+				}
 			case <-e.stopping:
-				e.gated.Store(false)
+				return
 			}
 		}
 	}()
-}
-
-func (e *endpoint) openGate() {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.gated.Store(false)
-	if len(e.waiting) > 0 || e.idle.Load() == 0 {
-		e.gated.Store(true)
-	}
 }
 
 // dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to e.done: whatever
 // the handler does, even if it panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
 	var data []byte
-	err := error(newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name))
+	failure := errGoexit
 	defer func() {
 		if p := recover(); p != nil {
-			err = newError(ErrInternal, "panic in %s: %v", e.name, p)
+			failure = newError(ErrInternal, "panic in %s: %v", e.name, p)
 			e.svc.log.Error("handler panicked", "endpoint", e.name, "correlation_id", r.correlationID(), "error", p, "stack", string(debug.Stack()))
 		}
-		var failure *Error
-		if err != nil {
-			failure = asError(err)
-			failure.NotRun = !r.ran
-			failure.Source = e.svc.name
+		if failure == errGoexit {
+			failure = newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name)
+		}
+		if failure != nil {
+			f := *failure
+			f.Source, f.NotRun = e.svc.name, !r.ran
+			failure = &f
 		}
 		r.end()
 		e.done(r, data, failure)
 	}()
-	data, err = e.run(r, &r.msg)
+	data, err := e.run(r, &r.msg)
+	failure = asError(err)
 }
+
+var errGoexit = &Error{} // stands until the handler returns
 
 // The context of a message.
 

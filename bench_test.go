@@ -1,12 +1,22 @@
 package aegis_test
 
+// Each benchmark does the same work with raw nats.go in the same run, turn by turn, and reports both: what is named raw-… is the
+// baseline's, x-raw the ratio of the rates. Client, server and service share this process, and so the machine's cores. For
+// figures worth comparing, give it time: go test -run '^$' -bench . -benchtime 5s
+
 import (
+	"bufio"
 	"context"
 	"fmt"
+	"io"
+	"os"
+	"os/exec"
 	"runtime"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
-	"syscall"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,13 +24,172 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-type order struct {
+type benchOrder struct {
 	SKU string `json:"sku"`
 	Qty int    `json:"qty"`
 }
-type receipt struct {
-	ID    string  `json:"id"`
-	Total float64 `json:"total"`
+
+type benchReceipt struct {
+	ID string `json:"id"`
+}
+
+// BenchmarkCall compares a call that encodes and decodes a small struct each way with nats.go's Request of the same bytes,
+// answered in the subscription's callback: serially, and from 256 callers.
+func BenchmarkCall(b *testing.B) {
+	srv := startServer(b)
+	for _, callers := range []int{1, 256} {
+		for name, codec := range map[string]aegis.Codec{"msgpack": aegis.MsgPack, "json": aegis.JSON} {
+			b.Run(fmt.Sprintf("callers=%d/%s", callers, name), func(b *testing.B) {
+				service := "order-service-" + name
+				svc := newService(b, srv, service)
+				handle(b, svc, "create_order", func(_ context.Context, o benchOrder) (benchReceipt, error) {
+					return benchReceipt{ID: o.SKU}, nil
+				})
+				start(b, svc)
+				client := newService(b, srv, "client", aegis.WithCodec(codec))
+				order := benchOrder{SKU: "AAPL", Qty: 100}
+
+				request, _ := codec.Marshal(order)
+				response, _ := codec.Marshal(benchReceipt{ID: "AAPL"})
+				subject := "raw." + service + ".create_order"
+				responder, requester := rawConn(b, srv.ClientURL()), rawConn(b, srv.ClientURL())
+				if _, err := responder.QueueSubscribe(subject, service, func(m *nats.Msg) { _ = m.Respond(response) }); err != nil {
+					b.Fatal(err)
+				}
+				if err := responder.Flush(); err != nil {
+					b.Fatal(err)
+				}
+				versus(b, callers, func() error {
+					_, err := aegis.Call[benchOrder, benchReceipt](context.Background(), client, service, "create_order", order)
+					return err
+				}, func() error {
+					_, err := requester.Request(subject, request, 5*time.Second)
+					return err
+				})
+				_ = svc.Stop(context.Background())
+			})
+		}
+	}
+}
+
+// BenchmarkBesideSlow calls a fast method while 64 callers keep a slow one (10 ms) of the same service busy. The baseline is the
+// same fast method with nobody calling the slow one.
+func BenchmarkBesideSlow(b *testing.B) {
+	srv := startServer(b)
+	svc, client := newService(b, srv, "svc"), newService(b, srv, "client")
+	handle(b, svc, "fast", echo)
+	handle(b, svc, "slow", func(_ context.Context, s string) (string, error) {
+		time.Sleep(10 * time.Millisecond)
+		return s, nil
+	})
+	start(b, svc)
+	var busy atomic.Bool
+	var slow sync.WaitGroup
+	for range 64 {
+		slow.Go(func() {
+			for b.Context().Err() == nil {
+				if !busy.Load() {
+					time.Sleep(time.Millisecond)
+				} else if _, err := call[string, string](client, "svc", "slow", "x"); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	}
+	fast := func(beside bool) func() error {
+		return func() error {
+			busy.Store(beside)
+			_, err := call[string, string](client, "svc", "fast", "x")
+			return err
+		}
+	}
+	versus(b, 1, fast(true), fast(false))
+	b.Cleanup(slow.Wait)
+}
+
+// BenchmarkIdle measures a started service that nobody calls, in a process of its own: this test's binary, which has the
+// nats-server linked in (but not running) besides. Linux only.
+func BenchmarkIdle(b *testing.B) {
+	if runtime.GOOS != "linux" {
+		b.Skip("reads /proc")
+	}
+	srv := startServer(b)
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "AEGIS_TEST_CHILD=idle", "NATS_URL="+srv.ClientURL())
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		in.Close()
+		if err := cmd.Wait(); err != nil {
+			b.Error(err)
+		}
+	}()
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ready\n" {
+		b.Fatal(line, err)
+	}
+	ticks := func() float64 { // of 10 ms each: user and system time, https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
+		if err != nil {
+			b.Fatal(err)
+		}
+		fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')'):]))
+		user, _ := strconv.ParseFloat(fields[12], 64)
+		system, _ := strconv.ParseFloat(fields[13], 64)
+		return user + system
+	}
+	const watched = 3 * time.Second
+	before := ticks()
+	time.Sleep(watched)
+	b.ReportMetric(100*(ticks()-before)*0.01/watched.Seconds(), "%core")
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, rss, _ := strings.Cut(string(status), "VmRSS:")
+	kb, _ := strconv.ParseFloat(strings.Fields(rss)[0], 64)
+	b.ReportMetric(kb/1024, "MB-RSS")
+	b.ReportMetric(0, "ns/op")
+}
+
+// runChild is this binary as another process; it ends when its standard input does.
+func runChild(string) int {
+	svc, err := aegis.New("idle")
+	if err == nil {
+		err = aegis.Handle(svc, "create_order", createOrder)
+	}
+	if err == nil {
+		err = svc.Start(context.Background())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	fmt.Println("ready")
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	if err := svc.Stop(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+func rawConn(b *testing.B, url string) *nats.Conn {
+	nc, err := nats.Connect(url)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(nc.Close)
+	return nc
 }
 
 // versus runs b.N operations of aegis and as many of the baseline, in turns, so that both meet the same noise, and reports
@@ -42,8 +211,7 @@ func versus(b *testing.B, callers int, ours, raw func() error) {
 		b.ReportMetric(median(s, func(s sample) float64 { return s.rate }), prefix+"req/s")
 		b.ReportMetric(median(s, func(s sample) float64 { return s.p50 }), prefix+"p50-µs")
 		b.ReportMetric(median(s, func(s sample) float64 { return s.p99 }), prefix+"p99-µs")
-		b.ReportMetric(median(s, func(s sample) float64 { return s.allocs }), prefix+"allocs/op")
-		b.ReportMetric(median(s, func(s sample) float64 { return s.cpu }), prefix+"cpu-µs")
+		b.ReportMetric(median(s, func(s sample) float64 { return s.allocs }), prefix+"allocs/rt")
 	}
 	report("", a[:])
 	report("raw-", r[:])
@@ -51,13 +219,7 @@ func versus(b *testing.B, callers int, ours, raw func() error) {
 	b.ReportMetric(0, "ns/op")
 }
 
-type sample struct{ rate, p50, p99, allocs, cpu float64 }
-
-func cpuTime() time.Duration {
-	var u syscall.Rusage
-	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u)
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
+type sample struct{ rate, p50, p99, allocs float64 }
 
 func median[T any](s []T, of func(T) float64) float64 {
 	var v []float64
@@ -77,7 +239,6 @@ func load(b *testing.B, callers, n int, fn func() error) sample {
 	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	cpu := cpuTime()
 	start := time.Now()
 	var wg sync.WaitGroup
 	for i := range callers {
@@ -94,7 +255,6 @@ func load(b *testing.B, callers, n int, fn func() error) sample {
 	}
 	wg.Wait()
 	took := time.Since(start)
-	cpu = cpuTime() - cpu
 	runtime.ReadMemStats(&after)
 	all := slices.Concat(latencies...)
 	if len(all) == 0 {
@@ -106,41 +266,6 @@ func load(b *testing.B, callers, n int, fn func() error) sample {
 		rate:   float64(len(all)) / took.Seconds(),
 		p50:    micros(all[len(all)/2]),
 		p99:    micros(all[len(all)*99/100]),
-		cpu:    micros(cpu) / float64(len(all)),
 		allocs: float64(after.Mallocs-before.Mallocs) / float64(len(all)),
-	}
-}
-
-func BenchmarkCall(b *testing.B) {
-	srv := startServer(b)
-	svc, _ := aegis.New("order-service", aegis.WithURL(srv.ClientURL()), aegis.WithPool(1))
-	aegis.Handle(svc, "create_order", func(ctx context.Context, o order) (receipt, error) {
-		return receipt{ID: o.SKU}, nil
-	})
-	if err := svc.Start(b.Context()); err != nil {
-		b.Fatal(err)
-	}
-	defer svc.Stop(context.Background())
-	a, _ := nats.Connect(srv.ClientURL())
-	defer a.Close()
-	a.QueueSubscribe("rpc.order-service.create_order_raw", "x", func(m *nats.Msg) { m.Respond(m.Data) })
-	a.Flush()
-	for _, n := range []int{1, 256} {
-		for _, pool := range []int{1, 2, 4} {
-			b.Run(fmt.Sprintf("callers=%d/pool=%d", n, pool), func(b *testing.B) {
-				cl, _ := aegis.New("client", aegis.WithURL(srv.ClientURL()), aegis.WithPool(pool))
-				defer cl.Stop(context.Background())
-				c, _ := nats.Connect(srv.ClientURL())
-				defer c.Close()
-				data := make([]byte, 32)
-				versus(b, n, func() error {
-					_, err := aegis.Call[order, receipt](context.Background(), cl, "order-service", "create_order", order{"ABC", 3})
-					return err
-				}, func() error {
-					_, err := c.Request("rpc.order-service.create_order_raw", data, 5*time.Second)
-					return err
-				})
-			})
-		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	mrand "math/rand/v2"
 	"slices"
 	"strconv"
 	"strings"
@@ -94,10 +95,14 @@ func notRun(e *Error) *Error {
 	return e
 }
 
-// asError is the error that a handler's caller gets to see for err.
+// asError is the error that a handler's caller gets to see for err, nil for nil.
 func asError(err error) *Error {
 	e, ok := errors.AsType[*Error](err)
 	switch {
+	case err == nil:
+		return nil
+	case ok && e == nil:
+		return newError(ErrInternal, "the handler returned a nil *aegis.Error as an error: return nil itself")
 	case !ok && errors.Is(err, context.DeadlineExceeded):
 		return newError(ErrTimeout, "%v", err)
 	case !ok && errors.Is(err, context.Canceled):
@@ -191,9 +196,9 @@ type address struct {
 const connectionToken = 12 // characters: 60 random bits
 
 func parseAddress(reply string) (a address) {
-	last := strings.LastIndexByte(reply, '.')
-	ms, err := strconv.ParseUint(reply[last+1:], 10, 40)
-	if err != nil || ms == 0 {
+	last := max(strings.LastIndexByte(reply, '.'), 0)
+	ms, err := strconv.ParseUint(strings.TrimPrefix(reply[last:], "."), 10, 40)
+	if err != nil || ms == 0 || last == 0 {
 		return a
 	}
 	first := last
@@ -316,7 +321,7 @@ func (e *endpoint) serve(j job) {
 	case now.After(r.deadline), e.svc.cancels.has(m.Reply):
 		e.expired.Add(1)
 	case e.svc.draining.Load():
-		e.refuse(m, newError(ErrUnavailable, "instance %s is stopping", e.svc.id))
+		e.answer(m, nil, nil, &Error{Code: ErrUnavailable.Code, Message: "instance " + e.svc.id + " is stopping", Source: e.svc.name, NotRun: true})
 	default:
 		e.dispatch(r)
 		average := e.average.Load()
@@ -332,15 +337,13 @@ func (e *endpoint) reply(r *request, data []byte, failure *Error) {
 	}
 }
 
-// refuse answers a request that no handler gets to see.
-func (e *endpoint) refuse(m *nats.Msg, failure *Error) {
-	failure.Source = e.svc.name
-	e.answer(m, sniff(m.Data), nil, notRun(failure))
-}
-
+// answer sends a handler's answer, or a failure, in c; that is nil if the payload was not decoded.
 func (e *endpoint) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	if m.Reply == "" {
 		return
+	}
+	if failure != nil && c == nil {
+		c = sniff(m.Data)
 	}
 	out := &nats.Msg{Subject: m.Reply, Data: data}
 	if failure != nil {
@@ -372,12 +375,12 @@ func (e *endpoint) send(sub *nats.Subscription, out *nats.Msg) error {
 	var err error = nats.ErrDisconnected
 	if byConn := e.byConn.Load(); byConn != nil {
 		if c := (*byConn)[sub]; c != nil {
-			err = c.write(outgoing{out.Subject, "", out.Header, out.Data})
+			err = c.nc.PublishMsg(out)
 		}
 	}
-	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) {
+	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionClosed) {
 		if c := e.svc.pick(); c != nil {
-			err = c.write(outgoing{out.Subject, "", out.Header, out.Data})
+			err = c.nc.PublishMsg(out)
 		}
 	}
 	return err
@@ -467,15 +470,14 @@ var plainCall callConfig
 // or its answer can't be decoded. [ErrClosed]: s was stopped. All but those of ctx come at once.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
 	var resp, zero Resp
-	data, p, err := marshal(s.cfg.codec, &req)
+	data, buf, err := marshal(s.cfg.codec, &req)
 	if err != nil {
 		return zero, notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
 	}
-	answer, failure := s.call(ctx, service, method, data, opts)
+	answer, failure := s.call(ctx, service, method, data, buf, opts)
 	if failure != nil {
-		return zero, failure // the request may still wait to be published
+		return zero, failure
 	}
-	p.release()
 	if len(answer.Data) == 0 { // from a service that isn't aegis
 		return zero, nil
 	}
@@ -489,7 +491,8 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 	return resp, nil
 }
 
-func (s *Service) call(ctx context.Context, service, method string, data []byte, opts []CallOption) (*nats.Msg, *Error) {
+// call sends data, which buf holds, and releases buf when no attempt can still wait to be published.
+func (s *Service) call(ctx context.Context, service, method string, data []byte, buf *packer, opts []CallOption) (*nats.Msg, *Error) {
 	cfg := &plainCall
 	if len(opts) > 0 {
 		cfg = &callConfig{}
@@ -529,6 +532,9 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 		}
 		answer, failure, again := s.attempt(ctx, &x, breaker, service, cfg)
 		if failure == nil {
+			if !cfg.idempotent {
+				buf.release()
+			}
 			return answer, nil
 		}
 		mayHaveRun = mayHaveRun || !failure.NotRun
@@ -662,29 +668,39 @@ func (c *conn) wakeSlots() (calls bool) {
 // slot takes the free slot that was used last, or makes one; nil if all are in use.
 func (c *conn) slot() (*slot, error) {
 	c.slotsMu.Lock()
-	defer c.slotsMu.Unlock()
 	if n := len(c.free); n > 0 {
 		sl := c.free[n-1]
 		c.free = c.free[:n-1]
+		c.slotsMu.Unlock()
 		return sl, nil
 	}
-	n := len(c.slots)
+	n := c.made
 	if n == maxSlots {
+		c.slotsMu.Unlock()
 		return nil, nil
 	}
-	sl := &slot{prefix: c.inbox + strconv.Itoa(n) + ".", answers: make(chan *nats.Msg, 8)}
+	c.made++
+	c.slotsMu.Unlock()
+	sl := &slot{prefix: c.inbox + strconv.Itoa(n) + ".", calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, 32)}
 	if _, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers); err != nil {
 		return nil, err
 	}
+	c.slotsMu.Lock()
 	c.slots = append(c.slots, sl)
+	c.slotsMu.Unlock()
 	return sl, nil
 }
 
-func (c *conn) release(sl *slot) {
+// release puts a slot back: last in turn if it may still get an answer, lest many late ones leave no room for the next.
+func (c *conn) release(sl *slot, answered bool) {
 	sl.until.Store(0)
 	c.slotsMu.Lock()
-	c.free = append(c.free, sl)
-	c.slotsMu.Unlock()
+	defer c.slotsMu.Unlock()
+	if answered {
+		c.free = append(c.free, sl)
+	} else {
+		c.free = slices.Insert(c.free, 0, sl)
+	}
 }
 
 // request publishes x and waits for its answer, for x.limit at most. Whatever goes wrong becomes an Error here.
@@ -702,14 +718,14 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 			break
 		}
 		sl, err := c.slot()
-		if err != nil {
-			return nil, notRun(newError(ErrUnavailable, "subscribing to %s>: %v", c.inbox, err))
+		if err != nil { // the connection is closed
+			continue
 		}
 		if sl == nil {
 			return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers: try later, or use WithPool for more connections", maxSlots))
 		}
 		answer, failure := s.exchange(ctx, c, sl, x)
-		c.release(sl)
+		c.release(sl, failure == nil)
 		if failure != errDropped {
 			return answer, failure
 		}
@@ -724,23 +740,26 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 	for len(sl.answers) > 0 { // late ones
 		<-sl.answers
 	}
-	sl.calls++
-	var buf [192]byte
+	sl.calls += 1 + mrand.Uint64N(1<<20) // no one can tell the next from the last
+	var buf [256]byte
 	b := append(buf[:0], sl.prefix...)
-	b = strconv.AppendUint(b, sl.calls, 10)
+	b = strconv.AppendUint(b, sl.calls, 36)
 	if x.correlation != "" {
 		b = append(append(b, '-'), x.correlation...)
 	}
 	b = strconv.AppendInt(append(b, '.'), max(x.limit.Milliseconds(), 1), 10)
 	x.reply = string(b)
 	drops := c.drops.Load()
+	if !c.up.Load() {
+		return nil, errDropped
+	}
 	sl.drops.Store(drops)
 	sl.until.Store(int64(x.until))
 	if !c.swept.Load() && c.swept.CompareAndSwap(false, true) {
 		c.sweeper.Reset(sweepInterval)
 	}
 
-	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data}); {
+	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data, x.until, drops}); {
 	case err == nil:
 		x.sent = true
 	case errors.Is(err, nats.ErrReconnectBufExceeded):

@@ -1,3 +1,0 @@
-package aegis_test
-
-func runChild(string) int { return 0 }
