@@ -38,15 +38,16 @@ type benchReceipt struct {
 func BenchmarkCall(b *testing.B) {
 	srv := startServer(b)
 	for _, callers := range []int{1, 256} {
-		for name, codec := range map[string]aegis.Codec{"msgpack": aegis.MsgPack, "json": aegis.JSON} {
+		for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON} {
+			name := strings.TrimPrefix(codec.ContentType(), "application/")
 			b.Run(fmt.Sprintf("callers=%d/%s", callers, name), func(b *testing.B) {
 				service := "order-service-" + name
-				svc := newService(b, srv, service)
+				svc := newService(b, srv, service, aegis.WithPool(1)) // as many connections as the baseline has
 				handle(b, svc, "create_order", func(_ context.Context, o benchOrder) (benchReceipt, error) {
 					return benchReceipt{ID: o.SKU}, nil
 				})
 				start(b, svc)
-				client := newService(b, srv, "client", aegis.WithCodec(codec))
+				client := newService(b, srv, "client", aegis.WithPool(1), aegis.WithCodec(codec))
 				order := benchOrder{SKU: "AAPL", Qty: 100}
 
 				request, _ := codec.Marshal(order)
