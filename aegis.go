@@ -662,7 +662,7 @@ func (c *conn) flush(ctx context.Context) error {
 		defer cancel()
 	}
 	err := nats.ErrDisconnected
-	if c.up.Load() {
+	if c.nc.IsConnected() { // else it would wait for the connection to come back; losing it now ends the wait
 		err = c.nc.FlushWithContext(ctx)
 	}
 	if err != nil {
