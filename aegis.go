@@ -410,13 +410,15 @@ func (s *Service) Stop(ctx context.Context) error {
 	select {
 	case <-finished:
 	case <-ctx.Done():
-		s.draining.Store(true)
-		s.cancel()
 		running := 0
 		for _, e := range endpoints {
-			running += int(e.running())
+			running += e.running()
 		}
-		late = newError(ErrTimeout, "Stop: %v with %d handlers running; their ctx has ended", ctx.Err(), running)
+		if running > 0 {
+			late = newError(ErrTimeout, "Stop: %v with %d handlers running; their ctx has ended", ctx.Err(), running)
+		}
+		s.draining.Store(true)
+		s.cancel()
 		select {
 		case <-finished:
 		case <-time.After(cancelGrace):
@@ -425,11 +427,14 @@ func (s *Service) Stop(ctx context.Context) error {
 		defer cancel()
 		ctx = flushCtx
 	}
-	if err := s.flush(ctx); err != nil {
-		lost = err
+	for _, c := range s.conns {
+		if err := c.flush(ctx); err != nil {
+			lost = err
+		}
 	}
 	if lost != nil {
-		lost = newError(ErrUnavailable, "Stop: %v: answers may be lost; the server ends the subscriptions with the connection", lost)
+		lost = newError(ErrUnavailable, "Stop: no answer from %s: %v; answers may be lost, and the server ends the subscriptions with the connection",
+			strings.Join(redacted(s.cfg.urls), ", "), lost)
 	}
 	return errors.Join(late, lost)
 }
@@ -648,11 +653,13 @@ func (s *Service) disconnectedError() *Error {
 
 // flush waits until the servers have processed what was sent on every connection.
 func (s *Service) flush(ctx context.Context) error {
-	var errs []error
+	var lost error
 	for _, c := range s.conns {
-		errs = append(errs, c.flush(ctx))
+		if err := c.flush(ctx); err != nil {
+			lost = newError(ErrUnavailable, "no answer from %s: %v", strings.Join(redacted(s.cfg.urls), ", "), err)
+		}
 	}
-	return errors.Join(errs...)
+	return lost
 }
 
 func (c *conn) flush(ctx context.Context) error {
@@ -661,14 +668,10 @@ func (c *conn) flush(ctx context.Context) error {
 		ctx, cancel = context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 	}
-	err := nats.ErrDisconnected
-	if c.nc.IsConnected() { // else it would wait for the connection to come back; losing it now ends the wait
-		err = c.nc.FlushWithContext(ctx)
+	if !c.nc.IsConnected() { // it would wait for the connection to come back; losing it now ends the wait
+		return nats.ErrDisconnected
 	}
-	if err != nil {
-		return newError(ErrUnavailable, "no answer from %s: %v", strings.Join(redacted(c.nc.Servers()), ", "), err)
-	}
-	return nil
+	return c.nc.FlushWithContext(ctx)
 }
 
 // Dispatch: from a message to a handler and back.

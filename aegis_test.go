@@ -1217,6 +1217,236 @@ func TestManyCallsAtOnce(t *testing.T) {
 	}
 }
 
+// A request that can't be sent fails as such in whatever company it is.
+func TestTooLargeInACrowd(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) { o.MaxPayload = 32 << 10 })
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	handle(t, svc, "take", func(_ context.Context, b []byte) (int, error) { return len(b), nil })
+	start(t, svc)
+	promptly(t, func() {
+		var calls sync.WaitGroup
+		for i := range 64 {
+			calls.Go(func() {
+				switch i % 4 {
+				case 0:
+					_, err := call[[]byte, int](client, "svc", "take", make([]byte, 40<<10))
+					fails(t, err, aegis.ErrInvalid, "32768")
+				case 1:
+					_, err := aegis.Call[[]byte, int](aegis.WithHeader(t.Context(), "bad key", "v"), client, "svc", "take", nil)
+					fails(t, err, aegis.ErrInvalid, "bad key")
+				default:
+					if n, err := call[[]byte, int](client, "svc", "take", make([]byte, 10<<10)); n != 10<<10 || err != nil {
+						t.Error(n, err)
+					}
+				}
+			})
+		}
+		calls.Wait()
+	})
+}
+
+// A peer that takes nothing any more holds up neither calls beyond their deadline nor Stop.
+func TestStalledConnection(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	p := startProxy(t, srv)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "take", func(_ context.Context, b []byte) (int, error) { return len(b), nil })
+	start(t, svc)
+	client := newService(t, srv, "client", aegis.WithURL("nats://"+p.address))
+	if _, err := call[[]byte, int](client, "svc", "take", nil); err != nil {
+		t.Fatal(err)
+	}
+	p.stall()
+	begin := time.Now()
+	var calls sync.WaitGroup
+	for range 100 {
+		calls.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			defer cancel()
+			_, err := aegis.Call[[]byte, int](ctx, client, "svc", "take", make([]byte, 500<<10))
+			if !errors.Is(err, aegis.ErrTimeout) && !errors.Is(err, aegis.ErrUnavailable) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	calls.Wait()
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("calls with 0.5 s to live took %v", took)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	begin = time.Now()
+	fails(t, client.Stop(ctx), aegis.ErrUnavailable)
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("Stop with 1 s took %v", took)
+	}
+}
+
+// A proxy stands between clients and a server, and can stop to carry anything.
+type proxy struct {
+	address string
+	stalled chan struct{}
+}
+
+func (p *proxy) stall() { close(p.stalled) }
+
+func startProxy(tb testing.TB, srv *server.Server) *proxy {
+	tb.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	p := &proxy{address: l.Addr().String(), stalled: make(chan struct{})}
+	ended := make(chan struct{})
+	tb.Cleanup(func() { close(ended); l.Close() })
+	carry := func(to, from net.Conn) {
+		defer to.Close()
+		defer from.Close()
+		buf := make([]byte, 32<<10)
+		for {
+			n, err := from.Read(buf)
+			select {
+			case <-p.stalled:
+				<-ended
+				return
+			default:
+			}
+			if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
+				return
+			}
+		}
+	}
+	go func() {
+		for {
+			in, err := l.Accept()
+			if err != nil {
+				return
+			}
+			out, err := net.Dial("tcp", srv.Addr().String())
+			if err != nil {
+				in.Close()
+				continue
+			}
+			go carry(out, in)
+			go carry(in, out)
+		}
+	}()
+	return p
+}
+
+// Late answers to many calls that were given up must leave room for the answer to the next.
+func TestManyLateAnswersAtOnce(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	requests := make(chan *nats.Msg, 100)
+	if _, err := nc.ChanSubscribe("rpc.svc.m", requests); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	client := newService(t, srv, "client", aegis.WithPool(1))
+	const given = 20
+	for range given {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		_, err := aegis.Call[int, int](ctx, client, "svc", "m", 1)
+		cancel()
+		fails(t, err, aegis.ErrTimeout)
+	}
+	result := make(chan error)
+	go func() {
+		n, err := call[int, int](client, "svc", "m", 7)
+		if err == nil && n != 7 {
+			err = fmt.Errorf("got %d, want 7", n)
+		}
+		result <- err
+	}()
+	for range given + 1 { // the last one last
+		m := <-requests
+		for range 3 {
+			_ = m.Respond(m.Data)
+		}
+	}
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+}
+
+// Whoever sends more than can be handled gets an answer to each request all the same.
+func TestFlood(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc", aegis.WithConcurrency(4))
+	handle(t, svc, "m", func(context.Context, int) (int, error) {
+		time.Sleep(time.Millisecond)
+		return 0, nil
+	})
+	start(t, svc)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	const requests = 10_000
+	var answers, refused atomic.Int64
+	if _, err := nc.Subscribe("answers", func(m *nats.Msg) {
+		if m.Header.Get("Nats-Service-Error-Code") == "429" {
+			refused.Add(1)
+		}
+		answers.Add(1)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for range requests {
+		if err := nc.PublishRequest("rpc.svc.m", "answers", []byte("1")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "each is answered", func() bool { return answers.Load() == requests })
+	if refused.Load() < requests/2 {
+		t.Errorf("only %d of %d were refused", refused.Load(), requests)
+	}
+}
+
+// Stop with a connection down serves out what the others bring.
+func TestStopWithAConnectionDown(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc", aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return time.Hour })))
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	other := newService(t, srv, "svc")
+	handle(t, other, "m", echo)
+	start(t, other)
+	client := newService(t, srv, "client")
+	stop := hammer(t, client, 16, "svc", "m", func(err error) { t.Error(err) })
+	idle := func(n int) func() bool { return func() bool { return srv.NumClients() == n } }
+	eventually(t, "all are connected", idle(6))
+	time.Sleep(20 * time.Millisecond)
+	stop()
+	id, err := svc.Conn().GetClientID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := srv.DisconnectClientByID(id); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "one is gone", idle(5))
+	stop = hammer(t, client, 16, "svc", "m", func(err error) { t.Error(err) })
+	time.Sleep(20 * time.Millisecond)
+	fails(t, svc.Stop(t.Context()), aegis.ErrUnavailable)
+	if stop() == 0 {
+		t.Error("no calls")
+	}
+}
+
 // Retry, breaker, middleware.
 
 // flaky fails the first calls: each instance of it can be asked how often it was called.
