@@ -439,12 +439,23 @@ func (s *Service) Stop(ctx context.Context) error {
 	return errors.Join(late, lost)
 }
 
-// close gives up what is local: it ends every handler's ctx and closes the connections.
+// close gives up what is local: it ends every handler's ctx and all calls, and closes the connections. One that is just trying
+// to connect closes when nats.go's connect timeout is over; that isn't waited for.
 func (s *Service) close() {
 	s.cancel()
+	var closing sync.WaitGroup
 	for _, c := range s.conns {
-		c.nc.Close()
 		c.disconnected()
+		closing.Go(c.nc.Close)
+	}
+	closed := make(chan struct{})
+	go func() {
+		closing.Wait()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(cancelGrace):
 	}
 }
 
@@ -465,7 +476,8 @@ type conn struct {
 
 	slotsMu sync.Mutex // guards the rest
 	made    int        // slots that exist or are being made
-	slots   []*slot    // only ever appended to
+	serial  int        // of the last one made
+	slots   []*slot    // appended to, or replaced as a whole
 	free    []*slot    // the one used last comes last
 	sweeper *time.Timer
 	swept   atomic.Bool // the sweeper is set
@@ -668,7 +680,7 @@ func (c *conn) flush(ctx context.Context) error {
 		ctx, cancel = context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 	}
-	if !c.nc.IsConnected() { // it would wait for the connection to come back; losing it now ends the wait
+	if !c.up.Load() || !c.nc.IsConnected() { // it would wait for the connection to come back; losing it now ends the wait
 		return nats.ErrDisconnected
 	}
 	return c.nc.FlushWithContext(ctx)

@@ -622,7 +622,9 @@ var errNobody = notRun(newError(ErrUnavailable, "nobody listens"))
 // subject tells it from a late one to an earlier call. A nil among the answers tells the caller to look whether its time is up
 // or its connection was lost; waiting for those in a select would cost more than all the rest of a call.
 type slot struct {
+	sub     *nats.Subscription
 	prefix  string
+	missed  int // calls that were given up; their answers may still come, and fill answers
 	calls   uint64
 	answers chan *nats.Msg
 	until   atomic.Int64  // in the time of clock; 0 while there is no call
@@ -649,7 +651,7 @@ func (c *conn) sweep() {
 
 func (c *conn) wakeSlots() (calls bool) {
 	c.slotsMu.Lock()
-	slots := c.slots // only ever appended to
+	slots := c.slots
 	c.slotsMu.Unlock()
 	now, drops := int64(clock()), c.drops.Load()
 	for _, sl := range slots {
@@ -674,33 +676,45 @@ func (c *conn) slot() (*slot, error) {
 		c.slotsMu.Unlock()
 		return sl, nil
 	}
-	n := c.made
-	if n == maxSlots {
+	if c.made == maxSlots {
 		c.slotsMu.Unlock()
 		return nil, nil
 	}
 	c.made++
+	c.serial++
+	n := c.serial
 	c.slotsMu.Unlock()
-	sl := &slot{prefix: c.inbox + strconv.Itoa(n) + ".", calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, 32)}
-	if _, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers); err != nil {
+	sl := &slot{prefix: c.inbox + strconv.Itoa(n) + ".", calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, 4*maxMissed)}
+	sub, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers)
+	c.slotsMu.Lock()
+	defer c.slotsMu.Unlock()
+	if err != nil {
+		c.made--
 		return nil, err
 	}
-	c.slotsMu.Lock()
+	sl.sub = sub
 	c.slots = append(c.slots, sl)
-	c.slotsMu.Unlock()
 	return sl, nil
 }
 
-// release puts a slot back: last in turn if it may still get an answer, lest many late ones leave no room for the next.
+const maxMissed = 8
+
+// release puts a slot back, or ends it if many late answers to it may be on their way.
 func (c *conn) release(sl *slot, answered bool) {
 	sl.until.Store(0)
+	if !answered {
+		if sl.missed++; sl.missed == maxMissed {
+			_ = sl.sub.Unsubscribe() // fails only on a closed connection
+		}
+	}
 	c.slotsMu.Lock()
 	defer c.slotsMu.Unlock()
-	if answered {
+	if sl.missed < maxMissed {
 		c.free = append(c.free, sl)
-	} else {
-		c.free = slices.Insert(c.free, 0, sl)
+		return
 	}
+	c.made--
+	c.slots = slices.DeleteFunc(slices.Clone(c.slots), func(other *slot) bool { return other == sl })
 }
 
 // request publishes x and waits for its answer, for x.limit at most. Whatever goes wrong becomes an Error here.
