@@ -132,7 +132,8 @@ func WithNATS(opts ...nats.Option) Option {
 	return func(c *config) { c.nats = append(c.nats, opts...) }
 }
 
-// WithPool sets the number of connections, 1 to 64. The default is 2.
+// WithPool sets the number of connections, 1 to 64. The default is 2. Each carries up to 8192 calls at a time; what exceeds that
+// fails at once with [ErrOverloaded].
 func WithPool(size int) Option {
 	return func(c *config) {
 		c.check(size >= 1 && size <= 64, "WithPool(%d): want 1 to 64 connections", size)
