@@ -525,6 +525,7 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 		end = now + time.Until(deadline)
 	}
 	mayHaveRun := false
+	var last *Error
 	for attempt := 1; ; attempt++ {
 		x.limit, x.until = end-now, end
 		if cfg.idempotent && x.limit > policy.AttemptTimeout {
@@ -540,8 +541,12 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 		mayHaveRun = mayHaveRun || !failure.NotRun
 		failure.NotRun = !mayHaveRun
 		if !again || attempt >= policy.Attempts {
+			if failure.Source == "" && (failure.Code == ErrTimeout.Code || failure.Code == ErrCanceled.Code) {
+				failure.Cause = last // tells more than that the time was up
+			}
 			return nil, failure
 		}
+		last = failure
 		pause := time.NewTimer(min(backoff(attempt, policy.Backoff, policy.MaxBackoff), end-clock()))
 		select {
 		case <-pause.C:
