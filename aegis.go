@@ -213,18 +213,58 @@ func WithMiddleware(mw ...Middleware) Option {
 type HandlerOption func(*handlerConfig)
 
 type handlerConfig struct {
-	concurrency int
-	err         error
+	kind               string // of message
+	concurrency        int
+	attempts           int
+	backoff, maxPause  time.Duration
+	deadline           time.Duration
+	durable            string
+	broadcast, replays bool
+	err                error // of the first option that was out of range
+}
+
+func (c *handlerConfig) check(ok bool, format string, args ...any) {
+	if !ok && c.err == nil {
+		c.err = newError(ErrInvalid, format, args...)
+	}
 }
 
 // Concurrency sets how many messages the handler works on at once, 1 or more, in each instance. The default is that of
-// [WithConcurrency].
+// [WithConcurrency]. Events are handled in the order in which they were stored if it is 1, by all instances together: one
+// waits until the one before it is done with, retries included.
 func Concurrency(n int) HandlerOption {
 	return func(c *handlerConfig) {
-		if n < 1 || n > maxConcurrency {
-			c.err = newError(ErrInvalid, "Concurrency(%d): want 1 to %d", n, maxConcurrency)
-		}
+		c.check(n >= 1 && n <= maxConcurrency, "Concurrency(%d): want 1 to %d", n, maxConcurrency)
 		c.concurrency = n
+	}
+}
+
+// Attempts sets how often an event is handled, 1 or more in all, until it is set aside as a dead letter. The default is 5.
+func Attempts(n int) HandlerOption {
+	return func(c *handlerConfig) {
+		c.check(c.kind != kindRPC, "Attempts(%d): a request is tried once; see Retry for its caller", n)
+		c.check(n >= 1, "Attempts(%d): want 1 or more", n)
+		c.attempts = n
+	}
+}
+
+// Backoff sets the pause after a failed attempt: random between 0 and first, doubled after each further one, at most max.
+// Both must be positive, and first no longer than max. The default is Backoff(500*time.Millisecond, time.Minute).
+func Backoff(first, max time.Duration) HandlerOption {
+	return func(c *handlerConfig) {
+		c.check(c.kind != kindRPC, "Backoff(%v, %v): a request is tried once; see Retry for its caller", first, max)
+		c.check(first > 0 && first <= max, "Backoff(%v, %v): want 0 < first <= max", first, max)
+		c.backoff, c.maxPause = first, max
+	}
+}
+
+// Deadline sets how long one attempt at an event may take until its ctx ends: more than 0. The default is 5 minutes. (The
+// deadline of a request is its caller's.)
+func Deadline(d time.Duration) HandlerOption {
+	return func(c *handlerConfig) {
+		c.check(c.kind != kindRPC, "Deadline(%v): the deadline of a request is its caller's", d)
+		c.check(d > 0, "Deadline(%v): want more than 0", d)
+		c.deadline = d
 	}
 }
 
@@ -317,7 +357,7 @@ func (s *Service) Start(ctx context.Context) error {
 	s.mu.Unlock()
 
 	for _, e := range endpoints {
-		if err := e.open(); err != nil {
+		if err := e.open(ctx); err != nil {
 			return err
 		}
 	}
@@ -383,7 +423,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		_ = sub.Unsubscribe() // fails only on a closed connection
 	}
 	for _, e := range endpoints {
-		e.drain()
+		e.source.drain()
 	}
 	// The answer to a flush comes after all that the server sent before it took the subscriptions away.
 	var lost error
@@ -391,7 +431,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		if err := c.flush(ctx); err != nil {
 			lost = err
 			for _, e := range endpoints {
-				e.cut(c)
+				e.source.cut(c)
 			}
 		}
 	}
@@ -399,13 +439,11 @@ func (s *Service) Stop(ctx context.Context) error {
 	finished := make(chan struct{})
 	go func() {
 		defer close(finished)
+		var all sync.WaitGroup
 		for _, e := range endpoints {
-			e.finish()
+			all.Go(func() { e.finish(ctx) })
 		}
-		for _, e := range endpoints {
-			<-e.gone
-			e.watchdog.Stop()
-		}
+		all.Wait()
 	}()
 	var late error
 	select {
@@ -475,11 +513,11 @@ type conn struct {
 	pending []outgoing
 	spare   []outgoing
 
-	slotsMu sync.Mutex // guards the rest
-	made    int        // slots that exist or are being made
-	serial  int        // of the last one made
-	slots   []*slot    // appended to, or replaced as a whole
-	free    []*slot    // the one used last comes last
+	slotsMu sync.Mutex    // guards the rest
+	made    int           // slots that exist or are being made
+	inboxes atomic.Uint64 // made so far
+	slots   []*slot       // appended to, or replaced as a whole
+	free    []*slot       // the one used last comes last
 	sweeper *time.Timer
 	swept   atomic.Bool // the sweeper is set
 }
@@ -697,10 +735,13 @@ type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
 // request that did not run.
 type Middleware func(next HandlerFunc) HandlerFunc
 
-// A Message is what a handler is called for, as middleware sees it. Source is the calling service by its own account, "" if
-// unknown. Header is nil if there is none, and must not be changed.
+// The kinds of messages.
+const kindRPC, kindEvent = "rpc", "event"
+
+// A Message is what a handler is called for, as middleware sees it. Source is the service that sent it by its own account, ""
+// if unknown. Header is nil if there is none, and must not be changed.
 type Message struct {
-	Kind, Subject, Source string // Kind is "rpc"
+	Kind, Subject, Source string // Kind is "rpc" or "event"
 	Header                nats.Header
 	Data                  []byte
 }
@@ -714,16 +755,15 @@ type Message struct {
 // refuses the rest at once.
 type endpoint struct {
 	svc                 *Service
+	source              source
 	kind, name, subject string
 	run                 HandlerFunc
-	done                func(r *request, data []byte, failure *Error)
 	limit, resident     int
 
-	queue      chan *nats.Msg // from the read loops
-	waiting    chan job       // from the gate; taken before the queue
-	overloaded *Error         // what the gate answers
-	stopping   chan struct{}  // closed when no more messages will come
-	byConn     atomic.Pointer[map[*nats.Subscription]*conn]
+	queue    chan *nats.Msg  // from the source
+	waiting  chan job        // from the gate; taken before the queue
+	refuse   func(*nats.Msg) // what the gate does to the rest; nil if the source brings no more than may run
+	stopping chan struct{}   // closed when no more messages will come
 
 	idle          atomic.Int32 // workers that wait for a message
 	gated         atomic.Bool
@@ -732,8 +772,6 @@ type endpoint struct {
 	expired, shed atomic.Uint64
 
 	mu       sync.Mutex // guards the rest
-	subs     []*nats.Subscription
-	drained  bool // subscribe no more
 	workers  map[*worker]bool
 	alive    int           // workers and gate
 	gone     chan struct{} // closed when stopping and none is alive
@@ -743,7 +781,9 @@ type endpoint struct {
 
 type worker struct {
 	turns atomic.Uint32 // odd while it handles a message
-	seen  uint32        // by the watchdog, under the endpoint's mu
+	msg   atomic.Pointer[nats.Msg]
+	seen  uint32 // by the watchdog, under the endpoint's mu
+	kept  uint32 // by inProgress, likewise
 }
 
 type job struct {
@@ -760,19 +800,28 @@ const (
 	gateInterval  = 10 * time.Millisecond
 )
 
-// register adds a handler, wrapped in the service's middleware, and opens it if the service is serving.
-func (s *Service) register(e *endpoint, opts []HandlerOption) error {
-	cfg := handlerConfig{concurrency: s.cfg.concurrency}
+// A source brings messages into an endpoint's queue.
+type source interface {
+	open(ctx context.Context) error // begins, unless drain was called
+	drain()                         // asks for no more; what is under way still comes, until the connections are flushed
+	cut(c *conn)                    // gives up what was to come by a connection that is down
+	close(ctx context.Context)      // puts the last into the queue
+	serve(j job, now time.Time)     // handles one message
+	done(r *request, data []byte, failure *Error)
+}
+
+func (s *Service) handlerConfig(kind string, opts []HandlerOption) (handlerConfig, error) {
+	cfg := handlerConfig{kind: kind, concurrency: s.cfg.concurrency, attempts: 5, backoff: 500 * time.Millisecond, maxPause: time.Minute, deadline: 5 * time.Minute}
 	for _, opt := range opts {
 		opt(&cfg)
 	}
-	if cfg.err != nil {
-		return cfg.err
-	}
+	return cfg, cfg.err
+}
+
+// register adds a handler, wrapped in the service's middleware, and opens it if the service is serving.
+func (s *Service) register(e *endpoint, concurrency int) error {
 	e.svc = s
-	e.limit = cfg.concurrency
-	e.overloaded = notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, e.limit))
-	e.overloaded.Source = s.name
+	e.limit = concurrency
 	e.resident = min(e.limit, runtime.GOMAXPROCS(0))
 	e.workers = map[*worker]bool{}
 	e.average.Store(2 * slowHandler) // until it is known better
@@ -788,80 +837,50 @@ func (s *Service) register(e *endpoint, opts []HandlerOption) error {
 	s.mu.Lock()
 	if s.state == stopping {
 		defer s.mu.Unlock()
-		return s.stateErrorLocked("adding " + e.subject)
+		return s.stateErrorLocked("adding " + e.name)
 	}
-	if s.endpoints[e.subject] != nil {
+	key := e.kind + " " + e.name
+	if s.endpoints[key] != nil {
 		s.mu.Unlock()
-		return newError(ErrInvalid, "%s has a handler already", e.subject)
+		return newError(ErrInvalid, "%s has a handler already: a second one for the same events needs a name, Durable", e.subject)
 	}
-	s.endpoints[e.subject] = e
+	s.endpoints[key] = e
 	serving := s.state == started
 	s.mu.Unlock()
 
 	if !serving {
 		return nil
 	}
-	if err := e.open(); err != nil {
-		s.mu.Lock()
-		delete(s.endpoints, e.subject)
-		s.mu.Unlock()
-		return err
+	ctx, cancel := context.WithTimeout(s.base, s.cfg.timeout)
+	defer cancel()
+	err := e.open(ctx)
+	if err == nil {
+		return s.flush(ctx)
 	}
-	return s.flush(context.Background())
+	s.mu.Lock()
+	delete(s.endpoints, key)
+	s.mu.Unlock()
+	e.source.drain()
+	e.finish(ctx)
+	return err
 }
 
-// open subscribes on every connection, to the service's subject and to the instance's own.
-func (e *endpoint) open() error {
+func (e *endpoint) open(ctx context.Context) error {
 	e.hire(e.resident)
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	byConn := map[*nats.Subscription]*conn{}
-	for _, c := range e.svc.conns {
-		for _, subject := range []string{e.subject, e.subject + "." + e.svc.id} {
-			if e.drained {
-				return newError(ErrClosed, "service %s was stopped", e.svc.name)
-			}
-			sub, err := c.nc.ChanQueueSubscribe(subject, e.svc.name, e.queue)
-			if err != nil {
-				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
-			}
-			e.subs = append(e.subs, sub)
-			byConn[sub] = c
-		}
-	}
-	e.byConn.Store(&byConn)
-	return nil
+	return e.source.open(ctx)
 }
 
-// drain ends the subscriptions but keeps what is under way to them.
-func (e *endpoint) drain() {
+// finish waits until all that has arrived is handled.
+func (e *endpoint) finish(ctx context.Context) {
+	e.source.close(ctx)
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.drained = true
-	for _, sub := range e.subs {
-		_ = sub.Drain() // fails only on a closed connection
-	}
-}
-
-// cut ends the subscriptions on a connection that can't be drained, so that they don't come back when it does.
-func (e *endpoint) cut(c *conn) {
-	if byConn := e.byConn.Load(); byConn != nil {
-		for sub, on := range *byConn {
-			if on == c {
-				_ = sub.Unsubscribe() // fails only on a closed connection
-			}
-		}
-	}
-}
-
-// finish lets the workers leave when all that has arrived is handled; e.gone tells when the last has.
-func (e *endpoint) finish() {
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	close(e.stopping)
 	if e.alive == 0 {
 		close(e.gone)
 	}
+	e.mu.Unlock()
+	<-e.gone
+	e.watchdog.Stop()
 }
 
 // hire starts up to n workers within the limit, and returns how many.
@@ -929,14 +948,21 @@ func (e *endpoint) work(w *worker) {
 			done = true
 			return
 		}
+		w.msg.Store(j.msg)
 		w.turns.Add(1)
 		if !e.watched.Load() && e.watched.CompareAndSwap(false, true) {
 			e.watchdog.Reset(watchInterval)
 		}
-		if e.idle.Load() == 0 && e.average.Load() > slowHandler {
+		average := e.average.Load()
+		if e.idle.Load() == 0 && average > slowHandler {
 			e.hire(1)
 		}
-		e.serve(j)
+		begin := time.Now()
+		if j.arrived.IsZero() {
+			j.arrived = begin
+		}
+		e.source.serve(j, begin)
+		e.average.Store(average + (int64(time.Since(begin))-average)/8)
 		w.turns.Add(1)
 	}
 }
@@ -1028,7 +1054,7 @@ func (e *endpoint) gate() {
 }
 
 func (e *endpoint) gateLocked() {
-	if e.gated.Load() || e.stopped() {
+	if e.refuse == nil || e.gated.Load() || e.stopped() {
 		return
 	}
 	e.gated.Store(true)
@@ -1044,7 +1070,7 @@ func (e *endpoint) gateLocked() {
 				case e.waiting <- job{m, time.Now()}:
 				default:
 					e.shed.Add(1)
-					e.answer(m, nil, nil, e.overloaded)
+					e.refuse(m)
 				}
 			case <-tick.C:
 				if len(e.waiting) == 0 && e.idle.Load() > 0 {
@@ -1057,7 +1083,7 @@ func (e *endpoint) gateLocked() {
 	}()
 }
 
-// dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to e.done: whatever
+// dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to the source's done: whatever
 // the handler does, even if it panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
 	var data []byte
@@ -1076,7 +1102,7 @@ func (e *endpoint) dispatch(r *request) {
 			failure = &f
 		}
 		r.end()
-		e.done(r, data, failure)
+		e.source.done(r, data, failure)
 	}()
 	data, err := e.run(r, &r.msg)
 	failure = asError(err)
@@ -1094,11 +1120,13 @@ type request struct {
 	in              *nats.Msg
 	reply           string
 	from            address
-	id              string // if it has no reply subject
+	id              string // if the reply subject tells none
 	deadline        time.Time
-	packer          *packer // holds the answer
-	codec           Codec   // of the payload, once it was decoded
-	ran             bool    // the handler was called
+	packer          *packer   // holds the answer
+	codec           Codec     // of the payload, once it was decoded
+	undecodable     bool      // the payload
+	ran             bool      // the handler was called
+	delivery        *delivery // nil for a request
 
 	mu     sync.Mutex // guards timed and cancel
 	timed  context.Context
@@ -1130,7 +1158,9 @@ func (r *request) live() context.Context {
 	defer r.mu.Unlock()
 	if r.timed == nil {
 		r.timed, r.cancel = context.WithDeadline(r.Context, r.deadline)
-		r.svc.cancels.add(r.reply, r.cancel)
+		if r.reply != "" {
+			r.svc.cancels.add(r.reply, r.cancel)
+		}
 	}
 	return r.timed
 }
@@ -1275,3 +1305,5 @@ func (s *Service) subscribeOwn() error {
 	}
 	return nil
 }
+
+type delivery struct{}

@@ -22,6 +22,9 @@ func (s *Service) answerInfo(m *nats.Msg) {
 	}
 	s.mu.Lock()
 	for _, e := range s.endpoints {
+		if e.kind != kindRPC {
+			continue
+		}
 		info.Endpoints = append(info.Endpoints, micro.EndpointInfo{Name: e.name, Subject: e.subject, QueueGroup: s.name, Metadata: map[string]string{}})
 	}
 	s.mu.Unlock()

@@ -252,15 +252,11 @@ func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, R
 		return newError(ErrInvalid, "method %q: its function is nil", method)
 	}
 	return s.handle(method, func(ctx context.Context, m *Message) ([]byte, error) {
-		r := requestOf(ctx)
-		if r == nil {
-			return nil, newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
-		}
 		var req Req
-		if err := r.decode(m, &req); err != nil {
+		r, err := decode(ctx, m, &req)
+		if err != nil {
 			return nil, err
 		}
-		r.ran = true
 		resp, err := fn(ctx, req)
 		if err != nil {
 			return nil, err
@@ -278,33 +274,99 @@ func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) e
 	if !isMethod(method) {
 		return newError(ErrInvalid, "method %q: want a letter, then letters, digits and _", method)
 	}
-	e := &endpoint{kind: "rpc", name: method, subject: "rpc." + s.name + "." + method, run: run}
-	e.done = e.reply
-	return s.register(e, opts)
+	cfg, err := s.handlerConfig(kindRPC, opts)
+	if err != nil {
+		return err
+	}
+	e := &endpoint{kind: kindRPC, name: method, subject: "rpc." + s.name + "." + method, run: run}
+	e.source = &subjects{endpoint: e}
+	overloaded := notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, cfg.concurrency))
+	overloaded.Source = s.name
+	e.refuse = func(m *nats.Msg) { e.source.(*subjects).answer(m, nil, nil, overloaded) }
+	return s.register(e, cfg.concurrency)
 }
 
 func isMethod(s string) bool { return isName(s, 128) && !strings.Contains(s, "-") }
 
-// decode reads the message's payload into v, and notes its codec for the answer.
-func (r *request) decode(m *Message, v any) error {
+// decode reads the payload of the message that ctx belongs to into v, and notes its codec for the answer.
+func decode(ctx context.Context, m *Message, v any) (*request, error) {
+	r := requestOf(ctx)
+	if r == nil {
+		return nil, newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
+	}
 	c, err := codecFor(m.Header, m.Data, r.svc.cfg.codec)
 	if err == nil {
 		r.codec = c
 		err = c.Unmarshal(m.Data, v)
 	}
 	if err != nil {
-		return newError(ErrInvalid, "the payload of %s is not %T: %v", m.Subject, v, err)
+		r.undecodable = true
+		return nil, newError(ErrInvalid, "the payload of %s is not %T: %v", m.Subject, v, err)
 	}
+	r.ran = true
+	return r, nil
+}
+
+// subjects is where requests come from: the service's subject of the method, and the instance's own, on every connection.
+type subjects struct {
+	*endpoint
+	byConn atomic.Pointer[map[*nats.Subscription]*conn]
+
+	mu      sync.Mutex // guards the rest
+	subs    []*nats.Subscription
+	drained bool // subscribe no more
+}
+
+func (q *subjects) open(context.Context) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	byConn := map[*nats.Subscription]*conn{}
+	for _, c := range q.svc.conns {
+		for _, subject := range []string{q.subject, q.subject + "." + q.svc.id} {
+			if q.drained {
+				return newError(ErrClosed, "service %s was stopped", q.svc.name)
+			}
+			sub, err := c.nc.ChanQueueSubscribe(subject, q.svc.name, q.queue)
+			if err != nil {
+				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
+			}
+			q.subs = append(q.subs, sub)
+			byConn[sub] = c
+		}
+	}
+	q.byConn.Store(&byConn)
 	return nil
 }
 
+func (q *subjects) drain() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.drained = true
+	for _, sub := range q.subs {
+		_ = sub.Drain() // fails only on a closed connection
+	}
+}
+
+// cut ends the subscriptions on c, so that they don't come back when it does.
+func (q *subjects) cut(c *conn) {
+	if byConn := q.byConn.Load(); byConn != nil {
+		for sub, on := range *byConn {
+			if on == c {
+				_ = sub.Unsubscribe() // fails only on a closed connection
+			}
+		}
+	}
+}
+
+func (q *subjects) close(context.Context) {}
+
 // serve handles one request and answers it.
-func (e *endpoint) serve(j job) {
-	m, now := j.msg, time.Now()
+func (q *subjects) serve(j job, now time.Time) {
+	m := j.msg
 	r := &request{
-		Context: e.svc.base,
-		svc:     e.svc,
-		msg:     Message{Kind: e.kind, Subject: m.Subject, Header: m.Header, Data: m.Data},
+		Context: q.svc.base,
+		svc:     q.svc,
+		msg:     Message{Kind: q.kind, Subject: m.Subject, Header: m.Header, Data: m.Data},
 		in:      m,
 		reply:   m.Reply,
 		from:    parseAddress(m.Reply),
@@ -313,32 +375,27 @@ func (e *endpoint) serve(j job) {
 	if m.Reply == "" {
 		r.id = rand.Text()
 	}
-	if j.arrived.IsZero() {
-		j.arrived = now
-	}
-	r.deadline = j.arrived.Add(orDefault(r.from.budget, e.svc.cfg.timeout))
+	r.deadline = j.arrived.Add(orDefault(r.from.budget, q.svc.cfg.timeout))
 	switch {
-	case now.After(r.deadline), e.svc.cancels.has(m.Reply):
-		e.expired.Add(1)
-	case e.svc.draining.Load():
-		e.answer(m, nil, nil, &Error{Code: ErrUnavailable.Code, Message: "instance " + e.svc.id + " is stopping", Source: e.svc.name, NotRun: true})
+	case now.After(r.deadline), q.svc.cancels.has(m.Reply):
+		q.expired.Add(1)
+	case q.svc.draining.Load():
+		q.answer(m, nil, nil, &Error{Code: ErrUnavailable.Code, Message: "instance " + q.svc.id + " is stopping", Source: q.svc.name, NotRun: true})
 	default:
-		e.dispatch(r)
-		average := e.average.Load()
-		e.average.Store(average + (int64(time.Since(now))-average)/8)
+		q.dispatch(r)
 	}
 }
 
-// reply answers what a handler has handled.
-func (e *endpoint) reply(r *request, data []byte, failure *Error) {
-	e.answer(r.in, r.codec, data, failure)
-	if len(e.svc.cfg.middleware) == 0 { // which may have kept the data
+// done answers what a handler has handled.
+func (q *subjects) done(r *request, data []byte, failure *Error) {
+	q.answer(r.in, r.codec, data, failure)
+	if len(q.svc.cfg.middleware) == 0 { // which may have kept the data
 		r.packer.release()
 	}
 }
 
 // answer sends a handler's answer, or a failure, in c; that is nil if the payload was not decoded.
-func (e *endpoint) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
+func (q *subjects) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	if m.Reply == "" {
 		return
 	}
@@ -353,33 +410,33 @@ func (e *endpoint) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 			out.Header = nats.Header{headerContentType: {label}}
 		}
 	}
-	err := e.send(m.Sub, out)
+	err := q.send(m.Sub, out)
 	if errors.Is(err, nats.ErrMaxPayload) {
 		tooLarge := newError(ErrInternal, "the answer of %s has %d bytes, more than the server's max_payload of %d: split it, or raise that limit",
-			e.name, len(out.Data), e.svc.Conn().MaxPayload())
+			q.name, len(out.Data), q.svc.Conn().MaxPayload())
 		if failure != nil {
 			tooLarge.Code, tooLarge.NotRun = failure.Code, failure.NotRun
 		}
-		tooLarge.Source = e.svc.name
+		tooLarge.Source = q.svc.name
 		out.Header, out.Data = tooLarge.encode(c)
-		err = e.send(m.Sub, out)
+		err = q.send(m.Sub, out)
 	}
 	if err != nil {
-		e.svc.log.Warn("an answer was lost", "endpoint", e.name, "correlation_id", parseAddress(m.Reply).correlationID(), "error", err)
+		q.svc.log.Warn("an answer was lost", "endpoint", q.name, "correlation_id", parseAddress(m.Reply).correlationID(), "error", err)
 	}
 }
 
 // send publishes an answer on the connection that the request came by: others may not know the caller's inbox yet. If that
 // connection is gone, another will do.
-func (e *endpoint) send(sub *nats.Subscription, out *nats.Msg) error {
+func (q *subjects) send(sub *nats.Subscription, out *nats.Msg) error {
 	var err error = nats.ErrDisconnected
-	if byConn := e.byConn.Load(); byConn != nil {
+	if byConn := q.byConn.Load(); byConn != nil {
 		if c := (*byConn)[sub]; c != nil {
 			err = c.nc.PublishMsg(out)
 		}
 	}
 	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionClosed) {
-		if c := e.svc.pick(); c != nil {
+		if c := q.svc.pick(); c != nil {
 			err = c.nc.PublishMsg(out)
 		}
 	}
@@ -392,10 +449,36 @@ func (e *endpoint) send(sub *nats.Subscription, out *nats.Msg) error {
 type CallOption func(*callConfig)
 
 type callConfig struct {
+	kind               string // of message
 	sticky, idempotent bool
 	retry              *RetryPolicy
 	instance           string
-	err                error
+	version, key       string
+	err                *Error // of the first option that can't be used
+}
+
+func (c *callConfig) check(ok bool, format string, args ...any) {
+	if !ok && c.err == nil {
+		c.err = notRun(newError(ErrInvalid, format, args...))
+	}
+}
+
+// callConfigs are those without any option: an event has an id, so that it may be sent again.
+var callConfigs = map[string]*callConfig{
+	kindRPC:   {kind: kindRPC},
+	kindEvent: {kind: kindEvent, idempotent: true},
+}
+
+func newCallConfig(kind string, opts []CallOption) *callConfig {
+	plain := callConfigs[kind]
+	if len(opts) == 0 {
+		return plain
+	}
+	cfg := *plain
+	for _, opt := range opts {
+		opt(&cfg)
+	}
+	return &cfg
 }
 
 // A RetryPolicy says how often and when a call is sent again. The pause before attempt n+1 is random between 0 and
@@ -412,9 +495,7 @@ type RetryPolicy struct {
 // overloaded, without an active instance, or behind an open circuit breaker.
 func Retry(p RetryPolicy) CallOption {
 	return func(c *callConfig) {
-		if p.Attempts < 0 || p.Backoff < 0 || p.MaxBackoff < 0 || p.AttemptTimeout < 0 {
-			c.err = newError(ErrInvalid, "Retry(%+v): negative", p)
-		}
+		c.check(p.Attempts >= 0 && p.Backoff >= 0 && p.MaxBackoff >= 0 && p.AttemptTimeout >= 0, "Retry(%+v): negative", p)
 		c.retry = &p
 	}
 }
@@ -430,9 +511,8 @@ func Idempotent() CallOption { return func(c *callConfig) { c.idempotent = true 
 // ToInstance addresses the instance with this id.
 func ToInstance(id string) CallOption {
 	return func(c *callConfig) {
-		if !isToken(id, maxInstance) {
-			c.err = newError(ErrInvalid, "ToInstance(%q): want 1 to %d of a-z, A-Z, 0-9, - and _", id, maxInstance)
-		}
+		c.check(c.kind == kindRPC, "ToInstance(%q): only calls are addressed to an instance", id)
+		c.check(isToken(id, maxInstance), "ToInstance(%q): want 1 to %d of a-z, A-Z, 0-9, - and _", id, maxInstance)
 		c.instance = id
 	}
 }
@@ -457,8 +537,6 @@ func (c *callConfig) policy() RetryPolicy {
 	p.AttemptTimeout = orDefault(p.AttemptTimeout, time.Second)
 	return p
 }
-
-var plainCall callConfig
 
 // Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The
 // time that is left travels along and bounds the handler's ctx; when ctx is cancelled, so is the handler's.
@@ -491,22 +569,16 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 	return resp, nil
 }
 
-// call sends data, which buf holds, and releases buf when no attempt can still wait to be published.
+// call sends data, which buf holds.
 func (s *Service) call(ctx context.Context, service, method string, data []byte, buf *packer, opts []CallOption) (*nats.Msg, *Error) {
-	cfg := &plainCall
-	if len(opts) > 0 {
-		cfg = &callConfig{}
-		for _, opt := range opts {
-			opt(cfg)
-		}
-	}
+	cfg := newCallConfig(kindRPC, opts)
 	switch {
 	case !isName(service, maxService):
 		return nil, notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
 	case !isMethod(method):
 		return nil, notRun(newError(ErrInvalid, "method %q: want a letter, then letters, digits and _", method))
 	case cfg.err != nil:
-		return nil, notRun(asError(cfg.err))
+		return nil, cfg.err
 	}
 	x := exchange{subject: "rpc." + service + "." + method, data: data}
 	if cfg.instance != "" {
@@ -516,9 +588,16 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 	if label := contentType(s.cfg.codec, data); label != "" {
 		x.header = withHeader(x.header, headerContentType, label)
 	}
-	policy := cfg.policy()
 	breaker := s.breakers.get(service, s.cfg.breaker)
+	return s.persist(ctx, &x, cfg, buf, func() (*nats.Msg, *Error, bool) {
+		return s.attempt(ctx, &x, breaker, service, cfg)
+	})
+}
 
+// persist makes attempts, within the time that ctx gives, until one succeeds or may not be followed by another. It releases buf,
+// which holds x.data, if no attempt can still wait to be published.
+func (s *Service) persist(ctx context.Context, x *exchange, cfg *callConfig, buf *packer, attempt func() (answer *nats.Msg, failure *Error, again bool)) (*nats.Msg, *Error) {
+	policy := cfg.policy()
 	now := clock()
 	end := now + s.cfg.timeout
 	if deadline, ok := ctx.Deadline(); ok {
@@ -526,28 +605,28 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 	}
 	mayHaveRun := false
 	var last *Error
-	for attempt := 1; ; attempt++ {
+	for n := 1; ; n++ {
 		x.limit, x.until = end-now, end
 		if cfg.idempotent && x.limit > policy.AttemptTimeout {
 			x.limit, x.until = policy.AttemptTimeout, now+policy.AttemptTimeout
 		}
-		answer, failure, again := s.attempt(ctx, &x, breaker, service, cfg)
+		answer, failure, again := attempt()
 		if failure == nil {
-			if !cfg.idempotent {
+			if n == 1 {
 				buf.release()
 			}
 			return answer, nil
 		}
 		mayHaveRun = mayHaveRun || !failure.NotRun
 		failure.NotRun = !mayHaveRun
-		if !again || attempt >= policy.Attempts {
+		if !again || n >= policy.Attempts {
 			if failure.Source == "" && (failure.Code == ErrTimeout.Code || failure.Code == ErrCanceled.Code) {
 				failure.Cause = last // tells more than that the time was up
 			}
 			return nil, failure
 		}
 		last = failure
-		pause := time.NewTimer(min(backoff(attempt, policy.Backoff, policy.MaxBackoff), end-clock()))
+		pause := time.NewTimer(min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
 		select {
 		case <-pause.C:
 		case <-ctx.Done():
@@ -555,7 +634,7 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 		pause.Stop()
 		now = clock()
 		if err := ctx.Err(); err != nil || now >= end {
-			given := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, attempt)
+			given := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, n)
 			if errors.Is(err, context.Canceled) {
 				given.Code = ErrCanceled.Code
 			}
@@ -588,7 +667,7 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 		s.sendCancel(service, x.reply)
 	}
 	unreached := failure.NotRun && slices.Contains(passing, failure.Code)
-	missing := !answered && !failure.NotRun && (failure.Code == ErrUnavailable.Code || failure.Code == ErrTimeout.Code)
+	missing := !answered && isMissing(failure)
 	switch {
 	case failure.Code == ErrNotActive.Code:
 		b.report(probe, neither)
@@ -604,6 +683,11 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 
 // passing are the codes of what may have passed by itself in a moment.
 var passing = []string{ErrUnavailable.Code, ErrOverloaded.Code, ErrNotActive.Code, ErrCircuitOpen.Code}
+
+// isMissing tells that request sent its message but got no answer.
+func isMissing(failure *Error) bool {
+	return !failure.NotRun && (failure.Code == ErrUnavailable.Code || failure.Code == ErrTimeout.Code)
+}
 
 // Request: a message out, the one answer back.
 
@@ -672,6 +756,15 @@ func (c *conn) wakeSlots() (calls bool) {
 	return calls
 }
 
+// await has the slot woken at that time, or when the connection is lost for more than the drops-th time.
+func (c *conn) await(sl *slot, until time.Duration, drops uint32) {
+	sl.drops.Store(drops)
+	sl.until.Store(int64(until))
+	if !c.swept.Load() && c.swept.CompareAndSwap(false, true) {
+		c.sweeper.Reset(sweepInterval)
+	}
+}
+
 // slot takes the free slot that was used last, or makes one; nil if all are in use.
 func (c *conn) slot() (*slot, error) {
 	c.slotsMu.Lock()
@@ -686,10 +779,13 @@ func (c *conn) slot() (*slot, error) {
 		return nil, nil
 	}
 	c.made++
-	c.serial++
-	n := c.serial
 	c.slotsMu.Unlock()
-	sl := &slot{prefix: c.inbox + strconv.Itoa(n) + ".", calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, 4*maxMissed)}
+	return c.newSlot(4 * maxMissed)
+}
+
+// newSlot makes a slot, which counts as made, with room for so many answers.
+func (c *conn) newSlot(room int) (*slot, error) {
+	sl := &slot{prefix: c.newInbox() + ".", calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sub, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers)
 	c.slotsMu.Lock()
 	defer c.slotsMu.Unlock()
@@ -701,6 +797,9 @@ func (c *conn) slot() (*slot, error) {
 	c.slots = append(c.slots, sl)
 	return sl, nil
 }
+
+// newInbox is a subject for answers that no one else uses.
+func (c *conn) newInbox() string { return c.inbox + strconv.FormatUint(c.inboxes.Add(1), 10) }
 
 const maxMissed = 8
 
@@ -772,11 +871,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 	if !c.up.Load() {
 		return nil, errDropped
 	}
-	sl.drops.Store(drops)
-	sl.until.Store(int64(x.until))
-	if !c.swept.Load() && c.swept.CompareAndSwap(false, true) {
-		c.sweeper.Reset(sweepInterval)
-	}
+	c.await(sl, x.until, drops)
 
 	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data, x.until, drops}); {
 	case err == nil:
