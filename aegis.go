@@ -97,6 +97,7 @@ type config struct {
 	logger      *slog.Logger
 	timeout     time.Duration
 	concurrency int
+	replicas    int
 	breaker     BreakerPolicy
 	middleware  []Middleware
 	err         error // of the first option that was out of range
@@ -193,6 +194,15 @@ func WithConcurrency(n int) Option {
 	}
 }
 
+// WithReplicas sets on how many servers of a cluster each stream is kept that the service makes, 1 to 5. The default is 1. It
+// has no effect on streams that exist.
+func WithReplicas(n int) Option {
+	return func(c *config) {
+		c.check(n >= 1 && n <= 5, "WithReplicas(%d): want 1 to 5", n)
+		c.replicas = n
+	}
+}
+
 // WithBreaker puts a circuit breaker before each service that is called. There is none by default.
 func WithBreaker(p BreakerPolicy) Option {
 	return func(c *config) {
@@ -286,6 +296,7 @@ func New(name string, opts ...Option) (*Service, error) {
 		codec:       MsgPack,
 		timeout:     5 * time.Second,
 		concurrency: 1024,
+		replicas:    1,
 	}
 	if env := os.Getenv("NATS_URL"); env != "" {
 		WithURL(strings.Split(env, ",")...)(&cfg)
@@ -783,7 +794,8 @@ type worker struct {
 	turns atomic.Uint32 // odd while it handles a message
 	msg   atomic.Pointer[nats.Msg]
 	seen  uint32 // by the watchdog, under the endpoint's mu
-	kept  uint32 // by inProgress, likewise
+	kept  uint32 // by longRunning, likewise
+	long  int
 }
 
 type job struct {
@@ -858,10 +870,13 @@ func (s *Service) register(e *endpoint, concurrency int) error {
 		return s.flush(ctx)
 	}
 	s.mu.Lock()
+	stopped := s.state == stopping // which sees to it
 	delete(s.endpoints, key)
 	s.mu.Unlock()
-	e.source.drain()
-	e.finish(ctx)
+	if !stopped {
+		e.source.drain()
+		e.finish(ctx)
+	}
 	return err
 }
 
@@ -1004,6 +1019,20 @@ func (e *endpoint) lookLocked() (moved bool, stuck int) {
 		}
 	}
 	return moved, stuck
+}
+
+// longRunning are the messages that workers still handle since the last look, and did not in more than most looks.
+func (e *endpoint) longRunning(most int) (msgs []*nats.Msg) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for w := range e.workers {
+		if turns := w.turns.Load(); turns%2 == 0 || turns != w.kept {
+			w.kept, w.long = turns, 0
+		} else if w.long++; w.long <= most {
+			msgs = append(msgs, w.msg.Load())
+		}
+	}
+	return msgs
 }
 
 // take waits for the next message; not ok tells the worker to leave.
@@ -1280,6 +1309,18 @@ func orDefault[T comparable](v, otherwise T) T {
 	return v
 }
 
+// sleep pauses, unless ctx ends before.
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 func randomHex(n int) string {
 	b := make([]byte, n)
 	_, _ = rand.Read(b) // never fails
@@ -1305,5 +1346,3 @@ func (s *Service) subscribeOwn() error {
 	}
 	return nil
 }
-
-type delivery struct{}

@@ -172,14 +172,17 @@ func decodeError(m *nats.Msg) *Error {
 	if c := sniff(m.Data); c != nil && c.Unmarshal(m.Data, e) == nil && e.Code != "" {
 		return e
 	}
-	e = &Error{Code: ErrInternal.Code, Message: m.Header.Get(headerErrorText)} // of a service that isn't aegis
+	return newError(kindOf(status), "%s", m.Header.Get(headerErrorText)) // of a service that isn't aegis
+}
+
+// kindOf is the error that a status means.
+func kindOf(status string) *Error {
 	for _, s := range statusCodes {
 		if s.status == status {
-			e.Code = s.kind.Code
-			break
+			return s.kind
 		}
 	}
-	return e
+	return ErrInternal
 }
 
 // An address is what a reply subject says about its caller:
@@ -684,9 +687,14 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 // passing are the codes of what may have passed by itself in a moment.
 var passing = []string{ErrUnavailable.Code, ErrOverloaded.Code, ErrNotActive.Code, ErrCircuitOpen.Code}
 
-// isMissing tells that request sent its message but got no answer.
+// isMissing tells that a message was sent but not answered.
 func isMissing(failure *Error) bool {
 	return !failure.NotRun && (failure.Code == ErrUnavailable.Code || failure.Code == ErrTimeout.Code)
+}
+
+// mayPass tells that what may be sent again could succeed then.
+func mayPass(failure *Error) bool {
+	return failure != nil && (isMissing(failure) || failure.NotRun && slices.Contains(passing, failure.Code))
 }
 
 // Request: a message out, the one answer back.
@@ -765,8 +773,8 @@ func (c *conn) await(sl *slot, until time.Duration, drops uint32) {
 	}
 }
 
-// slot takes the free slot that was used last, or makes one; nil if all are in use.
-func (c *conn) slot() (*slot, error) {
+// slot takes the free slot that was used last, or makes one.
+func (c *conn) slot() (*slot, *Error) {
 	c.slotsMu.Lock()
 	if n := len(c.free); n > 0 {
 		sl := c.free[n-1]
@@ -774,24 +782,26 @@ func (c *conn) slot() (*slot, error) {
 		c.slotsMu.Unlock()
 		return sl, nil
 	}
-	if c.made == maxSlots {
-		c.slotsMu.Unlock()
-		return nil, nil
-	}
-	c.made++
 	c.slotsMu.Unlock()
 	return c.newSlot(4 * maxMissed)
 }
 
-// newSlot makes a slot, which counts as made, with room for so many answers.
-func (c *conn) newSlot(room int) (*slot, error) {
+// newSlot makes a slot with room for so many answers.
+func (c *conn) newSlot(room int) (*slot, *Error) {
+	c.slotsMu.Lock()
+	if c.made == maxSlots {
+		c.slotsMu.Unlock()
+		return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers: try later, or use WithPool for more connections", maxSlots))
+	}
+	c.made++
+	c.slotsMu.Unlock()
 	sl := &slot{prefix: c.newInbox() + ".", calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sub, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers)
 	c.slotsMu.Lock()
 	defer c.slotsMu.Unlock()
-	if err != nil {
+	if err != nil { // the connection is closed
 		c.made--
-		return nil, err
+		return nil, errDropped
 	}
 	sl.sub = sub
 	c.slots = append(c.slots, sl)
@@ -807,16 +817,21 @@ const maxMissed = 8
 func (c *conn) release(sl *slot, answered bool) {
 	sl.until.Store(0)
 	if !answered {
-		if sl.missed++; sl.missed == maxMissed {
-			_ = sl.sub.Unsubscribe() // fails only on a closed connection
-		}
+		sl.missed++
+	}
+	if sl.missed == maxMissed {
+		c.endSlot(sl)
+		return
 	}
 	c.slotsMu.Lock()
 	defer c.slotsMu.Unlock()
-	if sl.missed < maxMissed {
-		c.free = append(c.free, sl)
-		return
-	}
+	c.free = append(c.free, sl)
+}
+
+func (c *conn) endSlot(sl *slot) {
+	_ = sl.sub.Unsubscribe() // fails only on a closed connection
+	c.slotsMu.Lock()
+	defer c.slotsMu.Unlock()
 	c.made--
 	c.slots = slices.DeleteFunc(slices.Clone(c.slots), func(other *slot) bool { return other == sl })
 }
@@ -835,15 +850,12 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 		if c == nil {
 			break
 		}
-		sl, err := c.slot()
-		if err != nil { // the connection is closed
-			continue
+		sl, failure := c.slot()
+		var answer *nats.Msg
+		if failure == nil {
+			answer, failure = s.exchange(ctx, c, sl, x)
+			c.release(sl, failure == nil)
 		}
-		if sl == nil {
-			return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers: try later, or use WithPool for more connections", maxSlots))
-		}
-		answer, failure := s.exchange(ctx, c, sl, x)
-		c.release(sl, failure == nil)
 		if failure != errDropped {
 			return answer, failure
 		}
@@ -902,19 +914,32 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 		}
 		switch {
 		case m != nil && m.Subject == x.reply:
-			if len(m.Data) == 0 && m.Header.Get("Status") == "503" {
+			if isNobody(m) {
 				return nil, errNobody
 			}
 			return m, nil
-		case m != nil: // late
-		case s.base.Err() != nil:
-			return nil, s.unanswered(newError(ErrClosed, "service %s was stopped", s.name), x)
-		case c.drops.Load() != drops:
-			return nil, s.unanswered(newError(ErrUnavailable, "the connection was lost"), x)
-		case clock() >= x.until:
-			return nil, s.unanswered(newError(ErrTimeout, "%v", context.DeadlineExceeded), x)
+		case m == nil:
+			if failure := s.over(c, sl); failure != nil {
+				return nil, s.unanswered(failure, x)
+			}
 		}
 	}
+}
+
+// isNobody tells whether m is the server's answer to a message on whose subject no one listens.
+func isNobody(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get("Status") == "503" }
+
+// over tells why no answer will come to a slot that was woken, nil if one may.
+func (s *Service) over(c *conn, sl *slot) *Error {
+	switch {
+	case s.base.Err() != nil:
+		return newError(ErrClosed, "service %s was stopped", s.name)
+	case c.drops.Load() != sl.drops.Load():
+		return newError(ErrUnavailable, "the connection was lost")
+	case int64(clock()) >= sl.until.Load():
+		return newError(ErrTimeout, "%v", context.DeadlineExceeded)
+	}
+	return nil
 }
 
 // unanswered adds to the error of a call that may have run what it takes to find it in the logs of both sides.

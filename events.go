@@ -1,0 +1,1113 @@
+package aegis
+
+// This file is durable events on JetStream: publishing them (Publish, PublishBatch), handling them (Subscribe, with the loop that
+// pulls them from the server), and what becomes of those that can't be handled (dead letters).
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"iter"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// An Event is what a handler of [Subscribe] is called with.
+type Event[T any] struct {
+	// ID is the same however often the event is sent or delivered: what [IdempotencyKey] set, else a random one.
+	ID string
+	// Domain and Type are the tokens of its subject, events.<domain>.<type>.
+	Domain, Type string
+	// Version is that of [EventVersion], "" if none was set.
+	Version string
+	// Source is the service that published it, by its own account.
+	Source string
+	// Time is when the server stored it first.
+	Time time.Time
+	// Sequence is its number in the stream. It rises, with gaps.
+	Sequence uint64
+	// Attempt counts from 1. It is more than 1 after a failure, a crash or a lost acknowledgement.
+	Attempt int
+	Data    T
+}
+
+const (
+	eventStream   = "AEGIS_EVENTS"
+	eventPrefix   = "events."
+	redrivePrefix = eventPrefix + "$redrive." // then a consumer, which alone takes it
+	deadStream    = "AEGIS_DEAD"
+	deadPrefix    = "aegis.dead."
+	letterPrefix  = deadPrefix + "letter."   // then a kind and a consumer
+	returnPrefix  = deadPrefix + "returned." // then a consumer and a sequence: a delivery that a stop cut short
+
+	headerID       = "Aegis-Id"       // of an event that was redriven or set aside, with headerSubject and headerTime
+	headerSubject  = "Aegis-Subject"  // the original one
+	headerTime     = "Aegis-Time"     // the original one, as RFC 3339 has it
+	headerSource   = "Aegis-Source"   // the publishing service
+	headerVersion  = "Aegis-Version"  // of the event
+	headerConsumer = "Aegis-Consumer" // of a dead letter
+	headerReason   = "Aegis-Reason"   // of a dead letter
+	headerAttempts = "Aegis-Attempts" // of a dead letter
+	letterRoom     = 2 << 10          // bytes of a dead letter beyond its event
+	maxReason      = 512              // bytes
+	returnTTL      = 30 * 24 * 3600   // seconds
+	maxEventToken  = 128              // characters
+	maxIDLength    = 256              // bytes
+)
+
+func (s *Service) eventStream() jetstream.StreamConfig {
+	return jetstream.StreamConfig{Name: eventStream, Subjects: []string{eventPrefix + ">"}, Replicas: s.cfg.replicas}
+}
+
+func (s *Service) deadStream() jetstream.StreamConfig {
+	return jetstream.StreamConfig{Name: deadStream, Subjects: []string{deadPrefix + ">"}, AllowMsgTTL: true, Replicas: s.cfg.replicas}
+}
+
+// Publishing.
+
+// EventVersion sets an event's version, x.y or x.y.z. It is for [Publish] and [PublishBatch].
+func EventVersion(v string) CallOption {
+	return func(c *callConfig) {
+		c.check(c.kind == kindEvent, "EventVersion(%q): only events have one", v)
+		c.check(versionPattern.MatchString(v) || versionPattern.MatchString(v+".0"), "EventVersion(%q): want x.y or x.y.z, such as 1.0", v)
+		c.version = v
+	}
+}
+
+// IdempotencyKey sets an event's id, 1 to 256 printable ASCII characters. Of the events of one domain and type that are published
+// with the same key within the stream's duplicate window (2 minutes by default) only the first is stored; publishing another
+// then succeeds without effect. The events of a batch have the keys <k>-0, <k>-1 and so on.
+func IdempotencyKey(k string) CallOption {
+	return func(c *callConfig) {
+		c.check(c.kind != kindRPC, "IdempotencyKey(%q): calls have none; see Idempotent", k)
+		printable := !strings.ContainsFunc(k, func(r rune) bool { return r <= ' ' || r > '~' })
+		c.check(len(k) >= 1 && len(k) <= maxIDLength && printable, "IdempotencyKey(%q): want 1 to %d printable ASCII characters", k, maxIDLength)
+		c.key = k
+	}
+}
+
+// Publish stores an event in the stream AEGIS_EVENTS, under events.<domain>.<eventType>, and returns when the server has
+// confirmed that; the stream is made if there is none. domain is [A-Za-z][A-Za-z0-9_-]*, eventType one or more of those,
+// separated by dots. It blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline.
+//
+// Every event has an id, so that one that is sent twice is stored once. Therefore an event whose confirmation is missing is
+// sent again as [Retry] does for an Idempotent call, by default up to 3 times in all; with [Sticky] until ctx ends.
+//
+// Errors: [ErrInvalid] for a name or an option that is out of range, or an event that can't be encoded or comes within 2 KiB of
+// the server's max_payload (its dead letter has to fit too); [ErrUnavailable] if there is no connection or no JetStream;
+// [ErrTimeout], [ErrCanceled], [ErrClosed]; and what the stream refuses with, such as [ErrUnavailable] when it is full. Unless the
+// error's NotRun is set, the event may have been stored.
+func Publish[T any](ctx context.Context, s *Service, domain, eventType string, data T, opts ...CallOption) error {
+	p, failure := s.newPublication(ctx, domain, eventType, opts)
+	if failure != nil {
+		return failure
+	}
+	payload, buf, failure := p.encode(func() ([]byte, *packer, error) { return marshal(s.cfg.codec, &data) }, "")
+	if failure == nil {
+		failure = s.storeEvent(ctx, &exchange{subject: p.subject, header: p.header, data: payload}, p.cfg, buf)
+	}
+	if failure != nil {
+		return failure
+	}
+	return nil
+}
+
+// A publication is one event, or those of a batch, but for their payloads.
+type publication struct {
+	s       *Service
+	cfg     *callConfig
+	name    string // <domain>.<type>
+	subject string
+	header  nats.Header
+	id      string
+}
+
+func (s *Service) newPublication(ctx context.Context, domain, eventType string, opts []CallOption) (*publication, *Error) {
+	p := &publication{s: s, cfg: newCallConfig(kindEvent, opts), name: domain + "." + eventType}
+	p.subject = eventPrefix + p.name
+	for token := range strings.SplitSeq(p.name, ".") {
+		if !isName(token, maxEventToken) || strings.Contains(domain, ".") {
+			return nil, notRun(newError(ErrInvalid, "event %q: want domain.type, each of a letter, then letters, digits, - and _", p.name))
+		}
+	}
+	if p.cfg.err != nil {
+		return nil, p.cfg.err
+	}
+	header, correlation := headersFor(ctx)
+	p.header = make(nats.Header, len(header)+4)
+	maps.Copy(p.header, header)
+	p.header[headerSource] = []string{s.name}
+	if correlation != "" {
+		p.header[headerCorrelation] = []string{correlation}
+	}
+	if p.cfg.version != "" {
+		p.header[headerVersion] = []string{p.cfg.version}
+	}
+	p.id = p.name + ":" + p.cfg.key // events of other types may have the same key
+	if p.cfg.key == "" {
+		p.id = rand.Text()
+	}
+	return p, nil
+}
+
+// encode is the payload of an event that encoder encodes. It sets the event's headers; its id ends in suffix.
+func (p *publication) encode(encoder func() ([]byte, *packer, error), suffix string) ([]byte, *packer, *Error) {
+	data, buf, err := encoder()
+	if err != nil {
+		return nil, nil, notRun(newError(ErrInvalid, "encoding the event %s: %v", p.name, err))
+	}
+	if limit := p.s.conns[0].limit.Load() - letterRoom; int64(len(data)) > limit {
+		return nil, nil, notRun(newError(ErrInvalid, "the event %s has %d bytes, more than %d: the server's max_payload, less %d for what a dead letter adds",
+			p.name, len(data), limit, letterRoom))
+	}
+	p.header[jetstream.MsgIDHeader] = []string{p.id + suffix}
+	delete(p.header, headerContentType)
+	if label := contentType(p.s.cfg.codec, data); label != "" {
+		p.header[headerContentType] = []string{label}
+	}
+	return data, buf, nil
+}
+
+// storeEvent stores x in the stream of events.
+func (s *Service) storeEvent(ctx context.Context, x *exchange, cfg *callConfig, buf *packer) *Error {
+	_, failure := s.persist(ctx, x, cfg, buf, func() (*nats.Msg, *Error, bool) {
+		failure := s.store(ctx, x, s.eventStream())
+		return nil, failure, mayPass(failure)
+	})
+	return failure
+}
+
+// store sends x, once, to be stored in a stream, which is made if nobody listens.
+func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.StreamConfig) *Error {
+	answer, failure := s.request(ctx, x)
+	if failure == errNobody {
+		if failure = s.provideFor(ctx, x, stream); failure == nil {
+			answer, failure = s.request(ctx, x)
+		}
+	}
+	if failure == nil {
+		failure = refusal(answer, x.subject)
+	}
+	return failure
+}
+
+// provideFor makes the stream that x is for.
+func (s *Service) provideFor(ctx context.Context, x *exchange, stream jetstream.StreamConfig) *Error {
+	ctx, cancel := context.WithTimeout(ctx, x.limit)
+	defer cancel()
+	_, failure := s.provide(ctx, stream, x.subject)
+	if failure != nil && failure.Code == ErrTimeout.Code {
+		failure = newError(ErrUnavailable, "nobody takes %s for now: %s", x.subject, failure.Message)
+	}
+	if failure != nil {
+		failure.NotRun = true
+	}
+	return failure
+}
+
+// refusal is the error in the answer to what was to be stored, nil if it was.
+func refusal(answer *nats.Msg, subject string) *Error {
+	var ack struct {
+		Stream string `json:"stream"`
+		Error  *struct {
+			Code        int    `json:"code"`
+			ErrCode     int    `json:"err_code"`
+			Description string `json:"description"`
+		} `json:"error"`
+	}
+	switch err := json.Unmarshal(answer.Data, &ack); {
+	case isNobody(answer):
+		return notRun(newError(ErrUnavailable, "no stream takes %s for now", subject))
+	case err == nil && ack.Error != nil:
+		return notRun(newError(kindOf(strconv.Itoa(ack.Error.Code)), "%s was refused: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode))
+	case err != nil || ack.Stream == "":
+		return newError(ErrInternal, "%s was answered by something that is no stream: %.100q", subject, answer.Data)
+	}
+	return nil
+}
+
+// PublishBatch publishes data in order, without waiting for the confirmation of one event before it sends the next, and returns
+// when each was confirmed or has failed. Without a deadline in ctx, it gives up when none was confirmed for [WithTimeout].
+//
+// Each failure is told: the error joins (see [errors.Join]) an [*Error] for every event that failed, with its position in
+// Details["index"]. Options, resending and errors are those of [Publish]; events that had to be sent again are not in order.
+func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType string, data []T, opts ...CallOption) error {
+	p, failure := s.newPublication(ctx, domain, eventType, opts)
+	if failure != nil {
+		return failure
+	}
+	return p.publishAll(ctx, len(data), func(i int) ([]byte, *packer, error) { return marshal(s.cfg.codec, &data[i]) })
+}
+
+// publishAll publishes n events in batches, each of those that are left, until they are stored or mustn't be sent again.
+func (p *publication) publishAll(ctx context.Context, n int, encoder func(i int) ([]byte, *packer, error)) error {
+	failures := make([]*Error, n)
+	todo := make([]int, n)
+	for i := range todo {
+		todo[i] = i
+	}
+	policy := p.cfg.policy()
+	provided := false
+	progress := clock()
+	for attempt := 1; len(todo) > 0; attempt++ {
+		b := &batch{publication: p, encoder: encoder, todo: todo, failures: failures, silence: policy.AttemptTimeout}
+		todo = b.send(ctx)
+		if b.nobody && !provided {
+			provided = true
+			failure := p.s.provideFor(ctx, &exchange{subject: p.subject, limit: policy.AttemptTimeout}, p.s.eventStream())
+			if failure == nil {
+				attempt--
+				continue
+			}
+			for _, i := range todo {
+				failures[i] = newError(failure, "%s", failure.Message)
+				failures[i].NotRun = true
+			}
+		}
+		if len(todo) < len(b.todo) {
+			progress = clock()
+		}
+		_, bounded := ctx.Deadline()
+		if attempt >= policy.Attempts || !bounded && clock()-progress > p.s.cfg.timeout ||
+			len(todo) > 0 && !sleep(ctx, backoff(attempt, policy.Backoff, policy.MaxBackoff)) {
+			break
+		}
+	}
+	var errs []error
+	for i, failure := range failures {
+		if failure != nil {
+			failure.Details = map[string]string{"index": strconv.Itoa(i)}
+			errs = append(errs, failure)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// batchWindow bounds how many events of a batch wait for their confirmation. (The server takes in up to 100,000.)
+const batchWindow = 1024
+
+// A batch is one attempt at events that go out on one connection, one after the other.
+type batch struct {
+	*publication
+	encoder  func(i int) ([]byte, *packer, error)
+	todo     []int         // positions
+	failures []*Error      // by position
+	silence  time.Duration // without any answer, after which the rest won't come
+
+	c        *conn
+	sl       *slot
+	prefix   string // of the reply subjects; the index in todo follows
+	sent     int    // of todo
+	waiting  int    // of those, for an answer
+	answered []bool // by index in todo
+	broken   *Error // why it can't go on
+	nobody   bool   // because there is no stream
+}
+
+// send publishes todo, and returns what may be sent again.
+func (b *batch) send(ctx context.Context) (again []int) {
+	b.answered = make([]bool, len(b.todo))
+	if b.c = b.s.pick(); b.c == nil {
+		b.broken = b.s.disconnectedError()
+	} else if b.sl, b.broken = b.c.newSlot(batchWindow); b.broken == nil {
+		defer b.c.endSlot(b.sl)
+		b.prefix = b.sl.prefix + strconv.FormatUint(b.sl.calls, 36) + "."
+		b.sl.drops.Store(b.c.drops.Load())
+		b.extend(ctx)
+	}
+	for b.broken == nil && (b.sent < len(b.todo) || b.waiting > 0) {
+		if b.sent == len(b.todo) || b.waiting == batchWindow {
+			b.receive(ctx)
+		} else {
+			b.write(b.sent)
+			b.sent++
+		}
+	}
+	for k, i := range b.todo {
+		if k >= b.sent {
+			b.failures[i] = notRun(newError(b.broken, "not sent: %s", b.broken.Message))
+		} else if !b.answered[k] {
+			b.failures[i] = newError(b.broken, "not confirmed: %s", b.broken.Message)
+		}
+		if mayPass(b.failures[i]) {
+			again = append(again, i)
+		}
+	}
+	return again
+}
+
+func (b *batch) extend(ctx context.Context) {
+	left := b.silence
+	if deadline, ok := ctx.Deadline(); ok {
+		left = min(left, time.Until(deadline))
+	}
+	b.c.await(b.sl, clock()+left, b.sl.drops.Load())
+}
+
+func (b *batch) write(k int) {
+	i := b.todo[k]
+	data, buf, failure := b.encode(func() ([]byte, *packer, error) { return b.encoder(i) }, "-"+strconv.Itoa(i))
+	if failure != nil {
+		b.failures[i], b.answered[k] = failure, true
+		return
+	}
+	err := b.c.nc.PublishMsg(&nats.Msg{Subject: b.subject, Reply: b.prefix + strconv.Itoa(k), Header: b.header, Data: data})
+	buf.release() // nats.go has copied it
+	switch {
+	case err == nil:
+		b.waiting++
+	case errors.Is(err, nats.ErrBadHeaderMsg), errors.Is(err, nats.ErrMaxPayload):
+		b.failures[i], b.answered[k] = notRun(newError(ErrInvalid, "publishing to %s: %v", b.subject, err)), true
+	default:
+		b.broken = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
+	}
+}
+
+// receive waits for the next answer.
+func (b *batch) receive(ctx context.Context) {
+	var m *nats.Msg
+	select {
+	case m = <-b.sl.answers:
+	case <-ctx.Done():
+		b.broken = asError(ctx.Err())
+		return
+	}
+	if m == nil {
+		b.broken = b.s.over(b.c, b.sl)
+		return
+	}
+	k, err := strconv.Atoi(strings.TrimPrefix(m.Subject, b.prefix))
+	if err != nil || k < 0 || k >= b.sent || b.answered[k] {
+		return // nobody asked for it
+	}
+	b.waiting--
+	b.answered[k] = true
+	b.extend(ctx)
+	failure := refusal(m, b.subject)
+	b.failures[b.todo[k]] = failure
+	if isNobody(m) {
+		b.nobody, b.broken = true, failure
+	}
+}
+
+// Streams and consumers.
+
+// provide is a stream for a subject, which it makes if there is none. One that exists is its operator's: it is used as it is, if it
+// can be.
+func (s *Service) provide(ctx context.Context, want jetstream.StreamConfig, subject string) (jetstream.Stream, *Error) {
+	js, failure := s.jetStream()
+	if failure != nil {
+		return nil, failure
+	}
+	stream, err := js.Stream(ctx, want.Name)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		stream, err = js.CreateStream(ctx, want)
+		if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // someone else was faster
+			stream, err = js.Stream(ctx, want.Name)
+		}
+	}
+	if err != nil {
+		return nil, jetStreamError(err, "the stream "+want.Name)
+	}
+	have := stream.CachedInfo().Config
+	fix := ""
+	switch {
+	case have.NoAck:
+		fix = "it has to confirm what it stores: set no_ack to false"
+	case have.Retention == jetstream.WorkQueuePolicy:
+		fix = "it has to give a message to several consumers: set its retention to limits"
+	case want.AllowMsgTTL && !have.AllowMsgTTL:
+		fix = "set allow_msg_ttl"
+	case !takes(stream, subject):
+		fix = "it takes no " + subject + ": add " + want.Subjects[0] + " to its subjects"
+	}
+	if fix != "" {
+		return nil, notRun(newError(ErrInvalid, "the stream %s, which exists, can't be used: %s", want.Name, fix))
+	}
+	return stream, nil
+}
+
+// takes tells whether all subjects of a pattern go to the stream.
+func takes(stream jetstream.Stream, subject string) bool {
+	return slices.ContainsFunc(stream.CachedInfo().Config.Subjects, func(p string) bool { return covers(p, subject) })
+}
+
+func (s *Service) jetStream() (jetstream.JetStream, *Error) {
+	c := s.pick()
+	if c == nil {
+		return nil, s.disconnectedError()
+	}
+	js, err := jetstream.New(c.nc)
+	if err != nil {
+		return nil, asError(err)
+	}
+	return js, nil
+}
+
+// jetStreamError is what the JetStream API's error about something means.
+func jetStreamError(err error, what string) *Error {
+	var api *jetstream.APIError
+	switch {
+	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount), errors.Is(err, nats.ErrNoResponders):
+		return notRun(newError(ErrUnavailable, "%s: no JetStream: run nats-server with -js, and enable it for the account", what))
+	case errors.As(err, &api):
+		return notRun(newError(kindOf(strconv.Itoa(api.Code)), "%s: %s (%d)", what, api.Description, api.ErrorCode))
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):
+		return newError(ErrTimeout, "%s: no answer from JetStream: %v", what, err)
+	case errors.Is(err, context.Canceled):
+		return newError(ErrCanceled, "%s: %v", what, err)
+	}
+	return newError(ErrUnavailable, "%s: %v", what, err)
+}
+
+// covers tells whether all subjects that match the pattern sub match pattern, too.
+func covers(pattern, sub string) bool {
+	p, s := strings.Split(pattern, "."), strings.Split(sub, ".")
+	for i, token := range p {
+		switch {
+		case token == ">":
+			return len(s) > i
+		case i >= len(s), s[i] == ">", token != "*" && token != s[i]:
+			return false
+		}
+	}
+	return len(p) == len(s)
+}
+
+// Subscribing.
+
+// Broadcast gives each event to every instance, which otherwise share them. An instance that crashes gets what it missed if
+// another with its id ([WithID]) starts within an hour; otherwise an instance gets events from its start until it stops.
+func Broadcast() HandlerOption {
+	return func(c *handlerConfig) {
+		c.check(c.kind == kindEvent, "Broadcast(): only events can be broadcast")
+		c.broadcast = true
+	}
+}
+
+// Durable names a subscription: letters, digits, - and _, at most 64. It is needed for the second one of a service to the same
+// pattern. A name belongs to its pattern; it can't be used for another one later.
+func Durable(name string) HandlerOption {
+	return func(c *handlerConfig) {
+		c.check(c.kind == kindEvent, "Durable(%q): only subscriptions to events have a name", name)
+		c.check(isToken(name, 64), "Durable(%q): want 1 to 64 of a-z, A-Z, 0-9, - and _", name)
+		c.durable = name
+	}
+}
+
+// FromStart begins a new subscription with the oldest event of the stream. The default is to begin with what is published from
+// the first Start on. It has no effect on a subscription that exists.
+func FromStart() HandlerOption {
+	return func(c *handlerConfig) {
+		c.check(c.kind == kindEvent, "FromStart(): only events are kept")
+		c.replays = true
+	}
+}
+
+// Subscribe handles the events whose <domain>.<type> matches pattern, in which * stands for one token and a > at the end for
+// all that follow: payment.captured, payment.*, *.created, order.>. The subscription is durable: the server keeps its place in the
+// stream for the service as a whole, whose instances share the events, also while none of them runs.
+//
+// Each event is handled at least once. When fn returns nil, it is acknowledged. After an error or a panic it is delivered again
+// after a pause ([Backoff]), up to [Attempts] times in all; one whose handler died with its process, after 10 s. Then it is set
+// aside as a dead letter, as is at once what can't be decoded into T; see [Service.DeadLetters]. Events are handled
+// concurrently and in no order, unless [Concurrency] is 1. fn's ctx ends after [Deadline], or when Stop's time is up; what Stop
+// cuts short is given back without using up an attempt.
+//
+// Subscribe fails with [ErrInvalid] if the pattern or an option is out of range or there is a subscription of that name, with
+// [ErrClosed] after Stop. Once the service was started it fails, as [Service.Start] does before, with [ErrUnavailable] without
+// JetStream, and with [ErrInvalid] if the stream AEGIS_EVENTS or AEGIS_DEAD exists but can't be used.
+func Subscribe[T any](s *Service, pattern string, fn func(context.Context, Event[T]) error, opts ...HandlerOption) error {
+	if fn == nil {
+		return newError(ErrInvalid, "events %q: the function is nil", pattern)
+	}
+	return s.subscribe(pattern, func(ctx context.Context, m *Message) ([]byte, error) {
+		var ev Event[T]
+		r, err := decode(ctx, m, &ev.Data)
+		if err != nil {
+			return nil, err
+		}
+		d := r.delivery
+		ev.ID, ev.Source, ev.Version, ev.Time, ev.Sequence, ev.Attempt = d.id, m.Source, m.Header.Get(headerVersion), d.time, d.sequence, d.attempt
+		ev.Domain, ev.Type, _ = strings.Cut(strings.TrimPrefix(m.Subject, eventPrefix), ".")
+		return nil, fn(ctx, ev)
+	}, opts)
+}
+
+func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOption) error {
+	tokens := strings.Split(pattern, ".")
+	for i, token := range tokens {
+		last := i == len(tokens)-1
+		if !isName(token, maxEventToken) && token != "*" && !(token == ">" && last) || last && i == 0 && token != ">" {
+			return newError(ErrInvalid, "events %q: want domain.type, either may be *, or > at the end", pattern)
+		}
+	}
+	cfg, err := s.handlerConfig(kindEvent, opts)
+	if err != nil {
+		return err
+	}
+	e := &endpoint{kind: kindEvent, name: orDefault(cfg.durable, pattern), subject: eventPrefix + pattern, run: run}
+	f := &feed{endpoint: e, cfg: cfg, wake: make(chan struct{}, 1), closed: make(chan struct{})}
+	// The name of the consumer, in which . * > can't be.
+	name := s.name + "~" + orDefault(cfg.durable, strings.NewReplacer(".", "~", "*", "+", ">", "#").Replace(pattern))
+	if cfg.broadcast {
+		name += "@" + s.id
+	}
+	f.config = jetstream.ConsumerConfig{
+		Durable:        name,
+		FilterSubjects: []string{e.subject},
+		DeliverPolicy:  jetstream.DeliverNewPolicy,
+		AckPolicy:      jetstream.AckExplicitPolicy,
+		AckWait:        10 * time.Second,
+		MaxDeliver:     -1, // attempts are counted here, so that the last one leads to the dead letters
+		MaxAckPending:  maxAckPending,
+		MaxWaiting:     maxWaiting,
+	}
+	if cfg.replays {
+		f.config.DeliverPolicy = jetstream.DeliverAllPolicy
+	}
+	if cfg.broadcast {
+		f.config.InactiveThreshold = time.Hour
+	}
+	if cfg.concurrency == 1 {
+		f.config.MaxAckPending = 1
+	}
+	e.source = f
+	return s.register(e, min(cfg.concurrency, queueSize))
+}
+
+const (
+	maxAckPending = 1 << 16 // events of a subscription that are handled, or wait for their next attempt
+	maxWaiting    = 1 << 12 // requests for events, of all instances
+)
+
+// A feed is where events come from: a pull consumer of a stream. It asks for as many as can be handled at once and no more, so that
+// an event that was delivered is one whose handling begins, and waits in the server otherwise.
+type feed struct {
+	*endpoint
+	cfg      handlerConfig
+	config   jetstream.ConsumerConfig
+	claimed  atomic.Int64  // events asked for or being handled
+	wake     chan struct{} // more can be asked for
+	closed   chan struct{} // nothing more will come
+	fetching sync.WaitGroup
+
+	// Of open, then of fetch.
+	provided bool
+	ackWait  time.Duration
+	seen     uint64        // all up to this sequence was handled when somebody looked
+	latest   atomic.Uint64 // sequence that was handled
+
+	mu      sync.Mutex // guards the rest
+	drained bool
+	cancel  context.CancelFunc // ends the asking
+	sub     *nats.Subscription
+	on      *conn // of sub
+}
+
+func (f *feed) open(ctx context.Context) error {
+	if failure := f.provide(ctx); failure != nil {
+		return failure
+	}
+	if _, failure := f.svc.provide(ctx, f.svc.deadStream(), f.letters()); failure != nil {
+		return failure
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.drained {
+		return newError(ErrClosed, "service %s was stopped", f.svc.name)
+	}
+	ctx, f.cancel = context.WithCancel(f.svc.base)
+	f.fetching.Go(func() { f.fetch(ctx) })
+	return nil
+}
+
+// provide makes the consumer if there is none, and learns from one that exists what its operator may have changed.
+func (f *feed) provide(ctx context.Context) *Error {
+	stream, failure := f.svc.provide(ctx, f.svc.eventStream(), f.subject)
+	if failure != nil {
+		return failure
+	}
+	config := f.config
+	if own := redrivePrefix + config.Durable; takes(stream, own) && !covers(f.subject, own) {
+		config.FilterSubjects = append(slices.Clone(config.FilterSubjects), own)
+	}
+	what := "the consumer " + config.Durable + " of " + eventStream
+	consumer, err := stream.Consumer(ctx, config.Durable)
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		switch {
+		case f.provided: // and deleted since
+			f.svc.log.Warn("the consumer was deleted, and is made again", "endpoint", f.name, "consumer", config.Durable, "after", f.seen)
+			config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, f.seen+1
+		case !f.cfg.replays:
+			f.seen = stream.CachedInfo().State.LastSeq
+		}
+		if consumer, err = stream.CreateConsumer(ctx, config); errors.Is(err, jetstream.ErrConsumerExists) { // someone else was faster
+			consumer, err = stream.Consumer(ctx, config.Durable)
+		}
+	} else if err == nil && !f.provided {
+		f.seen = consumer.CachedInfo().AckFloor.Stream
+	}
+	if err != nil {
+		return jetStreamError(err, what)
+	}
+	have := consumer.CachedInfo().Config
+	if have.FilterSubject != f.subject && !slices.Contains(have.FilterSubjects, f.subject) || have.AckPolicy != jetstream.AckExplicitPolicy {
+		return notRun(newError(ErrInvalid, "%s, which exists, is not one for %s with explicit acknowledgement: delete it, or choose another name by Durable", what, f.subject))
+	}
+	if ordered := config.MaxAckPending == 1; ordered != (have.MaxAckPending == 1) {
+		have.MaxAckPending = config.MaxAckPending
+		if _, err := stream.UpdateConsumer(ctx, have); err != nil {
+			return jetStreamError(err, what)
+		}
+	}
+	f.provided, f.ackWait = true, have.AckWait
+	return nil
+}
+
+func (f *feed) drain() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.drained = true
+	if f.sub != nil {
+		_ = f.sub.Drain() // fails only on a closed connection
+	}
+	if f.cancel != nil {
+		f.cancel()
+	}
+}
+
+func (f *feed) cut(c *conn) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.on == c {
+		_ = f.sub.Unsubscribe() // fails only on a closed connection
+	}
+}
+
+func (f *feed) close(ctx context.Context) {
+	close(f.closed)
+	f.fetching.Wait()
+	if f.cfg.broadcast && f.svc.cfg.id == "" && f.provided { // nobody will come back to it
+		if js, failure := f.svc.jetStream(); failure == nil {
+			ctx, cancel := context.WithTimeout(ctx, time.Second)
+			defer cancel()
+			_ = js.DeleteConsumer(ctx, eventStream, f.config.Durable) // else the server does, in an hour
+		}
+	}
+}
+
+const (
+	fetchTick      = 250 * time.Millisecond // between looks at the connection
+	fetchHeartbeat = time.Second            // of the server, while it has nothing
+	fetchSilence   = 3 * fetchHeartbeat     // after which what was asked for won't come
+	fetchExpiry    = 30 * time.Second
+)
+
+// fetch brings events until the feed is closed.
+func (f *feed) fetch(ctx context.Context) {
+	for trouble := 1; ; trouble++ {
+		c := f.svc.pick()
+		if c != nil && f.pull(ctx, c) {
+			trouble = 1
+		}
+		select {
+		case <-f.closed:
+			return
+		default:
+		}
+		if !sleep(ctx, backoff(trouble, fetchTick, 2*time.Second)) {
+			<-f.closed
+			return
+		}
+		if c == nil {
+			continue
+		}
+		within, cancel := context.WithTimeout(ctx, 5*time.Second)
+		if failure := f.provide(within); failure != nil && ctx.Err() == nil {
+			f.svc.log.Warn("events can't be fetched", "endpoint", f.name, "error", failure)
+		}
+		cancel()
+	}
+}
+
+// pull asks for events on c, until that gets nowhere or the feed is closed, and tells whether anything came.
+func (f *feed) pull(ctx context.Context, c *conn) (came bool) {
+	drops := c.drops.Load()
+	inbox := c.newInbox()
+	msgs := make(chan *nats.Msg, f.limit+64) // and some statuses
+	sub := f.listen(c, inbox, msgs)
+	if sub == nil {
+		return false
+	}
+	asked := 0
+	take := func(m *nats.Msg) (trouble bool) {
+		status := m.Header.Get("Status")
+		if status == "" || m.Reply != "" {
+			asked--
+			f.queue <- m // never blocks for long: it has room for all that were asked for
+			return false
+		}
+		if n, err := strconv.Atoi(m.Header.Get("Nats-Pending-Messages")); err == nil && n >= 0 { // they won't come
+			n = min(n, asked)
+			asked -= n
+			f.claimed.Add(int64(-n))
+			return false
+		}
+		return status != "100"
+	}
+	defer func() {
+		_ = sub.Unsubscribe() // fails only on a closed connection
+		for len(msgs) > 0 {
+			take(<-msgs)
+		}
+		f.claimed.Add(int64(-asked))
+	}()
+	heard := clock()
+	kept := heard
+	tick := time.NewTicker(fetchTick)
+	defer tick.Stop()
+	for {
+		if free := f.limit - int(f.claimed.Load()); free >= max(f.limit/8, 1) && ctx.Err() == nil {
+			if asked == 0 {
+				heard = clock()
+			}
+			asked += free
+			f.claimed.Add(int64(free))
+			ask, _ := json.Marshal(pullRequest{free, fetchExpiry, fetchHeartbeat})
+			if c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+eventStream+"."+f.config.Durable, inbox, ask) != nil {
+				return came
+			}
+		}
+		select {
+		case m := <-msgs:
+			heard, came = clock(), true
+			if take(m) {
+				return came
+			}
+		case <-f.wake:
+		case <-tick.C:
+			now := clock()
+			if c.drops.Load() != drops || asked > 0 && now-heard > fetchSilence {
+				return came
+			}
+			if now-kept > f.ackWait/3 {
+				kept = now
+				for _, m := range f.longRunning(1 + int(3*f.cfg.deadline/f.ackWait)) {
+					f.tell(m, "+WPI")
+				}
+			}
+			if int(f.claimed.Load()) == asked && len(msgs) == 0 {
+				f.seen = max(f.seen, f.latest.Load())
+			}
+		case <-f.closed:
+			return came
+		}
+	}
+}
+
+type pullRequest struct {
+	Batch     int           `json:"batch"`
+	Expires   time.Duration `json:"expires"`
+	Heartbeat time.Duration `json:"idle_heartbeat"`
+}
+
+// listen subscribes to the inbox, nil if that can't be.
+func (f *feed) listen(c *conn, inbox string, msgs chan *nats.Msg) *nats.Subscription {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.drained {
+		return nil
+	}
+	sub, err := c.nc.ChanSubscribe(inbox, msgs)
+	if err != nil {
+		return nil
+	}
+	f.sub, f.on = sub, c
+	return sub
+}
+
+// A delivery is what is known of an event but for its payload.
+type delivery struct {
+	id       string
+	time     time.Time
+	sequence uint64
+	attempt  int
+}
+
+// serve handles one event.
+func (f *feed) serve(j job, now time.Time) {
+	defer f.release()
+	m := j.msg
+	meta, err := m.Metadata()
+	if err != nil || meta.Stream != eventStream || meta.Consumer != f.config.Durable {
+		f.svc.log.Warn("what was no event was dropped", "endpoint", f.name, "subject", m.Subject)
+		return
+	}
+	f.latest.Store(meta.Sequence.Stream)
+	d := &delivery{id: m.Header.Get(jetstream.MsgIDHeader), time: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
+	subject := m.Subject
+	if consumer, ok := strings.CutPrefix(subject, redrivePrefix); ok {
+		if consumer != f.config.Durable {
+			f.tell(m, "+ACK")
+			return
+		}
+		subject, d.id = m.Header.Get(headerSubject), m.Header.Get(headerID)
+		if t, err := time.Parse(time.RFC3339Nano, m.Header.Get(headerTime)); err == nil {
+			d.time = t
+		}
+	}
+	d.id = strings.TrimPrefix(d.id, strings.TrimPrefix(subject, eventPrefix)+":")
+	if d.id == "" {
+		d.id = strconv.FormatUint(d.sequence, 10)
+	}
+	r := &request{
+		Context:  f.svc.base,
+		svc:      f.svc,
+		msg:      Message{Kind: f.kind, Subject: subject, Source: m.Header.Get(headerSource), Header: m.Header, Data: m.Data},
+		in:       m,
+		id:       d.id,
+		deadline: now.Add(f.cfg.deadline),
+		delivery: d,
+	}
+	if f.svc.draining.Load() {
+		f.giveBack(r)
+		return
+	}
+	if d.attempt > f.cfg.attempts {
+		if used, failure := f.used(d); failure != nil {
+			f.retry(r, failure)
+			return
+		} else if used > f.cfg.attempts {
+			f.bury(r, newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance lost the connection", used-1))
+			return
+		}
+	}
+	f.dispatch(r)
+}
+
+func (f *feed) release() {
+	if free := f.limit - int(f.claimed.Add(-1)); free >= max(f.limit/8, 1) {
+		select {
+		case f.wake <- struct{}{}:
+		default: // it is told already
+		}
+	}
+}
+
+// done acknowledges what was handled, and sees to what was not.
+func (f *feed) done(r *request, _ []byte, failure *Error) {
+	switch {
+	case failure == nil:
+		f.tell(r.in, "+ACK")
+	case f.svc.base.Err() != nil: // it was told to end
+		f.giveBack(r)
+	case r.undecodable:
+		f.bury(r, failure)
+	case r.delivery.attempt < f.cfg.attempts:
+		f.retry(r, failure)
+	default:
+		used, problem := f.used(r.delivery)
+		if problem == nil && used >= f.cfg.attempts {
+			f.bury(r, failure)
+		} else {
+			f.retry(r, failure)
+		}
+	}
+}
+
+// tell acknowledges a delivery one way or the other. If that is lost, the event is delivered again after its ack wait.
+func (f *feed) tell(m *nats.Msg, what string) {
+	if c := f.svc.pick(); c != nil {
+		_ = c.nc.Publish(m.Reply, []byte(what))
+	}
+}
+
+// retry has the event delivered again after a pause.
+func (f *feed) retry(r *request, failure *Error) {
+	pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
+	f.svc.log.Warn("an event failed", "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempt", r.delivery.attempt, "pause", pause)
+	f.tell(r.in, `-NAK {"delay":`+strconv.FormatInt(int64(pause), 10)+"}")
+}
+
+// giveBack has the event delivered to another instance. The server counts that as one more delivery, which used takes back.
+func (f *feed) giveBack(r *request) {
+	x := exchange{subject: f.returns(r.delivery), header: nats.Header{jetstream.MsgTTLHeader: {strconv.Itoa(returnTTL)}}}
+	if failure := f.svc.storeSoon(&x); failure != nil {
+		f.svc.log.Warn("an event that is given back loses an attempt", "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure)
+	}
+	f.tell(r.in, "-NAK")
+}
+
+func (f *feed) returns(d *delivery) string {
+	return returnPrefix + f.config.Durable + "." + strconv.FormatUint(d.sequence, 10)
+}
+
+// used is how many attempts there were, the present one included.
+func (f *feed) used(d *delivery) (int, *Error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	stream, failure := f.svc.provide(ctx, f.svc.deadStream(), f.returns(d))
+	if failure != nil {
+		return 0, failure
+	}
+	subject := f.returns(d)
+	info, err := stream.Info(ctx, jetstream.WithSubjectFilter(subject))
+	if err != nil {
+		return 0, jetStreamError(err, "the stream "+deadStream)
+	}
+	return d.attempt - int(info.State.Subjects[subject]), nil
+}
+
+// Dead letters.
+
+// A DeadLetter is a message that could not be handled, whole.
+type DeadLetter struct {
+	Subject, Consumer, Reason string // the full subject; who failed it; the last error
+	Attempts                  int
+	Time                      time.Time // when it was set aside
+	Header                    nats.Header
+	Data                      []byte
+	Sequence                  uint64 // its number among the dead letters
+}
+
+// bury stores a dead letter, and only then acknowledges the event.
+func (f *feed) bury(r *request, failure *Error) {
+	h := copyHeader(r.in.Header)
+	reason := failure.Error()
+	d := r.delivery
+	set := func(key, value string) { h[key] = []string{value} }
+	set(headerSubject, r.msg.Subject)
+	set(headerID, d.id)
+	set(headerTime, d.time.Format(time.RFC3339Nano))
+	set(headerConsumer, f.config.Durable)
+	set(headerReason, strings.Map(printable, reason[:min(len(reason), maxReason)]))
+	set(headerAttempts, strconv.Itoa(d.attempt))
+	set(jetstream.MsgIDHeader, f.config.Durable+"-"+strconv.FormatUint(d.sequence, 10)+"-"+strconv.FormatInt(d.time.UnixNano(), 36))
+	x := exchange{subject: f.letters(), header: h, data: r.in.Data}
+	if lost := f.svc.storeSoon(&x); lost != nil {
+		f.svc.log.Error("a dead letter can't be stored", "endpoint", f.name, "correlation_id", r.correlationID(), "error", lost)
+		f.retry(r, failure)
+		return
+	}
+	f.svc.log.Error("an event was set aside as a dead letter", "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempts", d.attempt)
+	f.tell(r.in, "+ACK")
+}
+
+func (f *feed) letters() string { return letterPrefix + f.kind + "." + f.config.Durable }
+
+// copyHeader is h without what would tell the server something.
+func copyHeader(h nats.Header) nats.Header {
+	out := make(nats.Header, len(h)+8)
+	for key, values := range h {
+		if !strings.HasPrefix(key, "Nats-") {
+			out[key] = values
+		}
+	}
+	return out
+}
+
+func printable(r rune) rune {
+	if r < ' ' {
+		return ' '
+	}
+	return r
+}
+
+// storeSoon puts x into the stream of dead letters.
+func (s *Service) storeSoon(x *exchange) *Error {
+	x.limit = s.cfg.timeout
+	x.until = clock() + x.limit
+	return s.store(context.Background(), x, s.deadStream())
+}
+
+// DeadLetters yields the dead letters of all services that there are now, oldest first, and ends; with an error if one can't be
+// read. It asks the server for one at a time, each until ctx ends or for 5 s.
+func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] {
+	return func(yield func(DeadLetter, error) bool) {
+		js, failure := s.jetStream()
+		if failure != nil {
+			yield(DeadLetter{}, failure)
+			return
+		}
+		stream, err := js.Stream(ctx, deadStream)
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			return // nothing has failed yet
+		}
+		for seq := uint64(1); err == nil; seq++ {
+			var m *jetstream.RawStreamMsg
+			if m, err = stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(letterPrefix+">")); errors.Is(err, jetstream.ErrMsgNotFound) {
+				return
+			}
+			if err != nil {
+				break
+			}
+			if seq = m.Sequence; seq > stream.CachedInfo().State.LastSeq || !yield(letterOf(m), nil) {
+				return
+			}
+		}
+		yield(DeadLetter{}, jetStreamError(err, "the stream "+deadStream))
+	}
+}
+
+func letterOf(m *jetstream.RawStreamMsg) DeadLetter {
+	d := DeadLetter{
+		Subject:  m.Header.Get(headerSubject),
+		Consumer: m.Header.Get(headerConsumer),
+		Reason:   m.Header.Get(headerReason),
+		Time:     m.Time,
+		Header:   copyHeader(m.Header),
+		Data:     m.Data,
+		Sequence: m.Sequence,
+	}
+	d.Attempts, _ = strconv.Atoi(m.Header.Get(headerAttempts))
+	return d
+}
+
+// Redrive has a dead letter handled again, with fresh attempts, by the consumer that failed it and no one else, and removes it. Its
+// Header and Data may have been mended. The event keeps its id, time and subject; its Sequence is new.
+//
+// Errors: [ErrNotFound] if the letter was redriven already or its consumer is no more, [ErrInvalid] if d is not from [Service.DeadLetters],
+// and those of [Publish].
+func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
+	if d.Sequence == 0 || d.Consumer == "" {
+		return notRun(newError(ErrInvalid, "Redrive: sequence %d, consumer %q: not a dead letter of DeadLetters", d.Sequence, d.Consumer))
+	}
+	js, failure := s.jetStream()
+	if failure != nil {
+		return failure
+	}
+	dead, err := js.Stream(ctx, deadStream)
+	if err != nil {
+		return jetStreamError(err, "the stream "+deadStream)
+	}
+	if _, err := dead.GetMsg(ctx, d.Sequence); err != nil {
+		return jetStreamError(err, "dead letter "+strconv.FormatUint(d.Sequence, 10))
+	}
+	if _, err := js.Consumer(ctx, eventStream, d.Consumer); err != nil {
+		return jetStreamError(err, "the consumer "+d.Consumer+" of "+eventStream)
+	}
+	h := copyHeader(d.Header)
+	for _, key := range []string{headerConsumer, headerReason, headerAttempts} {
+		delete(h, key)
+	}
+	h[headerSubject] = []string{d.Subject}
+	h[jetstream.MsgIDHeader] = []string{"redrive-" + strconv.FormatUint(d.Sequence, 10) + "-" + strconv.FormatInt(d.Time.UnixNano(), 36)}
+	x := &exchange{subject: redrivePrefix + d.Consumer, header: h, data: d.Data}
+	if failure := s.storeEvent(ctx, x, callConfigs[kindEvent], nil); failure != nil {
+		return failure
+	}
+	if err := dead.DeleteMsg(ctx, d.Sequence); err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
+		return jetStreamError(err, "it was redriven, but removing the dead letter "+strconv.FormatUint(d.Sequence, 10))
+	}
+	return nil
+}
