@@ -315,17 +315,18 @@ func New(name string, opts ...Option) (*Service, error) {
 	if cfg.err != nil {
 		return nil, cfg.err
 	}
-	if cfg.id == "" {
-		cfg.id = name + "-" + randomHex(4)
+	id := cfg.id
+	if id == "" {
+		id = name + "-" + randomHex(4)
 	}
 	if cfg.logger == nil {
 		cfg.logger = slog.Default()
 	}
 	s := &Service{
 		name:      name,
-		id:        cfg.id,
+		id:        id,
 		cfg:       cfg,
-		log:       cfg.logger.With("service", name, "instance", cfg.id),
+		log:       cfg.logger.With("service", name, "instance", id),
 		endpoints: map[string]*endpoint{},
 		done:      make(chan struct{}),
 	}
@@ -854,7 +855,11 @@ func (s *Service) register(e *endpoint, concurrency int) error {
 	key := e.kind + " " + e.name
 	if s.endpoints[key] != nil {
 		s.mu.Unlock()
-		return newError(ErrInvalid, "%s has a handler already: a second one for the same events needs a name, Durable", e.subject)
+		hint := ""
+		if e.kind == kindEvent {
+			hint = ": give the second one a name by Durable"
+		}
+		return newError(ErrInvalid, "%s %s has a handler already%s", e.kind, e.name, hint)
 	}
 	s.endpoints[key] = e
 	serving := s.state == started

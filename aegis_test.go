@@ -1,17 +1,21 @@
 package aegis_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"reflect"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,6 +26,7 @@ import (
 	"github.com/aegistrader/aegis"
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // TestMain fails if goroutines of the library or of nats.go are left when all services were stopped.
@@ -1809,4 +1814,1077 @@ func FuzzAnswer(f *testing.F) {
 			t.Errorf("no answer: %v", err)
 		}
 	})
+}
+
+// Events.
+
+// withJetStream gives startServer a store, which it keeps when it is used again.
+func withJetStream(tb testing.TB) func(*server.Options) {
+	dir := tb.TempDir()
+	return func(o *server.Options) { o.JetStream, o.StoreDir = true, dir }
+}
+
+func subscribe[T any](tb testing.TB, s *aegis.Service, pattern string, fn func(context.Context, aegis.Event[T]) error, opts ...aegis.HandlerOption) {
+	tb.Helper()
+	if err := aegis.Subscribe(s, pattern, fn, opts...); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func publish[T any](tb testing.TB, s *aegis.Service, domain, eventType string, data T, opts ...aegis.CallOption) {
+	tb.Helper()
+	if err := aegis.Publish(context.Background(), s, domain, eventType, data, opts...); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// A journal is what handlers wrote down.
+type journal[T any] struct {
+	mu      sync.Mutex
+	entries []T
+}
+
+func (l *journal[T]) add(v T) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.entries = append(l.entries, v)
+}
+
+func (l *journal[T]) all() []T {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.entries)
+}
+
+// wait waits until there are n entries.
+func (l *journal[T]) wait(tb testing.TB, n int) []T {
+	tb.Helper()
+	for end := time.Now().Add(20 * time.Second); len(l.all()) < n; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			tb.Fatalf("never %d entries: %v", n, l.all())
+		}
+	}
+	return l.all()
+}
+
+// into is a handler that writes down the payload of each event.
+func into[T any](l *journal[T]) func(context.Context, aegis.Event[T]) error {
+	return func(_ context.Context, e aegis.Event[T]) error {
+		l.add(e.Data)
+		return nil
+	}
+}
+
+func sorted(s []string) []string {
+	s = slices.Clone(s)
+	slices.Sort(s)
+	return s
+}
+
+// manage is JetStream's own interface, for what an operator does.
+func manage(tb testing.TB, srv *server.Server) jetstream.JetStream {
+	tb.Helper()
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(nc.Close)
+	js, err := jetstream.New(nc)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return js
+}
+
+// shortenAckWait does so to the only consumer of a stream.
+func shortenAckWait(tb testing.TB, srv *server.Server, stream string, wait time.Duration) {
+	tb.Helper()
+	st, err := manage(tb, srv).Stream(context.Background(), stream)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	consumers := st.ListConsumers(context.Background())
+	for info := range consumers.Info() {
+		info.Config.AckWait = wait
+		if _, err := st.UpdateConsumer(context.Background(), info.Config); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	if err := consumers.Err(); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func deadLetters(tb testing.TB, s *aegis.Service) (letters []aegis.DeadLetter) {
+	tb.Helper()
+	for d, err := range s.DeadLetters(context.Background()) {
+		if err != nil {
+			tb.Fatal(err)
+		}
+		letters = append(letters, d)
+	}
+	return letters
+}
+
+func TestEvent(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
+		t.Run(codec.ContentType(), func(t *testing.T) {
+			name := "risk-" + strings.TrimPrefix(codec.ContentType(), "application/")
+			publisher := newService(t, srv, "shop", aegis.WithCodec(codec))
+			svc := newService(t, srv, name, aegis.WithCodec(codec))
+			var got journal[aegis.Event[Order]]
+			take := func(_ context.Context, e aegis.Event[Order]) error { got.add(e); return nil }
+			subscribe(t, svc, "order.created", take)
+			start(t, svc)
+			subscribe(t, svc, "order.changed", take) // after Start
+			var numbers journal[int]
+			subscribe(t, svc, "number.*", into(&numbers))
+
+			before := time.Now()
+			order := Order{SKU: "x", Qty: 3, Tags: map[string]string{"a": "b"}}
+			publish(t, publisher, "order", "created", order, aegis.EventVersion("1.2"), aegis.IdempotencyKey(name+"/1"))
+			first := got.wait(t, 1)[0]
+			if first.Time.Before(before.Add(-time.Second)) || first.Time.After(time.Now().Add(time.Second)) || first.Sequence == 0 {
+				t.Errorf("got time %v, sequence %d", first.Time, first.Sequence)
+			}
+			want := aegis.Event[Order]{ID: name + "/1", Domain: "order", Type: "created", Version: "1.2", Source: "shop", Time: first.Time, Sequence: first.Sequence, Attempt: 1, Data: order}
+			if !reflect.DeepEqual(first, want) {
+				t.Errorf("got %+v, want %+v", first, want)
+			}
+			publish(t, publisher, "order", "changed", order)
+			if second := got.wait(t, 2)[1]; second.Type != "changed" || second.ID == "" || second.ID == first.ID || second.Sequence <= first.Sequence {
+				t.Errorf("got %+v", second)
+			}
+			for n := range 130 { // one byte doesn't tell the codec
+				publish(t, publisher, "number", "one", n)
+			}
+			numbers.wait(t, 130)
+			if err := svc.Stop(t.Context()); err != nil { // the next subtest's events aren't for it
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestEventFromPlainNATSClient(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var got journal[aegis.Event[Order]]
+	subscribe(t, svc, "order.>", func(_ context.Context, e aegis.Event[Order]) error { got.add(e); return nil })
+	start(t, svc)
+	if _, err := manage(t, srv).Publish(t.Context(), "events.order.item.added", []byte(`{"sku":"x"}`)); err != nil {
+		t.Fatal(err)
+	}
+	if e := got.wait(t, 1)[0]; e.Data.SKU != "x" || e.Domain != "order" || e.Type != "item.added" || e.ID != "1" || e.Source != "" {
+		t.Errorf("got %+v", e)
+	}
+}
+
+func TestPatterns(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	a, b := newService(t, srv, "a"), newService(t, srv, "b")
+	events := []string{"payment.captured", "payment.refused", "order.created", "order.item.added", "user.created"}
+	matches := map[string][]string{
+		"payment.captured": {"payment.captured"},
+		"payment.*":        {"payment.captured", "payment.refused"},
+		"order.>":          {"order.created", "order.item.added"},
+		"*.created":        {"order.created", "user.created"},
+		"*.*.added":        {"order.item.added"},
+		">":                events,
+		"*.*":              {"payment.captured", "payment.refused", "order.created", "user.created"},
+	}
+	logs := map[string]*journal[string]{}
+	listen := func(s *aegis.Service, name, pattern string, opts ...aegis.HandlerOption) {
+		l := &journal[string]{}
+		logs[name] = l
+		subscribe(t, s, pattern, into(l), opts...)
+	}
+	for pattern := range matches {
+		listen(a, "a "+pattern, pattern)
+	}
+	listen(b, "b payment.*", "payment.*") // another service gets all of them, too
+	listen(a, "a payment.* again", "payment.*", aegis.Durable("again"))
+	fails(t, aegis.Subscribe(a, "payment.*", into(&journal[string]{})), aegis.ErrInvalid, "payment.*", "Durable")
+	fails(t, aegis.Subscribe(a, "order.>", into(&journal[string]{}), aegis.Durable("again")), aegis.ErrInvalid, "again")
+	start(t, a)
+	start(t, b)
+	for _, e := range events {
+		domain, eventType, _ := strings.Cut(e, ".")
+		publish(t, a, domain, eventType, e)
+	}
+	matches["payment.* again"] = matches["payment.*"]
+	for name, l := range logs {
+		want := matches[name[2:]]
+		if got := sorted(l.wait(t, len(want))); !slices.Equal(got, sorted(want)) {
+			t.Errorf("%s got %v, want %v", name, got, want)
+		}
+	}
+	publish(t, a, "last", "one", "last") // by then the others would have had more
+	for name, l := range logs {
+		if name[2:] == ">" || name[2:] == "*.*" {
+			l.wait(t, len(matches[name[2:]])+1)
+		} else if len(l.all()) != len(matches[name[2:]]) {
+			t.Errorf("%s got %v", name, l.all())
+		}
+	}
+}
+
+func TestInstancesShareEventsUnlessBroadcast(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	publisher := newService(t, srv, "shop")
+	var shared, broadcast [3]journal[int]
+	var instances [3]*aegis.Service
+	for i := range instances {
+		instances[i] = newService(t, srv, "risk")
+		subscribe(t, instances[i], "order.*", into(&shared[i]), aegis.Concurrency(4))
+		subscribe(t, instances[i], "price.*", into(&broadcast[i]), aegis.Broadcast())
+		start(t, instances[i])
+	}
+	want := make([]int, 300)
+	for i := range want {
+		want[i] = i
+		publish(t, publisher, "order", "created", i)
+		publish(t, publisher, "price", "changed", i)
+	}
+	eventually(t, "all are handled", func() bool { return len(shared[0].all())+len(shared[1].all())+len(shared[2].all()) >= len(want) })
+	all := slices.Concat(shared[0].all(), shared[1].all(), shared[2].all())
+	slices.Sort(all)
+	if !slices.Equal(all, want) {
+		t.Errorf("the instances got %v", all)
+	}
+	for i := range instances {
+		if len(shared[i].all()) < 20 {
+			t.Errorf("instance %d got only %d of %d", i, len(shared[i].all()), len(want))
+		}
+		got := broadcast[i].wait(t, len(want))
+		slices.Sort(got)
+		if !slices.Equal(got, want) {
+			t.Errorf("instance %d got %v", i, got)
+		}
+	}
+	for _, s := range instances {
+		if err := s.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	st, err := manage(t, srv).Stream(t.Context(), "AEGIS_EVENTS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := st.CachedInfo().State.Consumers; n != 1 { // the shared one
+		t.Errorf("%d consumers are left", n)
+	}
+}
+
+func TestSubscriptionIsDurable(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	publisher := newService(t, srv, "shop")
+	publish(t, publisher, "order", "created", 1)
+	var got, replayed journal[int]
+	run := func(want ...int) {
+		t.Helper()
+		svc := newService(t, srv, "risk")
+		subscribe(t, svc, "order.*", into(&got))
+		subscribe(t, svc, "order.*", into(&replayed), aegis.FromStart(), aegis.Durable("replay"))
+		start(t, svc)
+		publish(t, publisher, "order", "created", want[len(want)-1])
+		for i, l := range []*journal[int]{&got, &replayed} {
+			all := l.wait(t, len(want)+i)
+			slices.Sort(all)
+			if i == 1 {
+				all = all[1:] // the first one, 1
+			}
+			if !slices.Equal(all, want) {
+				t.Errorf("got %v, want %v", all, want)
+			}
+		}
+		if err := svc.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	run(2)
+	publish(t, publisher, "order", "created", 3) // while nobody listens
+	run(2, 3, 4)
+}
+
+func TestEventIsRetriedThenSetAside(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, other := newService(t, srv, "risk"), newService(t, srv, "audit")
+	ways := map[string]func() error{
+		"error": func() error { return &aegis.Error{Code: "NO_LIMIT", Message: "no limit set"} },
+		"panic": func() error { panic("ouch") },
+		"exit":  func() error { runtime.Goexit(); return nil },
+	}
+	var attempts journal[aegis.Event[string]]
+	var mended atomic.Bool
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[string]) error {
+		attempts.add(e)
+		if way := ways[e.Data]; way != nil && !mended.Load() {
+			return way()
+		}
+		return nil
+	}, aegis.Attempts(3), aegis.Backoff(time.Millisecond, 5*time.Millisecond))
+	var others journal[string]
+	subscribe(t, other, ">", into(&others))
+	subscribe(t, svc, "*.created", into(&others), aegis.Broadcast())
+	start(t, svc)
+	start(t, other)
+
+	reasons := map[string]string{"error": "NO_LIMIT: no limit set", "panic": "ouch", "exit": "Goexit"}
+	for data := range ways {
+		publish(t, other, "order", "created", data, aegis.IdempotencyKey(data), aegis.EventVersion("2.0"))
+	}
+	var letters []aegis.DeadLetter
+	eventually(t, "three dead letters", func() bool { letters = deadLetters(t, svc); return len(letters) == 3 })
+	if n := len(attempts.all()); n != 9 {
+		t.Errorf("%d attempts, want 9", n)
+	}
+	for _, d := range letters {
+		var data string
+		if err := aegis.MsgPack.Unmarshal(d.Data, &data); err != nil {
+			t.Fatal(err)
+		}
+		if d.Subject != "events.order.created" || !strings.Contains(d.Consumer, "risk") || !strings.Contains(d.Reason, reasons[data]) || d.Attempts != 3 ||
+			time.Since(d.Time) > time.Minute || d.Sequence == 0 {
+			t.Errorf("got %+v", d)
+		}
+	}
+	others.wait(t, 6)
+
+	// Redriven, it reaches the consumer that failed it and no other, as it was but for the sequence.
+	mended.Store(true)
+	first := attempts.all()[0]
+	i := slices.IndexFunc(letters, func(d aegis.DeadLetter) bool { return bytes.HasSuffix(d.Data, []byte(first.Data)) })
+	if err := other.Redrive(t.Context(), letters[i]); err != nil {
+		t.Fatal(err)
+	}
+	again := attempts.wait(t, 10)[9]
+	if again.Sequence <= first.Sequence {
+		t.Errorf("sequence %d after %d", again.Sequence, first.Sequence)
+	}
+	again.Sequence = first.Sequence
+	if !again.Time.Equal(first.Time) {
+		t.Errorf("time %v, was %v", again.Time, first.Time)
+	}
+	again.Time = first.Time
+	if !reflect.DeepEqual(again, first) {
+		t.Errorf("got %+v, was %+v", again, first)
+	}
+	if left := deadLetters(t, other); len(left) != 2 {
+		t.Errorf("left are %+v", left)
+	}
+	fails(t, other.Redrive(t.Context(), letters[i]), aegis.ErrNotFound, "dead letter "+strconv.FormatUint(letters[i].Sequence, 10))
+	fails(t, other.Redrive(t.Context(), aegis.DeadLetter{}), aegis.ErrInvalid)
+	publish(t, other, "user", "created", "last")
+	others.wait(t, 8)
+	if n := len(others.all()); n != 8 {
+		t.Errorf("others got %v", others.all())
+	}
+
+	// What fails again is set aside again, and can be redriven again, mended.
+	mended.Store(false)
+	i = (i + 1) % 3
+	if err := svc.Redrive(t.Context(), letters[i]); err != nil {
+		t.Fatal(err)
+	}
+	attempts.wait(t, 13)
+	eventually(t, "it is set aside again", func() bool { letters = deadLetters(t, svc); return len(letters) == 2 })
+	last := letters[1]
+	last.Data, _ = aegis.MsgPack.Marshal("mended")
+	last.Header = nil
+	if err := svc.Redrive(t.Context(), last); err != nil {
+		t.Fatal(err)
+	}
+	if e := attempts.wait(t, 14)[13]; e.Data != "mended" || e.Domain != "order" || e.Type != "created" || e.Attempt != 1 {
+		t.Errorf("got %+v", e)
+	}
+}
+
+func TestUndecodableEventIsSetAsideAtOnce(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var got journal[Order]
+	subscribe(t, svc, "order.*", into(&got), aegis.Backoff(time.Minute, time.Minute))
+	start(t, svc)
+	publish(t, svc, "order", "created", []int{1, 2})
+	publish(t, svc, "order", "created", Order{SKU: "x"})
+	var letters []aegis.DeadLetter
+	eventually(t, "it is set aside", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
+	if d := letters[0]; d.Attempts != 1 || !strings.Contains(d.Reason, "INVALID_ARGUMENT") || !strings.Contains(d.Reason, "Order") {
+		t.Errorf("got %+v", d)
+	}
+	got.wait(t, 1)
+}
+
+func TestPublishIsStoredOnce(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var got journal[aegis.Event[int]]
+	subscribe(t, svc, ">", func(_ context.Context, e aegis.Event[int]) error { got.add(e); return nil })
+	start(t, svc)
+	for range 3 {
+		publish(t, svc, "order", "created", 1, aegis.IdempotencyKey("42"))
+		publish(t, svc, "order", "paid", 1, aegis.IdempotencyKey("42")) // not the same event
+		if err := aegis.PublishBatch(t.Context(), svc, "order", "shipped", []int{1, 2, 3}, aegis.IdempotencyKey("42")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	publish(t, svc, "last", "one", 0)
+	var ids []string
+	for _, e := range got.wait(t, 6) {
+		ids = append(ids, e.Domain+"."+e.Type+" "+e.ID)
+	}
+	slices.Sort(ids)
+	want := []string{"last.one", "order.created 42", "order.paid 42", "order.shipped 42-0", "order.shipped 42-1", "order.shipped 42-2"}
+	ids[0] = strings.Fields(ids[0])[0] // its id is random
+	if !slices.Equal(ids, want) {
+		t.Errorf("got %v", ids)
+	}
+}
+
+func TestPublishBatch(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t), func(o *server.Options) { o.MaxPayload = 64 << 10 })
+	svc := newService(t, srv, "risk")
+	batch := make([][]byte, 5000)
+	for i := range batch {
+		batch[i] = strconv.AppendInt(nil, int64(i), 10)
+	}
+	batch[17], batch[4711] = make([]byte, 64<<10), make([]byte, 63<<10) // too large by itself, and with its dead letter's headers
+	err := aegis.PublishBatch(t.Context(), svc, "order", "created", batch)
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok || len(joined.Unwrap()) != 2 {
+		t.Fatalf("got %v", err)
+	}
+	for i, index := range []string{"17", "4711"} {
+		if e := fails(t, joined.Unwrap()[i], aegis.ErrInvalid, "max_payload"); e.Details["index"] != index || !e.NotRun {
+			t.Errorf("got %+v, want index %s", e, index)
+		}
+	}
+	fails(t, aegis.Publish(t.Context(), svc, "order", "created", batch[17]), aegis.ErrInvalid, "max_payload")
+	if err := aegis.PublishBatch(t.Context(), svc, "order", "created", batch[:0]); err != nil {
+		t.Error(err)
+	}
+	var got journal[string]
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[[]byte]) error { got.add(string(e.Data)); return nil },
+		aegis.FromStart(), aegis.Concurrency(1))
+	start(t, svc)
+	next := 0
+	for _, data := range got.wait(t, len(batch)-2) {
+		for next == 17 || next == 4711 {
+			next++
+		}
+		if data != strconv.Itoa(next) {
+			t.Fatalf("got %s, want %d", data, next)
+		}
+		next++
+	}
+}
+
+func TestConcurrencyOneKeepsOrder(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	publisher := newService(t, srv, "shop")
+	var got journal[int]
+	for range 2 {
+		svc := newService(t, srv, "risk")
+		subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+			if e.Data%10 == 3 && e.Attempt == 1 {
+				return errors.New("not yet")
+			}
+			got.add(e.Data)
+			return nil
+		}, aegis.Concurrency(1), aegis.Backoff(20*time.Millisecond, 20*time.Millisecond))
+		start(t, svc)
+	}
+	n := make([]int, 100)
+	for i := range n {
+		n[i] = i
+	}
+	if err := aegis.PublishBatch(t.Context(), publisher, "order", "created", n); err != nil {
+		t.Fatal(err)
+	}
+	if all := got.wait(t, len(n)); !slices.Equal(all, n) {
+		t.Errorf("got %v", all)
+	}
+}
+
+func TestEventsTravelWithContext(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	const traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+	var seen journal[string]
+	outer := func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			seen.add(fmt.Sprint(m.Kind, " ", m.Subject, " ", m.Source, " ", m.Header.Get("X-Token")))
+			return next(ctx, m)
+		}
+	}
+	svc := newService(t, srv, "risk", aegis.WithMiddleware(outer))
+	var ids journal[string]
+	subscribe(t, svc, "order.created", func(ctx context.Context, e aegis.Event[int]) error {
+		ids.add(aegis.CorrelationID(ctx))
+		if h := aegis.Headers(ctx); h.Get("traceparent") != traceparent {
+			t.Errorf("headers %v", h)
+		}
+		if deadline, ok := ctx.Deadline(); !ok || time.Until(deadline) > time.Minute || time.Until(deadline) < 50*time.Second {
+			t.Errorf("deadline %v", deadline)
+		}
+		return aegis.Publish(ctx, svc, "order", "checked", e.Data)
+	}, aegis.Deadline(time.Minute))
+	subscribe(t, svc, "order.checked", func(ctx context.Context, e aegis.Event[int]) error {
+		ids.add(aegis.CorrelationID(ctx))
+		_, err := aegis.Call[int, int](ctx, svc, "risk", "check", e.Data)
+		return err
+	})
+	handle(t, svc, "check", func(ctx context.Context, n int) (int, error) {
+		ids.add(aegis.CorrelationID(ctx))
+		if tp := aegis.Headers(ctx).Get("traceparent"); tp != traceparent {
+			t.Errorf("traceparent %q", tp)
+		}
+		return n, nil
+	})
+	start(t, svc)
+	ctx := aegis.WithHeader(aegis.WithHeader(t.Context(), "traceparent", traceparent), "X-Token", "secret")
+	if err := aegis.Publish(ctx, svc, "order", "created", 1, aegis.IdempotencyKey("order-1")); err != nil {
+		t.Fatal(err)
+	}
+	if got := ids.wait(t, 3); !slices.Equal(got, []string{"order-1", "order-1", "order-1"}) {
+		t.Errorf("correlation ids %v", got)
+	}
+	want := []string{"event events.order.created risk secret", "event events.order.checked risk ", "rpc rpc.risk.check risk "}
+	if got := seen.all(); !slices.Equal(got, want) {
+		t.Errorf("middleware saw %q", got)
+	}
+}
+
+func TestLongHandlerIsNotRedelivered(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	var handled journal[int]
+	for pass := range 2 {
+		svc := newService(t, srv, "risk")
+		subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[time.Duration]) error {
+			handled.add(e.Attempt)
+			time.Sleep(e.Data)
+			return nil
+		}, aegis.Concurrency(2))
+		start(t, svc)
+		if pass == 0 { // once the consumer exists, its operator can change it
+			if err := svc.Stop(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second)
+			continue
+		}
+		publish(t, svc, "order", "created", 3*time.Second)
+		handled.wait(t, 1)
+		if err := svc.Stop(t.Context()); err != nil { // waits for it
+			t.Fatal(err)
+		}
+	}
+	if got := handled.all(); !slices.Equal(got, []int{1}) {
+		t.Errorf("attempts %v", got)
+	}
+}
+
+func TestStopGivesEventsBackWithoutUsingAnAttempt(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	publisher := newService(t, srv, "shop")
+	var ended, handled journal[int]
+	instance := func(fn func(context.Context, aegis.Event[int]) error) *aegis.Service {
+		svc := newService(t, srv, "risk")
+		subscribe(t, svc, "order.*", fn, aegis.Attempts(1), aegis.Concurrency(3))
+		start(t, svc)
+		return svc
+	}
+	for stop := range 2 {
+		var running journal[int]
+		svc := instance(func(ctx context.Context, e aegis.Event[int]) error {
+			running.add(e.Data)
+			<-ctx.Done()
+			ended.add(e.Data)
+			return ctx.Err()
+		})
+		if stop == 0 {
+			if err := aegis.PublishBatch(t.Context(), publisher, "order", "created", []int{1, 2, 3, 4, 5}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		running.wait(t, 3)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		fails(t, svc.Stop(ctx), aegis.ErrTimeout, "3 handlers")
+		cancel()
+		if n := len(ended.all()); n != 3*(stop+1) {
+			t.Errorf("%d handlers were told", n)
+		}
+	}
+	svc := instance(into(&handled))
+	got := handled.wait(t, 5)
+	slices.Sort(got)
+	if !slices.Equal(got, []int{1, 2, 3, 4, 5}) {
+		t.Errorf("handled %v", got)
+	}
+	if letters := deadLetters(t, svc); len(letters) > 0 {
+		t.Errorf("dead letters: %+v", letters)
+	}
+}
+
+func TestPublishWhileTheServerIsAway(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
+	svc := newService(t, srv, "risk", reconnect)
+	var got journal[int]
+	subscribe(t, svc, "order.*", into(&got))
+	start(t, svc)
+	var stored journal[int]
+	var failed atomic.Int64
+	var done atomic.Bool
+	var publishers sync.WaitGroup
+	for p := range 4 {
+		publishers.Go(func() {
+			for i := p; !done.Load(); i += 4 {
+				if err := aegis.Publish(context.Background(), svc, "order", "created", i); err == nil {
+					stored.add(i)
+				} else {
+					failed.Add(1)
+					if !errors.Is(err, aegis.ErrUnavailable) {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	stored.wait(t, 100)
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	eventually(t, "publishing fails", func() bool { return failed.Load() > 10 })
+	sticky := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		sticky <- aegis.Publish(ctx, svc, "order", "created", -1, aegis.Sticky())
+	}()
+	err := aegis.PublishBatch(t.Context(), svc, "order", "created", []int{-2, -3})
+	if joined, ok := err.(interface{ Unwrap() []error }); !ok || len(joined.Unwrap()) != 2 {
+		t.Errorf("got %v", err)
+	}
+	fails(t, err, aegis.ErrUnavailable)
+	startServer(t, samePort, store)
+	n := len(stored.all())
+	stored.wait(t, n+100)
+	if err := <-sticky; err != nil {
+		t.Error(err)
+	}
+	done.Store(true)
+	publishers.Wait()
+	eventually(t, "every event that was stored is handled", func() bool {
+		handled := map[int]bool{}
+		for _, i := range got.all() {
+			handled[i] = true
+		}
+		return handled[-1] && !slices.ContainsFunc(stored.all(), func(i int) bool { return !handled[i] })
+	})
+}
+
+func TestStreamsThatCannotBeUsed(t *testing.T) {
+	t.Parallel()
+	try := func(name string, words []string, configs ...jetstream.StreamConfig) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			js := manage(t, srv)
+			for _, c := range configs {
+				if _, err := js.CreateStream(t.Context(), c); err != nil {
+					t.Fatal(err)
+				}
+			}
+			svc := newService(t, srv, "risk")
+			var got journal[int]
+			subscribe(t, svc, "order.*", into(&got))
+			err := svc.Start(t.Context())
+			if words != nil {
+				fails(t, err, aegis.ErrInvalid, words...)
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			publish(t, svc, "order", "created", 1)
+			got.wait(t, 1)
+			for _, c := range configs {
+				st, err := js.Stream(t.Context(), c.Name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if have := st.CachedInfo().Config; !slices.Equal(have.Subjects, c.Subjects) || have.MaxAge != c.MaxAge {
+					t.Errorf("it was changed: %+v", have)
+				}
+			}
+		})
+	}
+	try("an operator's", nil, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}, MaxAge: time.Hour})
+	try("other subjects", []string{"AEGIS_EVENTS", "events.order.*", "events.>"}, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.payment.>"}})
+	try("no acks", []string{"no_ack"}, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}, NoAck: true})
+	try("a work queue", []string{"workqueue", "retention"}, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}, Retention: jetstream.WorkQueuePolicy})
+	try("dead letters without TTL", []string{"AEGIS_DEAD", "allow_msg_ttl"}, jetstream.StreamConfig{Name: "AEGIS_DEAD", Subjects: []string{"aegis.dead.>"}})
+	try("another stream has the subjects", []string{"AEGIS_EVENTS", "overlap"}, jetstream.StreamConfig{Name: "OTHER", Subjects: []string{"events.order.>"}})
+}
+
+func TestEventsWithoutJetStream(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "risk")
+	promptly(t, func() {
+		if e := fails(t, aegis.Publish(t.Context(), svc, "order", "created", 1), aegis.ErrUnavailable, "JetStream", "-js"); !e.NotRun {
+			t.Error("it may have been stored?")
+		}
+	})
+	promptly(t, func() {
+		fails(t, aegis.PublishBatch(t.Context(), svc, "order", "created", []int{1}), aegis.ErrUnavailable, "JetStream")
+	})
+	for _, err := range svc.DeadLetters(t.Context()) {
+		fails(t, err, aegis.ErrUnavailable, "JetStream")
+	}
+	subscribe(t, svc, "order.*", into(&journal[int]{}))
+	promptly(t, func() { fails(t, svc.Start(t.Context()), aegis.ErrUnavailable, "JetStream") })
+}
+
+func TestInvalidEvents(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	ctx := t.Context()
+	for _, name := range [][2]string{{"", "a"}, {"a", ""}, {"a.b", "c"}, {"a", "b..c"}, {"a", "*"}, {">", "a"}, {"a b", "c"}, {"1a", "b"}, {"a", "$b"}, {"ä", "b"}} {
+		if e := fails(t, aegis.Publish(ctx, svc, name[0], name[1], 1), aegis.ErrInvalid, strconv.Quote(name[0]+"."+name[1])); !e.NotRun {
+			t.Error("NotRun is not set")
+		}
+		fails(t, aegis.PublishBatch(ctx, svc, name[0], name[1], []int{1}), aegis.ErrInvalid)
+	}
+	for _, pattern := range []string{"", "order", "*", "order.", ".created", "order.>.x", "ord*.x", "a b.c", "order.cre>"} {
+		fails(t, aegis.Subscribe(svc, pattern, into(&journal[int]{})), aegis.ErrInvalid, strconv.Quote(pattern))
+	}
+	fails(t, aegis.Subscribe[int](svc, "a.b", nil), aegis.ErrInvalid, "a.b", "nil")
+	for _, c := range []struct {
+		word string
+		opt  aegis.CallOption
+	}{
+		{`EventVersion("1")`, aegis.EventVersion("1")}, {`EventVersion("")`, aegis.EventVersion("")},
+		{`IdempotencyKey("")`, aegis.IdempotencyKey("")}, {`IdempotencyKey("a\nb")`, aegis.IdempotencyKey("a\nb")},
+		{`ToInstance("x")`, aegis.ToInstance("x")},
+	} {
+		fails(t, aegis.Publish(ctx, svc, "a", "b", 1, c.opt), aegis.ErrInvalid, c.word)
+	}
+	for _, c := range []struct {
+		word string
+		opt  aegis.HandlerOption
+	}{
+		{"Attempts(0)", aegis.Attempts(0)}, {"Backoff(0s, 1s)", aegis.Backoff(0, time.Second)}, {"Backoff(2s, 1s)", aegis.Backoff(2*time.Second, time.Second)},
+		{"Deadline(-1s)", aegis.Deadline(-time.Second)}, {`Durable("a.b")`, aegis.Durable("a.b")}, {"Concurrency(0)", aegis.Concurrency(0)},
+	} {
+		fails(t, aegis.Subscribe(svc, "a.b", into(&journal[int]{}), c.opt), aegis.ErrInvalid, c.word)
+	}
+	for _, opt := range []aegis.HandlerOption{aegis.Attempts(2), aegis.Backoff(1, 1), aegis.Deadline(1), aegis.Durable("x"), aegis.Broadcast(), aegis.FromStart()} {
+		fails(t, aegis.Handle(svc, "m", echo, opt), aegis.ErrInvalid)
+	}
+	for _, opt := range []aegis.CallOption{aegis.EventVersion("1.0"), aegis.IdempotencyKey("x")} {
+		_, err := call[int, int](svc, "risk", "m", 1, opt)
+		fails(t, err, aegis.ErrInvalid)
+	}
+	_, err := aegis.New("risk", aegis.WithURL(srv.ClientURL()), aegis.WithReplicas(0))
+	fails(t, err, aegis.ErrInvalid, "WithReplicas(0)")
+	fails(t, aegis.Publish(ctx, svc, "a", "b", make(chan int)), aegis.ErrInvalid, "a.b")
+	fails(t, aegis.Publish(aegis.WithHeader(ctx, "bad key", "x"), svc, "a", "b", 1), aegis.ErrInvalid, "bad key")
+	if err := svc.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	fails(t, aegis.Publish(ctx, svc, "a", "b", 1), aegis.ErrClosed)
+	fails(t, aegis.PublishBatch(ctx, svc, "a", "b", []int{1}), aegis.ErrClosed)
+	fails(t, aegis.Subscribe(svc, "a.b", into(&journal[int]{})), aegis.ErrClosed)
+}
+
+func TestDeletedConsumerIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var got journal[int]
+	subscribe(t, svc, "order.*", into(&got))
+	start(t, svc)
+	publish(t, svc, "order", "created", 1)
+	got.wait(t, 1)
+	js := manage(t, srv)
+	st, err := js.Stream(t.Context(), "AEGIS_EVENTS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range st.ConsumerNames(t.Context()).Name() {
+		if err := st.DeleteConsumer(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	publish(t, svc, "order", "created", 2) // while there is none, perhaps
+	eventually(t, "the event is handled", func() bool { return slices.Contains(got.all(), 2) })
+}
+
+// Crashes: handlers in processes of their own.
+
+// A process is this test's binary, run once more in a role of runChild's.
+type process struct {
+	*exec.Cmd
+	lines chan string // that it prints
+	input io.Closer
+}
+
+// startProcess runs a child, with settings as environment variables, that ends with the test.
+func startProcess(tb testing.TB, role string, srv *server.Server, settings ...string) *process {
+	tb.Helper()
+	p := &process{Cmd: exec.Command(os.Args[0]), lines: make(chan string, 1<<16)}
+	p.Env = append(append(os.Environ(), "AEGIS_TEST_CHILD="+role, "NATS_URL="+srv.ClientURL()), settings...)
+	p.Stderr = os.Stderr
+	in, err := p.StdinPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	p.input = in
+	out, err := p.StdoutPipe()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if err := p.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		defer close(p.lines)
+		for s := bufio.NewScanner(out); s.Scan(); {
+			p.lines <- s.Text()
+		}
+	}()
+	tb.Cleanup(func() {
+		_ = p.Process.Kill() // it may have ended
+		<-read
+		_ = p.Wait()
+	})
+	return p
+}
+
+// line waits for the next line, not ok if the process has ended.
+func (p *process) line(tb testing.TB) (line string, ok bool) {
+	tb.Helper()
+	select {
+	case line, ok = <-p.lines:
+	case <-time.After(20 * time.Second):
+		tb.Fatal("the child prints nothing")
+	}
+	return line, ok
+}
+
+// runChild plays a role; it ends when its standard input does.
+func runChild(role string) int {
+	svc, err := aegis.New("risk", aegis.WithLogger(slog.New(slog.DiscardHandler)))
+	if err == nil {
+		switch role {
+		case "idle":
+			err = aegis.Handle(svc, "create_order", createOrder)
+		case "events": // prints each event; SLEEP and EXIT are what it does with one that says so
+			err = aegis.Subscribe(svc, "order.*", func(_ context.Context, e aegis.Event[string]) error {
+				fmt.Println(e.Data, e.Attempt)
+				switch e.Data {
+				case "SLEEP":
+					time.Sleep(time.Hour)
+				case "EXIT":
+					os.Exit(3)
+				}
+				return nil
+			}, aegis.Attempts(2))
+		}
+	}
+	if err == nil {
+		err = svc.Start(context.Background())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	fmt.Println("ready")
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	if err := svc.Stop(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+func TestKilledInstance(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	first := startProcess(t, "events", srv)
+	if line, _ := first.line(t); line != "ready" {
+		t.Fatal(line)
+	}
+	shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second) // for those that start later
+	publisher := newService(t, srv, "shop")
+	publish(t, publisher, "order", "created", "SLEEP")
+	if line, _ := first.line(t); line != "SLEEP 1" {
+		t.Fatal(line)
+	}
+	if err := first.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	var got journal[aegis.Event[string]]
+	svc := newService(t, srv, "risk")
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[string]) error { got.add(e); return nil })
+	start(t, svc)
+	if e := got.wait(t, 1)[0]; e.Data != "SLEEP" || e.Attempt != 2 {
+		t.Errorf("got %+v", e)
+	}
+}
+
+func TestEventThatKillsItsProcessIsSetAside(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	publisher := newService(t, srv, "shop")
+	runs := 0
+	for n := 0; ; n++ {
+		p := startProcess(t, "events", srv)
+		if line, _ := p.line(t); line != "ready" {
+			t.Fatal(line)
+		}
+		if n == 0 {
+			shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second)
+			publish(t, publisher, "order", "created", "EXIT")
+			publish(t, publisher, "order", "created", "harmless")
+		}
+		var lines []string
+		dead := false
+		eventually(t, "the process dies, or the event is set aside", func() bool {
+			select {
+			case line, ok := <-p.lines:
+				dead = dead || !ok
+				lines = append(lines, line)
+			default:
+			}
+			return dead || len(deadLetters(t, publisher)) > 0
+		})
+		for _, line := range lines {
+			if strings.HasPrefix(line, "EXIT") {
+				runs++
+			}
+		}
+		if !dead {
+			break
+		}
+	}
+	letters := deadLetters(t, publisher)
+	if runs != 2 || len(letters) != 1 || letters[0].Attempts != 2 || !strings.Contains(letters[0].Reason, "never finished") {
+		t.Errorf("%d runs, dead letters %+v", runs, letters)
+	}
+}
+
+// A cluster.
+
+// startCluster runs n servers with JetStream as one cluster.
+func startCluster(tb testing.TB, n int) []*server.Server {
+	tb.Helper()
+	listeners := make([]net.Listener, n)
+	ports, routes := make([]int, n), make([]string, n)
+	for i := range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			tb.Fatal(err)
+		}
+		listeners[i], ports[i], routes[i] = l, l.Addr().(*net.TCPAddr).Port, "nats://"+l.Addr().String()
+	}
+	for _, l := range listeners { // none before the last is open, so that no port comes twice
+		l.Close()
+	}
+	servers := make([]*server.Server, n)
+	var starting sync.WaitGroup
+	for i := range servers {
+		store := withJetStream(tb)
+		starting.Go(func() {
+			servers[i] = startServer(tb, store, func(o *server.Options) {
+				o.ServerName = fmt.Sprint("n", i)
+				o.Cluster = server.ClusterOpts{Name: "c", Host: "127.0.0.1", Port: ports[i]}
+				o.Routes = server.RoutesFromStr(strings.Join(routes, ","))
+			})
+		})
+	}
+	starting.Wait()
+	eventually(tb, "the cluster has a leader, and all follow it", func() bool {
+		return slices.ContainsFunc(servers, func(s *server.Server) bool {
+			return s.JetStreamIsLeader() && len(s.JetStreamClusterPeers()) == n
+		})
+	})
+	return servers
+}
+
+func TestNoEventIsLostWithTheStreamLeader(t *testing.T) {
+	t.Parallel()
+	servers := startCluster(t, 3)
+	var urls []string
+	for _, s := range servers {
+		urls = append(urls, s.ClientURL())
+	}
+	svc := newService(t, servers[0], "risk", aegis.WithURL(urls...), aegis.WithReplicas(3))
+	var got, stored journal[int]
+	subscribe(t, svc, "order.*", into(&got))
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	if err := svc.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	var done atomic.Bool
+	var publishers sync.WaitGroup
+	for p := range 4 {
+		publishers.Go(func() {
+			for i := p; !done.Load(); i += 4 {
+				if err := aegis.Publish(ctx, svc, "order", "created", i, aegis.Sticky()); err != nil {
+					t.Error(err)
+					return
+				}
+				stored.add(i)
+			}
+		})
+	}
+	n := len(stored.wait(t, 100))
+	leader := slices.IndexFunc(servers, func(s *server.Server) bool { return s.JetStreamIsStreamLeader("$G", "AEGIS_EVENTS") })
+	if leader < 0 {
+		t.Fatal("nobody leads the stream")
+	}
+	servers[leader].Shutdown()
+	eventually(t, "events are stored without it", func() bool { return len(stored.all()) > n+500 })
+	done.Store(true)
+	publishers.Wait()
+	missing := func() (missing []int) {
+		handled := map[int]bool{}
+		for _, i := range got.all() {
+			handled[i] = true
+		}
+		for _, i := range stored.all() {
+			if !handled[i] {
+				missing = append(missing, i)
+			}
+		}
+		return missing
+	}
+	for end := time.Now().Add(40 * time.Second); len(missing()) > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("never handled: %v", missing())
+		}
+	}
 }

@@ -5,12 +5,9 @@ package aegis_test
 // figures worth comparing, give it time: go test -run '^$' -bench . -benchtime 5s
 
 import (
-	"bufio"
 	"context"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"runtime"
 	"slices"
 	"strconv"
@@ -115,31 +112,12 @@ func BenchmarkIdle(b *testing.B) {
 		b.Skip("reads /proc")
 	}
 	srv := startServer(b)
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "AEGIS_TEST_CHILD=idle", "NATS_URL="+srv.ClientURL())
-	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	defer func() {
-		in.Close()
-		if err := cmd.Wait(); err != nil {
-			b.Error(err)
-		}
-	}()
-	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ready\n" {
-		b.Fatal(line, err)
+	child := startProcess(b, "idle", srv)
+	if line, _ := child.line(b); line != "ready" {
+		b.Fatal(line)
 	}
 	ticks := func() float64 { // of 10 ms each: user and system time, https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", child.Process.Pid))
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -152,7 +130,7 @@ func BenchmarkIdle(b *testing.B) {
 	before := ticks()
 	time.Sleep(watched)
 	b.ReportMetric(100*(ticks()-before)*0.01/watched.Seconds(), "%core")
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", child.Process.Pid))
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -160,28 +138,6 @@ func BenchmarkIdle(b *testing.B) {
 	kb, _ := strconv.ParseFloat(strings.Fields(rss)[0], 64)
 	b.ReportMetric(kb/1024, "MB-RSS")
 	b.ReportMetric(0, "ns/op")
-}
-
-// runChild is this binary as another process; it ends when its standard input does.
-func runChild(string) int {
-	svc, err := aegis.New("idle")
-	if err == nil {
-		err = aegis.Handle(svc, "create_order", createOrder)
-	}
-	if err == nil {
-		err = svc.Start(context.Background())
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	fmt.Println("ready")
-	_, _ = io.Copy(io.Discard, os.Stdin)
-	if err := svc.Stop(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	return 0
 }
 
 func rawConn(b *testing.B, url string) *nats.Conn {

@@ -261,16 +261,17 @@ func (p *publication) publishAll(ctx context.Context, n int, encoder func(i int)
 	for attempt := 1; len(todo) > 0; attempt++ {
 		b := &batch{publication: p, encoder: encoder, todo: todo, failures: failures, silence: policy.AttemptTimeout}
 		todo = b.send(ctx)
-		if b.nobody && !provided {
-			provided = true
+		if b.nobody {
 			failure := p.s.provideFor(ctx, &exchange{subject: p.subject, limit: policy.AttemptTimeout}, p.s.eventStream())
-			if failure == nil {
+			if failure == nil && !provided {
+				provided = true
 				attempt--
 				continue
 			}
 			for _, i := range todo {
-				failures[i] = newError(failure, "%s", failure.Message)
-				failures[i].NotRun = true
+				if failure != nil {
+					failures[i] = notRun(newError(failure, "%s", failure.Message))
+				}
 			}
 		}
 		if len(todo) < len(b.todo) {
@@ -314,7 +315,7 @@ type batch struct {
 }
 
 // send publishes todo, and returns what may be sent again.
-func (b *batch) send(ctx context.Context) (again []int) {
+func (b *batch) send(ctx context.Context) []int {
 	b.answered = make([]bool, len(b.todo))
 	if b.c = b.s.pick(); b.c == nil {
 		b.broken = b.s.disconnectedError()
@@ -324,14 +325,24 @@ func (b *batch) send(ctx context.Context) (again []int) {
 		b.sl.drops.Store(b.c.drops.Load())
 		b.extend(ctx)
 	}
-	for b.broken == nil && (b.sent < len(b.todo) || b.waiting > 0) {
-		if b.sent == len(b.todo) || b.waiting == batchWindow {
+	for b.broken == nil {
+		switch {
+		case b.waiting == batchWindow, b.waiting > 0 && (b.nobody || b.sent == len(b.todo)):
 			b.receive(ctx)
-		} else {
+		case b.nobody:
+			b.broken = newError(ErrUnavailable, "no stream takes %s for now", b.subject)
+		case b.sent == len(b.todo):
+			return b.left()
+		default:
 			b.write(b.sent)
 			b.sent++
 		}
 	}
+	return b.left()
+}
+
+// left are the positions that may be sent again.
+func (b *batch) left() (again []int) {
 	for k, i := range b.todo {
 		if k >= b.sent {
 			b.failures[i] = notRun(newError(b.broken, "not sent: %s", b.broken.Message))
@@ -392,11 +403,8 @@ func (b *batch) receive(ctx context.Context) {
 	b.waiting--
 	b.answered[k] = true
 	b.extend(ctx)
-	failure := refusal(m, b.subject)
-	b.failures[b.todo[k]] = failure
-	if isNobody(m) {
-		b.nobody, b.broken = true, failure
-	}
+	b.failures[b.todo[k]] = refusal(m, b.subject)
+	b.nobody = b.nobody || isNobody(m) // all that was sent is awaited, lest what comes next is overtaken
 }
 
 // Streams and consumers.
@@ -424,7 +432,7 @@ func (s *Service) provide(ctx context.Context, want jetstream.StreamConfig, subj
 	case have.NoAck:
 		fix = "it has to confirm what it stores: set no_ack to false"
 	case have.Retention == jetstream.WorkQueuePolicy:
-		fix = "it has to give a message to several consumers: set its retention to limits"
+		fix = "its retention is workqueue, though several consumers want each message: set it to limits"
 	case want.AllowMsgTTL && !have.AllowMsgTTL:
 		fix = "set allow_msg_ttl"
 	case !takes(stream, subject):
@@ -888,7 +896,7 @@ func (f *feed) serve(j job, now time.Time) {
 			f.retry(r, failure)
 			return
 		} else if used > f.cfg.attempts {
-			f.bury(r, newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance lost the connection", used-1))
+			f.bury(r, newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance lost the connection", used-1), used-1)
 			return
 		}
 	}
@@ -912,13 +920,13 @@ func (f *feed) done(r *request, _ []byte, failure *Error) {
 	case f.svc.base.Err() != nil: // it was told to end
 		f.giveBack(r)
 	case r.undecodable:
-		f.bury(r, failure)
+		f.bury(r, failure, r.delivery.attempt)
 	case r.delivery.attempt < f.cfg.attempts:
 		f.retry(r, failure)
 	default:
 		used, problem := f.used(r.delivery)
 		if problem == nil && used >= f.cfg.attempts {
-			f.bury(r, failure)
+			f.bury(r, failure, used)
 		} else {
 			f.retry(r, failure)
 		}
@@ -981,7 +989,7 @@ type DeadLetter struct {
 }
 
 // bury stores a dead letter, and only then acknowledges the event.
-func (f *feed) bury(r *request, failure *Error) {
+func (f *feed) bury(r *request, failure *Error, attempts int) {
 	h := copyHeader(r.in.Header)
 	reason := failure.Error()
 	d := r.delivery
@@ -991,7 +999,7 @@ func (f *feed) bury(r *request, failure *Error) {
 	set(headerTime, d.time.Format(time.RFC3339Nano))
 	set(headerConsumer, f.config.Durable)
 	set(headerReason, strings.Map(printable, reason[:min(len(reason), maxReason)]))
-	set(headerAttempts, strconv.Itoa(d.attempt))
+	set(headerAttempts, strconv.Itoa(attempts))
 	set(jetstream.MsgIDHeader, f.config.Durable+"-"+strconv.FormatUint(d.sequence, 10)+"-"+strconv.FormatInt(d.time.UnixNano(), 36))
 	x := exchange{subject: f.letters(), header: h, data: r.in.Data}
 	if lost := f.svc.storeSoon(&x); lost != nil {
@@ -999,7 +1007,7 @@ func (f *feed) bury(r *request, failure *Error) {
 		f.retry(r, failure)
 		return
 	}
-	f.svc.log.Error("an event was set aside as a dead letter", "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempts", d.attempt)
+	f.svc.log.Error("an event was set aside as a dead letter", "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempts", attempts)
 	f.tell(r.in, "+ACK")
 }
 
@@ -1070,6 +1078,9 @@ func letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 		Sequence: m.Sequence,
 	}
 	d.Attempts, _ = strconv.Atoi(m.Header.Get(headerAttempts))
+	for _, key := range []string{headerConsumer, headerReason, headerAttempts} {
+		delete(d.Header, key)
+	}
 	return d
 }
 
@@ -1097,9 +1108,6 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 		return jetStreamError(err, "the consumer "+d.Consumer+" of "+eventStream)
 	}
 	h := copyHeader(d.Header)
-	for _, key := range []string{headerConsumer, headerReason, headerAttempts} {
-		delete(h, key)
-	}
 	h[headerSubject] = []string{d.Subject}
 	h[jetstream.MsgIDHeader] = []string{"redrive-" + strconv.FormatUint(d.Sequence, 10) + "-" + strconv.FormatInt(d.Time.UnixNano(), 36)}
 	x := &exchange{subject: redrivePrefix + d.Consumer, header: h, data: d.Data}
