@@ -6,6 +6,7 @@ package aegis_test
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"os"
 	"runtime"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/aegistrader/aegis"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 type benchOrder struct {
@@ -140,6 +142,139 @@ func BenchmarkIdle(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
+// BenchmarkPublish compares Publish, which encodes, with the jetstream package's PublishMsg of the same bytes and headers.
+func BenchmarkPublish(b *testing.B) {
+	srv := startServer(b, withJetStream(b))
+	js := manage(b, srv)
+	for _, publishers := range []int{1, 256} {
+		b.Run(fmt.Sprintf("publishers=%d", publishers), func(b *testing.B) {
+			svc := newService(b, srv, "shop", aegis.WithPool(1)) // as many connections as the baseline has
+			publish(b, svc, "order", "created", benchOrder{})
+			versus(b, publishers, func() error {
+				return aegis.Publish(context.Background(), svc, "order", "created", benchOrder{SKU: "AAPL", Qty: 100})
+			}, func() error {
+				_, err := js.PublishMsg(context.Background(), rawEvent("order"))
+				return err
+			})
+		})
+	}
+}
+
+// rawEvent is what Publish sends.
+func rawEvent(domain string) *nats.Msg {
+	data, _ := aegis.MsgPack.Marshal(benchOrder{SKU: "AAPL", Qty: 100})
+	return &nats.Msg{Subject: "events." + domain + ".created", Data: data, Header: nats.Header{"Nats-Msg-Id": {rand.Text()}, "Aegis-Source": {"shop"}}}
+}
+
+// BenchmarkPublishBatch compares PublishBatch with the jetstream package's PublishMsgAsync of the same bytes and headers.
+func BenchmarkPublishBatch(b *testing.B) {
+	srv := startServer(b, withJetStream(b))
+	js := manage(b, srv)
+	svc := newService(b, srv, "shop", aegis.WithPool(1))
+	compare(b, func(n int) sample {
+		batch := make([]benchOrder, n)
+		for i := range batch {
+			batch[i] = benchOrder{SKU: "AAPL", Qty: 100}
+		}
+		return measure(n, func() {
+			if err := aegis.PublishBatch(context.Background(), svc, "order", "created", batch); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}, func(n int) sample {
+		return measure(n, func() {
+			for range n {
+				if _, err := js.PublishMsgAsync(rawEvent("order")); err != nil {
+					b.Fatal(err)
+				}
+			}
+			<-js.PublishAsyncComplete()
+		})
+	})
+}
+
+// BenchmarkSubscribe compares Subscribe, which decodes, with the jetstream package's Consume that acknowledges each message. Both go
+// through the same events, which are stored before.
+func BenchmarkSubscribe(b *testing.B) {
+	srv := startServer(b, withJetStream(b))
+	js := manage(b, srv)
+	publisher := newService(b, srv, "shop")
+	turn := 0
+	domain := func() string { return fmt.Sprint("turn", turn) }
+	handled := make(chan struct{}, 1)
+	countdown := func(n int) func() {
+		var done atomic.Int64
+		return func() {
+			if done.Add(1) == int64(n) {
+				handled <- struct{}{}
+			}
+		}
+	}
+	compare(b, func(n int) sample {
+		turn++
+		if err := aegis.PublishBatch(context.Background(), publisher, domain(), "created", make([]benchOrder, n)); err != nil {
+			b.Fatal(err)
+		}
+		svc := newService(b, srv, "risk", aegis.WithPool(1))
+		defer func() { _ = svc.Stop(context.Background()) }()
+		one := countdown(n)
+		subscribe(b, svc, domain()+".*", func(context.Context, aegis.Event[benchOrder]) error { one(); return nil }, aegis.FromStart())
+		return measure(n, func() { start(b, svc); <-handled })
+	}, func(n int) sample {
+		one := countdown(n)
+		return measure(n, func() {
+			c, err := js.CreateConsumer(context.Background(), "AEGIS_EVENTS", jetstream.ConsumerConfig{
+				Durable: domain(), FilterSubject: "events." + domain() + ".*", AckPolicy: jetstream.AckExplicitPolicy, MaxAckPending: 1 << 16,
+			})
+			if err != nil {
+				b.Fatal(err)
+			}
+			consuming, err := c.Consume(func(m jetstream.Msg) {
+				_ = m.Ack()
+				one()
+			})
+			if err != nil {
+				b.Fatal(err)
+			}
+			<-handled
+			consuming.Stop()
+		})
+	})
+}
+
+// BenchmarkPublishToHandler waits for the confirmation of one event and for its handler, then publishes the next.
+func BenchmarkPublishToHandler(b *testing.B) {
+	srv := startServer(b, withJetStream(b))
+	js := manage(b, srv)
+	svc := newService(b, srv, "shop")
+	handled := make(chan struct{}, 1)
+	subscribe(b, svc, "order.*", func(context.Context, aegis.Event[benchOrder]) error { handled <- struct{}{}; return nil })
+	start(b, svc)
+	c, err := js.CreateConsumer(context.Background(), "AEGIS_EVENTS", jetstream.ConsumerConfig{
+		Durable: "raw", FilterSubject: "events.raw.*", AckPolicy: jetstream.AckExplicitPolicy,
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	consuming, err := c.Consume(func(m jetstream.Msg) {
+		_ = m.Ack()
+		handled <- struct{}{}
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer consuming.Stop()
+	versus(b, 1, func() error {
+		err := aegis.Publish(context.Background(), svc, "order", "created", benchOrder{SKU: "AAPL", Qty: 100})
+		<-handled
+		return err
+	}, func() error {
+		_, err := js.PublishMsg(context.Background(), rawEvent("raw"))
+		<-handled
+		return err
+	})
+}
+
 func rawConn(b *testing.B, url string) *nats.Conn {
 	nc, err := nats.Connect(url)
 	if err != nil {
@@ -149,26 +284,33 @@ func rawConn(b *testing.B, url string) *nats.Conn {
 	return nc
 }
 
-// versus runs b.N operations of aegis and as many of the baseline, in turns, so that both meet the same noise, and reports
-// the medians over the turns; x-raw is the median of the turns' ratios of operations per second.
+// versus compares single operations, from so many callers at once.
 func versus(b *testing.B, callers int, ours, raw func() error) {
+	b.Helper()
+	compare(b, func(n int) sample { return load(b, callers, n, ours) }, func(n int) sample { return load(b, callers, n, raw) })
+}
+
+// compare runs b.N operations of aegis and as many of the baseline, in turns, so that both meet the same noise, and reports
+// the medians over the turns; x-raw is the median of the turns' ratios of operations per second.
+func compare(b *testing.B, ours, raw func(n int) sample) {
 	b.Helper()
 	const turns = 11
 	n := max(b.N/turns, 1)
-	load(b, callers, min(n, 5000), ours) // fill pools
-	load(b, callers, min(n, 5000), raw)
+	ours(min(n, 5000)) // fill pools
+	raw(min(n, 5000))
 	var a, r [turns]sample
 	var ratios []float64
 	for i := range turns {
-		a[i] = load(b, callers, n, ours)
-		r[i] = load(b, callers, n, raw)
+		a[i], r[i] = ours(n), raw(n)
 		ratios = append(ratios, a[i].rate/r[i].rate)
 	}
 	report := func(prefix string, s []sample) {
 		b.ReportMetric(median(s, func(s sample) float64 { return s.rate }), prefix+"req/s")
-		b.ReportMetric(median(s, func(s sample) float64 { return s.p50 }), prefix+"p50-µs")
-		b.ReportMetric(median(s, func(s sample) float64 { return s.p99 }), prefix+"p99-µs")
 		b.ReportMetric(median(s, func(s sample) float64 { return s.allocs }), prefix+"allocs/rt")
+		if s[0].p50 > 0 {
+			b.ReportMetric(median(s, func(s sample) float64 { return s.p50 }), prefix+"p50-µs")
+			b.ReportMetric(median(s, func(s sample) float64 { return s.p99 }), prefix+"p99-µs")
+		}
 	}
 	report("", a[:])
 	report("raw-", r[:])
@@ -194,35 +336,39 @@ func load(b *testing.B, callers, n int, fn func() error) sample {
 	for i := range latencies {
 		latencies[i] = make([]time.Duration, 0, each)
 	}
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	start := time.Now()
-	var wg sync.WaitGroup
-	for i := range callers {
-		wg.Go(func() {
-			for range each {
-				t := time.Now()
-				if err := fn(); err != nil {
-					b.Error(err)
-					return
+	result := measure(each*callers, func() {
+		var wg sync.WaitGroup
+		for i := range callers {
+			wg.Go(func() {
+				for range each {
+					t := time.Now()
+					if err := fn(); err != nil {
+						b.Error(err)
+						return
+					}
+					latencies[i] = append(latencies[i], time.Since(t))
 				}
-				latencies[i] = append(latencies[i], time.Since(t))
-			}
-		})
-	}
-	wg.Wait()
-	took := time.Since(start)
-	runtime.ReadMemStats(&after)
+			})
+		}
+		wg.Wait()
+	})
 	all := slices.Concat(latencies...)
 	if len(all) == 0 {
 		b.FailNow()
 	}
 	slices.Sort(all)
 	micros := func(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
-	return sample{
-		rate:   float64(len(all)) / took.Seconds(),
-		p50:    micros(all[len(all)/2]),
-		p99:    micros(all[len(all)*99/100]),
-		allocs: float64(after.Mallocs-before.Mallocs) / float64(len(all)),
-	}
+	result.p50, result.p99 = micros(all[len(all)/2]), micros(all[len(all)*99/100])
+	return result
+}
+
+// measure tells the rate of n operations, and what they allocate.
+func measure(n int, fn func()) sample {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	start := time.Now()
+	fn()
+	took := time.Since(start)
+	runtime.ReadMemStats(&after)
+	return sample{rate: float64(n) / took.Seconds(), allocs: float64(after.Mallocs-before.Mallocs) / float64(n)}
 }

@@ -194,10 +194,17 @@ func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.Strea
 			answer, failure = s.request(ctx, x)
 		}
 	}
-	if failure == nil {
-		failure = refusal(answer, x.subject)
+	switch failure {
+	case nil:
+		return refusal(answer, x.subject)
+	case errNobody:
+		return nobodyStores(x.subject)
 	}
 	return failure
+}
+
+func nobodyStores(subject string) *Error {
+	return notRun(newError(ErrUnavailable, "no stream takes %s for now", subject))
 }
 
 // provideFor makes the stream that x is for.
@@ -226,7 +233,7 @@ func refusal(answer *nats.Msg, subject string) *Error {
 	}
 	switch err := json.Unmarshal(answer.Data, &ack); {
 	case isNobody(answer):
-		return notRun(newError(ErrUnavailable, "no stream takes %s for now", subject))
+		return nobodyStores(subject)
 	case err == nil && ack.Error != nil:
 		return notRun(newError(kindOf(strconv.Itoa(ack.Error.Code)), "%s was refused: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode))
 	case err != nil || ack.Stream == "":
@@ -330,7 +337,7 @@ func (b *batch) send(ctx context.Context) []int {
 		case b.waiting == batchWindow, b.waiting > 0 && (b.nobody || b.sent == len(b.todo)):
 			b.receive(ctx)
 		case b.nobody:
-			b.broken = newError(ErrUnavailable, "no stream takes %s for now", b.subject)
+			b.broken = nobodyStores(b.subject)
 		case b.sent == len(b.todo):
 			return b.left()
 		default:
