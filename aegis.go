@@ -1,16 +1,18 @@
-// Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors, retries and
-// graceful shutdown.
+// Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors and retries, and
+// durable events on JetStream, with dead letters.
 //
 // # Usage
 //
-// A [Service] is made by [New], is a client at once, and serves what was given to [Handle] from [Service.Start] (or
-// [Service.Run]) on:
+// A [Service] is made by [New], is a client at once, and serves what was given to [Handle] and [Subscribe] from [Service.Start]
+// (or [Service.Run]) on:
 //
 //	svc, err := aegis.New("order-service")
 //	aegis.Handle(svc, "create_order", func(ctx context.Context, o Order) (Receipt, error) { … })
+//	aegis.Subscribe(svc, "payment.*", func(ctx context.Context, e aegis.Event[Payment]) error { … })
 //	svc.Run(ctx)
 //
 //	receipt, err := aegis.Call[Order, Receipt](ctx, client, "order-service", "create_order", order)
+//	err = aegis.Publish(ctx, client, "payment", "captured", payment)
 //
 // The payload of a message is the encoded value and nothing else, so that any NATS client can take part:
 //
@@ -22,16 +24,20 @@
 // what certainly did not reach a handler, and an [Error] says so in NotRun; [Idempotent] lifts that. Every request that
 // arrives is answered, be it with an error, unless its caller has stopped waiting.
 //
+// An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored it; it is
+// acknowledged when its handler has returned nil, or when it is stored as a dead letter.
+//
 // # Concurrency
 //
 // All functions and methods may be called from several goroutines at once. Handlers run concurrently, each method's up to its
 // own limit ([WithConcurrency], [Concurrency]); as many requests again may wait for their turn, and the rest is refused with
-// [ErrOverloaded]. A handler's ctx ends with its caller's deadline, when its caller cancels, and when Stop runs out of time.
+// [ErrOverloaded]. Events wait in the server. A handler's ctx ends with its caller's deadline ([Deadline], for an event), when
+// its caller cancels, and when Stop runs out of time.
 //
 // # Shutdown
 //
-// [Service.Stop] takes no more work, lets the handlers that run finish, and closes the connections. It leaves no goroutine
-// behind but those of handlers that ignore their ctx.
+// [Service.Stop] takes no more work, lets the handlers that run finish, gives back to the server the events that there is no time
+// for, and closes the connections. It leaves no goroutine behind but those of handlers that ignore their ctx.
 package aegis
 
 import (
@@ -356,8 +362,10 @@ func (s *Service) Conn() *nats.Conn {
 	return s.conns[0].nc
 }
 
-// Start begins to serve. When it returns, every server of the pool knows the handlers; more may be added later. It fails with
-// [ErrClosed] after Stop, [ErrInvalid] if the service was started already, [ErrUnavailable] if the server can't be reached.
+// Start begins to serve: it makes what [Subscribe] needs on the server and subscribes. When it returns, every server of the pool
+// knows the handlers; more may be added later. It fails with [ErrClosed] after Stop, [ErrInvalid] if the service was started
+// already or a stream or consumer that exists can't be used, [ErrUnavailable] if the server, or its JetStream, can't be reached.
+// A service whose Start failed can only be stopped.
 func (s *Service) Start(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state != created {
@@ -410,7 +418,8 @@ const cancelGrace = 200 * time.Millisecond
 
 // Stop takes no more requests, waits until those that have arrived are answered, flushes, and closes the connections; calls
 // that still wait for an answer then fail with [ErrClosed]. When ctx ends before that, requests that haven't begun are
-// refused, the ctx of those that run ends, and Stop returns 0.2 s later with [ErrTimeout] saying how many are left. While the
+// refused, events are given back without using up an attempt, the ctx of the handlers that run ends, and Stop returns 0.2 s
+// later with [ErrTimeout] saying how many are left. While the
 // server can't be reached it closes what is local and returns [ErrUnavailable]. A second Stop waits for the first and returns
 // nil.
 func (s *Service) Stop(ctx context.Context) error {

@@ -5,6 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"log/slog"
+	"math"
+	"os"
+	"sync"
 	"time"
 
 	"github.com/aegistrader/aegis"
@@ -12,9 +16,13 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// embeddedServer runs a NATS server in this process, so that each example is a program that runs anywhere.
+// embeddedServer runs a NATS server with JetStream in this process, so that each example is a program that runs anywhere.
 func embeddedServer() (url string, stop func()) {
-	srv, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: -1, NoLog: true, NoSigs: true})
+	dir, err := os.MkdirTemp("", "nats-*")
+	if err != nil {
+		log.Fatal(err)
+	}
+	srv, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: -1, JetStream: true, StoreDir: dir, NoLog: true, NoSigs: true})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -22,7 +30,7 @@ func embeddedServer() (url string, stop func()) {
 	if !srv.ReadyForConnections(10 * time.Second) {
 		log.Fatal("the server doesn't start")
 	}
-	return srv.ClientURL(), func() { srv.Shutdown(); srv.WaitForShutdown() }
+	return srv.ClientURL(), func() { srv.Shutdown(); srv.WaitForShutdown(); os.RemoveAll(dir) }
 }
 
 // An order service and a caller.
@@ -194,4 +202,163 @@ func ExampleWithMiddleware() {
 	// Output:
 	// vault: DENIED: no token from client
 	// gold <nil>
+}
+
+// Events are stored, and shared by the instances of each service that subscribes.
+func ExampleSubscribe() {
+	type Payment struct {
+		Order  string  `json:"order"`
+		Amount float64 `json:"amount"`
+	}
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+
+	shipping, err := aegis.New("shipping", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer shipping.Stop(ctx)
+	handled := make(chan string, 1)
+	err = aegis.Subscribe(shipping, "payment.*", func(_ context.Context, e aegis.Event[Payment]) error {
+		handled <- fmt.Sprintf("%s %s from %s: %v", e.Domain, e.Type, e.Source, e.Data)
+		return nil // acknowledges it; after an error it would come again
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := shipping.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+
+	payments, err := aegis.New("payments", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer payments.Stop(ctx)
+	// The key makes sure that it is stored once, even if this program is run again right after a crash.
+	err = aegis.Publish(ctx, payments, "payment", "captured", Payment{Order: "1-AAPL", Amount: 19}, aegis.IdempotencyKey("1-AAPL"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(<-handled)
+	// Output: payment captured from payments: {1-AAPL 19}
+}
+
+// Broadcast gives each event to every instance, here to drop what it has cached.
+func ExampleBroadcast() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+
+	var dropped sync.WaitGroup
+	dropped.Add(2)
+	for _, id := range []string{"cache-1", "cache-2"} {
+		cache, err := aegis.New("cache", aegis.WithURL(url), aegis.WithID(id))
+		if err != nil {
+			log.Fatal(err)
+		}
+		defer cache.Stop(ctx)
+		err = aegis.Subscribe(cache, "price.changed", func(_ context.Context, e aegis.Event[string]) error {
+			fmt.Println(id, "drops", e.Data)
+			dropped.Done()
+			return nil
+		}, aegis.Broadcast())
+		if err != nil {
+			log.Fatal(err)
+		}
+		if err := cache.Start(ctx); err != nil {
+			log.Fatal(err)
+		}
+	}
+	pricing, err := aegis.New("pricing", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer pricing.Stop(ctx)
+	if err := aegis.Publish(ctx, pricing, "price", "changed", "AAPL"); err != nil {
+		log.Fatal(err)
+	}
+	dropped.Wait()
+	// Unordered output:
+	// cache-1 drops AAPL
+	// cache-2 drops AAPL
+}
+
+// PublishBatch is for many events at once. It tells each that failed.
+func ExamplePublishBatch() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx := context.Background()
+	// JSON can't encode every float.
+	svc, err := aegis.New("market-data", aegis.WithURL(url), aegis.WithCodec(aegis.JSON))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	prices := []float64{9.5, math.NaN(), 9.6}
+	err = aegis.PublishBatch(ctx, svc, "price", "changed", prices)
+	var failed interface{ Unwrap() []error }
+	if errors.As(err, &failed) {
+		for _, err := range failed.Unwrap() {
+			var e *aegis.Error
+			errors.As(err, &e)
+			fmt.Println("event", e.Details["index"], e)
+		}
+	}
+	// Output: event 1 INVALID_ARGUMENT: encoding the event price.changed: json: unsupported value: NaN
+}
+
+// What fails too often is set aside, and can be handled once more when the reason is gone.
+func ExampleService_Redrive() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("shipping", aegis.WithURL(url), aegis.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	shipped := make(chan string)
+	addressKnown := make(chan bool, 3)
+	err = aegis.Subscribe(svc, "order.paid", func(_ context.Context, e aegis.Event[string]) error {
+		if !<-addressKnown {
+			return errors.New("no address")
+		}
+		shipped <- e.Data
+		return nil
+	}, aegis.Attempts(2), aegis.Backoff(time.Millisecond, time.Second))
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := svc.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+	addressKnown <- false
+	addressKnown <- false
+	if err := aegis.Publish(ctx, svc, "order", "paid", "1-AAPL"); err != nil {
+		log.Fatal(err)
+	}
+
+	var letter aegis.DeadLetter
+	for letter.Sequence == 0 { // until it is there
+		for d, err := range svc.DeadLetters(ctx) {
+			if err != nil {
+				log.Fatal(err)
+			}
+			letter = d
+		}
+	}
+	fmt.Println(letter.Subject, letter.Attempts, letter.Reason)
+	addressKnown <- true
+	if err := svc.Redrive(ctx, letter); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("shipped", <-shipped)
+	// Output:
+	// events.order.paid 2 shipping: INTERNAL: no address
+	// shipped 1-AAPL
 }
