@@ -468,12 +468,34 @@ func (s *Service) jetStream() (jetstream.JetStream, *Error) {
 	return js, nil
 }
 
+// temporarilyUnavailable is what a cluster without a leader answers; or it doesn't, and forgets what it was asked.
+const temporarilyUnavailable = 10008
+
+// patiently tries to do something with JetStream again while a cluster has no leader, until ctx ends, or for WithTimeout.
+func (s *Service) patiently(ctx context.Context, do func(ctx context.Context) *Error) *Error {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, s.cfg.timeout)
+		defer cancel()
+	}
+	for n := 1; ; n++ {
+		within, cancel := context.WithTimeout(ctx, 2*time.Second)
+		failure := do(within)
+		cancel()
+		if failure == nil || failure.Code != ErrTimeout.Code || !sleep(ctx, backoff(n, 50*time.Millisecond, time.Second)) {
+			return failure
+		}
+	}
+}
+
 // jetStreamError is what the JetStream API's error about something means.
 func jetStreamError(err error, what string) *Error {
 	var api *jetstream.APIError
 	switch {
 	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount), errors.Is(err, nats.ErrNoResponders):
 		return notRun(newError(ErrUnavailable, "%s: no JetStream: run nats-server with -js, and enable it for the account", what))
+	case errors.As(err, &api) && api.ErrorCode == temporarilyUnavailable:
+		return newError(ErrTimeout, "%s: %s (%d)", what, api.Description, api.ErrorCode)
 	case errors.As(err, &api):
 		return notRun(newError(kindOf(strconv.Itoa(api.Code)), "%s: %s (%d)", what, api.Description, api.ErrorCode))
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):
@@ -630,10 +652,14 @@ type feed struct {
 }
 
 func (f *feed) open(ctx context.Context) error {
-	if failure := f.provide(ctx); failure != nil {
+	failure := f.svc.patiently(ctx, func(ctx context.Context) *Error {
+		failure := f.provide(ctx)
+		if failure == nil {
+			_, failure = f.svc.provide(ctx, f.svc.deadStream(), f.letters())
+		}
 		return failure
-	}
-	if _, failure := f.svc.provide(ctx, f.svc.deadStream(), f.letters()); failure != nil {
+	})
+	if failure != nil {
 		return failure
 	}
 	f.mu.Lock()
