@@ -593,7 +593,7 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 		return err
 	}
 	e := &endpoint{kind: kindEvent, name: orDefault(cfg.durable, pattern), subject: eventPrefix + pattern, run: run}
-	f := &feed{endpoint: e, cfg: cfg, wake: make(chan struct{}, 1), closed: make(chan struct{})}
+	f := &feed{endpoint: e, cfg: cfg, statuses: make(chan *nats.Msg, 64), wake: make(chan struct{}, 1), closed: make(chan struct{})}
 	// The name of the consumer, in which . * > can't be.
 	name := s.name + "~" + orDefault(cfg.durable, strings.NewReplacer(".", "~", "*", "+", ">", "#").Replace(pattern))
 	if cfg.broadcast {
@@ -633,9 +633,11 @@ type feed struct {
 	*endpoint
 	cfg      handlerConfig
 	config   jetstream.ConsumerConfig
-	claimed  atomic.Int64  // events asked for or being handled
-	wake     chan struct{} // more can be asked for
-	closed   chan struct{} // nothing more will come
+	claimed  atomic.Int64           // events asked for, waiting in the queue, or being handled
+	current  atomic.Pointer[asking] // the latest
+	statuses chan *nats.Msg         // what the server tells about it
+	wake     chan struct{}          // more can be asked for
+	closed   chan struct{}          // nothing more will come
 	fetching sync.WaitGroup
 
 	// Of open, then of fetch.
@@ -781,64 +783,62 @@ func (f *feed) fetch(ctx context.Context) {
 	}
 }
 
+// An asking is what a feed has asked for by one inbox. The messages go straight into the endpoint's queue.
+type asking struct {
+	sub  *nats.Subscription
+	open atomic.Int64 // messages that were asked for and haven't come
+}
+
+const askingOver = -1 << 40 // so that open stays negative
+
 // pull asks for events on c, until that gets nowhere or the feed is closed, and tells whether anything came.
 func (f *feed) pull(ctx context.Context, c *conn) (came bool) {
 	drops := c.drops.Load()
 	inbox := c.newInbox()
-	msgs := make(chan *nats.Msg, f.limit+64) // and some statuses
-	sub := f.listen(c, inbox, msgs)
-	if sub == nil {
+	a := f.listen(c, inbox)
+	if a == nil {
 		return false
 	}
-	asked := 0
-	take := func(m *nats.Msg) (trouble bool) {
-		status := m.Header.Get("Status")
-		if status == "" || m.Reply != "" {
-			asked--
-			f.queue <- m // never blocks for long: it has room for all that were asked for
-			return false
-		}
-		if n, err := strconv.Atoi(m.Header.Get("Nats-Pending-Messages")); err == nil && n >= 0 { // they won't come
-			n = min(n, asked)
-			asked -= n
-			f.claimed.Add(int64(-n))
-			return false
-		}
-		return status != "100"
-	}
 	defer func() {
-		_ = sub.Unsubscribe() // fails only on a closed connection
-		for len(msgs) > 0 {
-			take(<-msgs)
+		_ = a.sub.Unsubscribe() // fails only on a closed connection
+		if n := a.open.Swap(askingOver); n > 0 {
+			f.claimed.Add(-n)
 		}
-		f.claimed.Add(int64(-asked))
 	}()
 	heard := clock()
-	kept := heard
+	kept, before := heard, int64(0)
 	tick := time.NewTicker(fetchTick)
 	defer tick.Stop()
 	for {
-		if free := f.limit - int(f.claimed.Load()); free >= max(f.limit/8, 1) && ctx.Err() == nil {
-			if asked == 0 {
-				heard = clock()
-			}
-			asked += free
-			f.claimed.Add(int64(free))
-			ask, _ := json.Marshal(pullRequest{free, fetchExpiry, fetchHeartbeat})
+		if free := int64(f.limit) - f.claimed.Load(); free >= f.step() && ctx.Err() == nil {
+			f.claimed.Add(free)
+			before = a.open.Add(free)
+			ask, _ := json.Marshal(pullRequest{free, fetchExpiry, fetchHeartbeat}) // numbers: it can't fail
 			if c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+eventStream+"."+f.config.Durable, inbox, ask) != nil {
 				return came
 			}
 		}
 		select {
-		case m := <-msgs:
-			heard, came = clock(), true
-			if take(m) {
+		case m := <-f.statuses:
+			if m.Sub != a.sub {
+				continue
+			}
+			heard = clock()
+			if n, err := strconv.ParseInt(m.Header.Get("Nats-Pending-Messages"), 10, 64); err == nil && n > 0 { // which won't come
+				n = min(n, a.open.Load())
+				a.open.Add(-n)
+				f.claimed.Add(-n)
+			} else if status := m.Header.Get("Status"); status != "100" {
+				f.svc.log.Info("asking for events again", "endpoint", f.name, "status", status, "reason", m.Header.Get("Description"))
 				return came
 			}
 		case <-f.wake:
 		case <-tick.C:
 			now := clock()
-			if c.drops.Load() != drops || asked > 0 && now-heard > fetchSilence {
+			if open := a.open.Load(); open != before {
+				before, heard, came = open, now, true
+			}
+			if c.drops.Load() != drops || before > 0 && now-heard > fetchSilence {
 				return came
 			}
 			if now-kept > f.ackWait/3 {
@@ -847,7 +847,7 @@ func (f *feed) pull(ctx context.Context, c *conn) (came bool) {
 					f.tell(m, "+WPI")
 				}
 			}
-			if int(f.claimed.Load()) == asked && len(msgs) == 0 {
+			if f.claimed.Load() == before && len(f.queue) == 0 {
 				f.seen = max(f.seen, f.latest.Load())
 			}
 		case <-f.closed:
@@ -856,25 +856,37 @@ func (f *feed) pull(ctx context.Context, c *conn) (came bool) {
 	}
 }
 
+// step is how many more events it takes to be worth asking for.
+func (f *feed) step() int64 { return max(int64(f.limit)/8, 1) }
+
+// take accounts for a message that came.
+func (f *feed) take(m *nats.Msg) {
+	if a := f.current.Load(); m.Sub != a.sub || a.open.Add(-1) < 0 {
+		f.claimed.Add(1) // it was given up
+	}
+}
+
 type pullRequest struct {
-	Batch     int           `json:"batch"`
+	Batch     int64         `json:"batch"`
 	Expires   time.Duration `json:"expires"`
 	Heartbeat time.Duration `json:"idle_heartbeat"`
 }
 
 // listen subscribes to the inbox, nil if that can't be.
-func (f *feed) listen(c *conn, inbox string, msgs chan *nats.Msg) *nats.Subscription {
+func (f *feed) listen(c *conn, inbox string) *asking {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.drained {
 		return nil
 	}
-	sub, err := c.nc.ChanSubscribe(inbox, msgs)
+	sub, err := c.nc.ChanSubscribe(inbox, f.queue)
 	if err != nil {
 		return nil
 	}
 	f.sub, f.on = sub, c
-	return sub
+	a := &asking{sub: sub}
+	f.current.Store(a)
+	return a
 }
 
 // A delivery is what is known of an event but for its payload.
@@ -887,8 +899,16 @@ type delivery struct {
 
 // serve handles one event.
 func (f *feed) serve(j job, now time.Time) {
-	defer f.release()
 	m := j.msg
+	if m.Reply == "" && m.Header.Get("Status") != "" {
+		select {
+		case f.statuses <- m:
+		default: // then the heartbeats will be missed
+		}
+		return
+	}
+	f.take(m)
+	defer f.release()
 	meta, err := m.Metadata()
 	if err != nil || meta.Stream != eventStream || meta.Consumer != f.config.Durable {
 		f.svc.log.Warn("what was no event was dropped", "endpoint", f.name, "subject", m.Subject)
@@ -937,7 +957,7 @@ func (f *feed) serve(j job, now time.Time) {
 }
 
 func (f *feed) release() {
-	if free := f.limit - int(f.claimed.Add(-1)); free >= max(f.limit/8, 1) {
+	if free := int64(f.limit) - f.claimed.Add(-1); free >= f.step() {
 		select {
 		case f.wake <- struct{}{}:
 		default: // it is told already
