@@ -2371,7 +2371,7 @@ func TestLongHandlerIsNotRedelivered(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	var handled journal[int]
-	for pass := range 2 {
+	instance := func() *aegis.Service {
 		svc := newService(t, srv, "risk")
 		subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[time.Duration]) error {
 			handled.add(e.Attempt)
@@ -2379,18 +2379,18 @@ func TestLongHandlerIsNotRedelivered(t *testing.T) {
 			return nil
 		}, aegis.Concurrency(2))
 		start(t, svc)
-		if pass == 0 { // once the consumer exists, its operator can change it
-			if err := svc.Stop(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second)
-			continue
-		}
-		publish(t, svc, "order", "created", 3*time.Second)
-		handled.wait(t, 1)
-		if err := svc.Stop(t.Context()); err != nil { // waits for it
-			t.Fatal(err)
-		}
+		return svc
+	}
+	if err := instance().Stop(t.Context()); err != nil { // once the consumer exists, its operator can change it
+		t.Fatal(err)
+	}
+	shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second)
+	svc := instance()
+	publish(t, svc, "order", "created", 4*time.Second)
+	handled.wait(t, 1)
+	instance()                                    // which would take it
+	if err := svc.Stop(t.Context()); err != nil { // waits for the handler
+		t.Fatal(err)
 	}
 	if got := handled.all(); !slices.Equal(got, []int{1}) {
 		t.Errorf("attempts %v", got)
@@ -2414,6 +2414,9 @@ func TestStopGivesEventsBackWithoutUsingAnAttempt(t *testing.T) {
 			running.add(e.Data)
 			<-ctx.Done()
 			ended.add(e.Data)
+			if e.Data == 2 { // longer than Stop waits
+				time.Sleep(time.Second)
+			}
 			return ctx.Err()
 		})
 		if stop == 0 {
@@ -2619,13 +2622,21 @@ func TestInvalidEvents(t *testing.T) {
 func TestDeletedConsumerIsMadeAgain(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
-	svc := newService(t, srv, "risk")
-	var got journal[int]
-	subscribe(t, svc, "order.*", into(&got))
-	start(t, svc)
-	publish(t, svc, "order", "created", 1)
-	got.wait(t, 1)
 	js := manage(t, srv)
+	svc, publisher := newService(t, srv, "risk"), newService(t, srv, "shop")
+	var got journal[int]
+	var healthy atomic.Bool
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+		if e.Data == 1 && !healthy.Load() {
+			return errors.New("not yet")
+		}
+		got.add(e.Data)
+		return nil
+	}, aegis.Backoff(time.Hour, time.Hour))
+	start(t, svc)
+	publish(t, publisher, "order", "created", 1) // it fails, and waits for its next attempt
+	publish(t, publisher, "order", "created", 2)
+	got.wait(t, 1)
 	st, err := js.Stream(t.Context(), "AEGIS_EVENTS")
 	if err != nil {
 		t.Fatal(err)
@@ -2635,8 +2646,184 @@ func TestDeletedConsumerIsMadeAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	publish(t, svc, "order", "created", 2) // while there is none, perhaps
-	eventually(t, "the event is handled", func() bool { return slices.Contains(got.all(), 2) })
+	healthy.Store(true)
+	publish(t, publisher, "order", "created", 3) // while there is none, perhaps
+	eventually(t, "all are handled", func() bool { return slices.Contains(got.all(), 1) && slices.Contains(got.all(), 3) })
+
+	// The same with the stream, whose numbers begin anew.
+	if err := js.DeleteStream(t.Context(), "AEGIS_EVENTS"); err != nil {
+		t.Fatal(err)
+	}
+	publish(t, publisher, "order", "created", 4)
+	eventually(t, "the event in the new stream is handled", func() bool { return slices.Contains(got.all(), 4) })
+}
+
+func TestOperatorsConsumer(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	publish(t, svc, "other", "one", 0)
+	st, err := manage(t, srv).Stream(t.Context(), "AEGIS_EVENTS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.CreateConsumer(t.Context(), jetstream.ConsumerConfig{
+		Durable: "risk~order~+", FilterSubject: "events.order.*", AckPolicy: jetstream.AckExplicitPolicy, MaxRequestBatch: 7, MaxRequestExpires: 200 * time.Millisecond,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var got journal[int]
+	var healthy atomic.Bool
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+		if e.Data == 1 && !healthy.Load() {
+			return errors.New("no")
+		}
+		got.add(e.Data)
+		return nil
+	}, aegis.Attempts(1))
+	start(t, svc)
+	if err := aegis.PublishBatch(t.Context(), svc, "order", "created", make([]int, 100)); err != nil {
+		t.Fatal(err)
+	}
+	got.wait(t, 100)
+	publish(t, svc, "order", "created", 1)
+	var letters []aegis.DeadLetter
+	eventually(t, "a dead letter", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
+	healthy.Store(true)
+	if err := svc.Redrive(t.Context(), letters[0]); err != nil { // for which the consumer's filter had to be extended
+		t.Fatal(err)
+	}
+	got.wait(t, 101)
+
+	if _, err := st.CreateConsumer(t.Context(), jetstream.ConsumerConfig{Durable: "risk~limited", FilterSubject: "events.order.*", AckPolicy: jetstream.AckExplicitPolicy, MaxDeliver: 3}); err != nil {
+		t.Fatal(err)
+	}
+	fails(t, aegis.Subscribe(svc, "order.*", into(&got), aegis.Durable("limited")), aegis.ErrInvalid, "risk~limited", "max_deliver")
+}
+
+// As long as dead letters can't be stored, their events wait; then they have the true reason.
+func TestDeadLettersWhileTheirStreamIsOutOfOrder(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var got journal[int]
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+		got.add(e.Attempt)
+		return errors.New("the true reason")
+	}, aegis.Attempts(2), aegis.Backoff(time.Millisecond, time.Millisecond))
+	start(t, svc)
+	js := manage(t, srv)
+	takes := func(subject string) {
+		st, err := js.Stream(t.Context(), "AEGIS_DEAD")
+		if err != nil {
+			t.Fatal(err)
+		}
+		config := st.CachedInfo().Config
+		config.Subjects = []string{subject}
+		if _, err := js.UpdateStream(t.Context(), config); err != nil {
+			t.Fatal(err)
+		}
+	}
+	takes("nothing.>")
+	publish(t, svc, "order", "created", 1)
+	got.wait(t, 2)
+	time.Sleep(100 * time.Millisecond) // for it to try; the test holds if it doesn't
+	takes("aegis.dead.>")
+	var letters []aegis.DeadLetter
+	eventually(t, "a dead letter", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
+	if d := letters[0]; d.Attempts != 2 || !strings.Contains(d.Reason, "the true reason") || len(got.all()) != 2 {
+		t.Errorf("%d attempts, %+v", len(got.all()), d)
+	}
+}
+
+// Events of other clients can be such that nats.go wouldn't send them, or too large to be copied.
+func TestDeadLettersOfOddEvents(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t), func(o *server.Options) { o.MaxPayload = 16 << 10 })
+	svc := newService(t, srv, "risk")
+	subscribe(t, svc, "order.*", into(&journal[int]{}), aegis.Concurrency(1))
+	start(t, svc)
+	c, err := net.Dial("tcp", srv.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	header := "NATS/1.0\r\nodd key: x\r\nX-Good: y\r\nNats-Expected-Last-Sequence: 0\r\n\r\n"
+	large := strings.Repeat("z", 16<<10)
+	fmt.Fprintf(c, "CONNECT {\"headers\":true,\"verbose\":false}\r\nHPUB events.order.odd %d %d\r\n%s??\r\nPUB events.order.large %d\r\n%s\r\n", len(header), len(header)+2, header, len(large), large)
+	var letters []aegis.DeadLetter
+	eventually(t, "two dead letters", func() bool { letters = deadLetters(t, svc); return len(letters) == 2 })
+	if d := letters[0]; string(d.Data) != "??" || d.Header.Get("X-Good") != "y" || d.Header.Get("Nats-Expected-Last-Sequence") != "" {
+		t.Errorf("got %+v", d)
+	}
+	if d := letters[1]; len(d.Data) != 0 || !strings.Contains(d.Reason, "sequence 2 of AEGIS_EVENTS") || !strings.Contains(d.Reason, "INVALID_ARGUMENT") {
+		t.Errorf("got %+v", d)
+	}
+}
+
+func TestPublishBatchThatCannotSucceed(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	js := manage(t, srv)
+	st, err := js.CreateStream(t.Context(), jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.order.>"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, opts := range [][]aegis.CallOption{nil, {aegis.Sticky()}} {
+		promptly(t, func() {
+			err := aegis.PublishBatch(t.Context(), svc, "payment", "captured", []int{1, 2}, opts...)
+			if e := fails(t, err, aegis.ErrInvalid, "AEGIS_EVENTS", "events.payment.captured", "events.>"); !e.NotRun {
+				t.Error("it may have been stored?")
+			}
+		})
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if e := fails(t, aegis.PublishBatch(ctx, svc, "order", "created", make([]int, 500)), aegis.ErrCanceled); !e.NotRun {
+		t.Error("it may have been stored?")
+	}
+	publish(t, svc, "order", "last", 0)
+	info, err := st.Info(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.State.Msgs != 1 {
+		t.Errorf("%d events are stored", info.State.Msgs)
+	}
+}
+
+// What was sent once may have been stored, whatever came of it later.
+func TestPublishBatchNotRun(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t) // without JetStream
+	svc := newService(t, srv, "risk")
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	var n atomic.Int32
+	if _, err := nc.Subscribe("events.>", func(m *nats.Msg) { // takes two events, answers nothing, and goes away
+		if n.Add(1) == 2 {
+			_ = m.Sub.Unsubscribe()
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	err = aegis.PublishBatch(t.Context(), svc, "order", "created", []int{1, 2}, aegis.Retry(aegis.RetryPolicy{AttemptTimeout: 100 * time.Millisecond}))
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok || len(joined.Unwrap()) != 2 {
+		t.Fatalf("got %v", err)
+	}
+	for _, err := range joined.Unwrap() {
+		if e := fails(t, err, aegis.ErrUnavailable); e.NotRun {
+			t.Errorf("%v: it was sent", e)
+		}
+	}
 }
 
 // Crashes: handlers in processes of their own.

@@ -35,7 +35,8 @@ type Event[T any] struct {
 	Time time.Time
 	// Sequence is its number in the stream. It rises, with gaps.
 	Sequence uint64
-	// Attempt counts from 1. It is more than 1 after a failure, a crash or a lost acknowledgement.
+	// Attempt counts deliveries from 1. It is more than 1 after a failure, a crash, a lost acknowledgement, or a Stop that cut
+	// the handler short.
 	Attempt int
 	Data    T
 }
@@ -165,14 +166,14 @@ func (p *publication) encode(encoder func() ([]byte, *packer, error), suffix str
 	if err != nil {
 		return nil, nil, notRun(newError(ErrInvalid, "encoding the event %s: %v", p.name, err))
 	}
-	if limit := p.s.conns[0].limit.Load() - letterRoom; int64(len(data)) > limit {
-		return nil, nil, notRun(newError(ErrInvalid, "the event %s has %d bytes, more than %d: the server's max_payload, less %d for what a dead letter adds",
-			p.name, len(data), limit, letterRoom))
-	}
 	p.header[jetstream.MsgIDHeader] = []string{p.id + suffix}
 	delete(p.header, headerContentType)
 	if label := contentType(p.s.cfg.codec, data); label != "" {
 		p.header[headerContentType] = []string{label}
+	}
+	if size, limit := messageSize(p.header, data), p.s.conns[0].limit.Load()-letterRoom; size > limit {
+		return nil, nil, notRun(newError(ErrInvalid, "the event %s has %d bytes with its headers, more than %d: the server's max_payload, less %d for what a dead letter adds",
+			p.name, size, limit, letterRoom))
 	}
 	return data, buf, nil
 }
@@ -234,12 +235,32 @@ func refusal(answer *nats.Msg, subject string) *Error {
 	switch err := json.Unmarshal(answer.Data, &ack); {
 	case isNobody(answer):
 		return nobodyStores(subject)
+	case err == nil && ack.Error != nil && ack.Error.ErrCode == inProcess:
+		return newError(ErrUnavailable, "%s was sent before and is not stored yet: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode)
 	case err == nil && ack.Error != nil:
-		return notRun(newError(kindOf(strconv.Itoa(ack.Error.Code)), "%s was refused: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode))
+		return notRun(newError(kindOfAPI(ack.Error.Code), "%s was refused: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode))
 	case err != nil || ack.Stream == "":
 		return newError(ErrInternal, "%s was answered by something that is no stream: %.100q", subject, answer.Data)
 	}
 	return nil
+}
+
+// inProcess is the answer to a message whose id a cluster is just storing.
+const inProcess = 10158
+
+// kindOfAPI is the error that a code of the JetStream API means.
+func kindOfAPI(code int) *Error {
+	switch code {
+	case 400:
+		return ErrInvalid
+	case 404:
+		return ErrNotFound
+	case 429:
+		return ErrOverloaded
+	case 503:
+		return ErrUnavailable
+	}
+	return ErrInternal
 }
 
 // PublishBatch publishes data in order, without waiting for the confirmation of one event before it sends the next, and returns
@@ -255,46 +276,49 @@ func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType stri
 	return p.publishAll(ctx, len(data), func(i int) ([]byte, *packer, error) { return marshal(s.cfg.codec, &data[i]) })
 }
 
-// publishAll publishes n events in batches, each of those that are left, until they are stored or mustn't be sent again.
+// publishAll publishes n events in passes, each of those that are left, until they are stored or mustn't be sent again.
 func (p *publication) publishAll(ctx context.Context, n int, encoder func(i int) ([]byte, *packer, error)) error {
-	failures := make([]*Error, n)
+	policy := p.cfg.policy()
+	b := &batch{publication: p, encoder: encoder, failures: make([]*Error, n), unsure: make([]bool, n)}
+	b.silence = min(policy.AttemptTimeout, p.s.cfg.timeout)
 	todo := make([]int, n)
 	for i := range todo {
 		todo[i] = i
 	}
-	policy := p.cfg.policy()
-	provided := false
-	progress := clock()
+	_, bounded := ctx.Deadline()
+	provided, progress := false, clock()
 	for attempt := 1; len(todo) > 0; attempt++ {
-		b := &batch{publication: p, encoder: encoder, todo: todo, failures: failures, silence: policy.AttemptTimeout}
-		todo = b.send(ctx)
+		left := b.pass(ctx, todo)
+		if len(left) < len(todo) {
+			progress = clock()
+		}
+		todo = left
 		if b.nobody {
-			failure := p.s.provideFor(ctx, &exchange{subject: p.subject, limit: policy.AttemptTimeout}, p.s.eventStream())
+			failure := p.s.provideFor(ctx, &exchange{subject: p.subject, limit: b.silence}, p.s.eventStream())
 			if failure == nil && !provided {
 				provided = true
 				attempt--
 				continue
 			}
 			for _, i := range todo {
-				if failure != nil {
-					failures[i] = notRun(newError(failure, "%s", failure.Message))
-				}
+				b.failures[i] = orDefault(failure, b.failures[i])
+			}
+			if !mayPass(orDefault(failure, nobodyStores(p.subject))) {
+				break
 			}
 		}
-		if len(todo) < len(b.todo) {
-			progress = clock()
-		}
-		_, bounded := ctx.Deadline()
-		if attempt >= policy.Attempts || !bounded && clock()-progress > p.s.cfg.timeout ||
-			len(todo) > 0 && !sleep(ctx, backoff(attempt, policy.Backoff, policy.MaxBackoff)) {
+		if len(todo) == 0 || attempt >= policy.Attempts || !bounded && clock()-progress > p.s.cfg.timeout ||
+			!sleep(ctx, backoff(attempt, policy.Backoff, policy.MaxBackoff)) {
 			break
 		}
 	}
 	var errs []error
-	for i, failure := range failures {
+	for i, failure := range b.failures {
 		if failure != nil {
-			failure.Details = map[string]string{"index": strconv.Itoa(i)}
-			errs = append(errs, failure)
+			e := *failure // which others may share
+			e.Details = map[string]string{"index": strconv.Itoa(i)}
+			e.NotRun = e.NotRun && !b.unsure[i]
+			errs = append(errs, &e)
 		}
 	}
 	return errors.Join(errs...)
@@ -303,64 +327,78 @@ func (p *publication) publishAll(ctx context.Context, n int, encoder func(i int)
 // batchWindow bounds how many events of a batch wait for their confirmation. (The server takes in up to 100,000.)
 const batchWindow = 1024
 
-// A batch is one attempt at events that go out on one connection, one after the other.
+// A batch publishes events one after the other, on one connection in each pass.
 type batch struct {
 	*publication
 	encoder  func(i int) ([]byte, *packer, error)
-	todo     []int         // positions
 	failures []*Error      // by position
+	unsure   []bool        // by position: it may have been stored
 	silence  time.Duration // without any answer, after which the rest won't come
 
+	// Of one pass.
 	c        *conn
 	sl       *slot
 	prefix   string // of the reply subjects; the index in todo follows
+	todo     []int  // positions
+	answered []bool // by index in todo
 	sent     int    // of todo
 	waiting  int    // of those, for an answer
-	answered []bool // by index in todo
-	broken   *Error // why it can't go on
-	nobody   bool   // because there is no stream
+	nobody   bool   // there is no stream
 }
 
-// send publishes todo, and returns what may be sent again.
-func (b *batch) send(ctx context.Context) []int {
-	b.answered = make([]bool, len(b.todo))
-	if b.c = b.s.pick(); b.c == nil {
-		b.broken = b.s.disconnectedError()
-	} else if b.sl, b.broken = b.c.newSlot(batchWindow); b.broken == nil {
-		defer b.c.endSlot(b.sl)
-		b.prefix = b.sl.prefix + strconv.FormatUint(b.sl.calls, 36) + "."
-		b.sl.drops.Store(b.c.drops.Load())
-		b.extend(ctx)
-	}
-	for b.broken == nil {
-		switch {
-		case b.waiting == batchWindow, b.waiting > 0 && (b.nobody || b.sent == len(b.todo)):
-			b.receive(ctx)
-		case b.nobody:
-			b.broken = nobodyStores(b.subject)
-		case b.sent == len(b.todo):
-			return b.left()
-		default:
-			b.write(b.sent)
-			b.sent++
+// pass publishes todo, and returns what may be sent again.
+func (b *batch) pass(ctx context.Context, todo []int) (again []int) {
+	b.todo, b.answered, b.sent, b.waiting, b.nobody = todo, make([]bool, len(todo)), 0, 0, false
+	broken := b.begin(ctx)
+	for broken == nil {
+		if err := ctx.Err(); err != nil {
+			broken = asError(err)
+			break
+		}
+		if b.waiting == batchWindow || b.waiting > 0 && (b.nobody || b.sent == len(todo)) {
+			broken = b.receive(ctx)
+		} else if b.nobody {
+			broken = nobodyStores(b.subject)
+		} else if b.sent < len(todo) {
+			broken = b.write(b.sent)
+		} else {
+			break
 		}
 	}
-	return b.left()
-}
-
-// left are the positions that may be sent again.
-func (b *batch) left() (again []int) {
-	for k, i := range b.todo {
+	if b.sl != nil {
+		b.c.endSlot(b.sl)
+		b.sl = nil
+	}
+	for k, i := range todo {
 		if k >= b.sent {
-			b.failures[i] = notRun(newError(b.broken, "not sent: %s", b.broken.Message))
+			b.failures[i] = notRun(newError(broken, "not sent: %s", broken.Message))
 		} else if !b.answered[k] {
-			b.failures[i] = newError(b.broken, "not confirmed: %s", b.broken.Message)
+			b.failures[i] = newError(broken, "not confirmed: %s", broken.Message)
 		}
-		if mayPass(b.failures[i]) {
-			again = append(again, i)
+		if failure := b.failures[i]; failure != nil {
+			b.unsure[i] = b.unsure[i] || !failure.NotRun
+			if mayPass(failure) {
+				again = append(again, i)
+			}
 		}
 	}
 	return again
+}
+
+func (b *batch) begin(ctx context.Context) (failure *Error) {
+	if b.c = b.s.pick(); b.c == nil {
+		return b.s.disconnectedError()
+	}
+	if b.sl, failure = b.c.newSlot(batchWindow); failure != nil {
+		if failure == errDropped {
+			failure = b.s.disconnectedError()
+		}
+		return failure
+	}
+	b.prefix = b.sl.prefix + strconv.FormatUint(b.sl.calls, 36) + "."
+	b.sl.drops.Store(b.c.drops.Load())
+	b.extend(ctx)
+	return nil
 }
 
 func (b *batch) extend(ctx context.Context) {
@@ -371,12 +409,14 @@ func (b *batch) extend(ctx context.Context) {
 	b.c.await(b.sl, clock()+left, b.sl.drops.Load())
 }
 
-func (b *batch) write(k int) {
+// write publishes todo[k].
+func (b *batch) write(k int) *Error {
 	i := b.todo[k]
+	b.sent = k + 1
 	data, buf, failure := b.encode(func() ([]byte, *packer, error) { return b.encoder(i) }, "-"+strconv.Itoa(i))
 	if failure != nil {
 		b.failures[i], b.answered[k] = failure, true
-		return
+		return nil
 	}
 	err := b.c.nc.PublishMsg(&nats.Msg{Subject: b.subject, Reply: b.prefix + strconv.Itoa(k), Header: b.header, Data: data})
 	buf.release() // nats.go has copied it
@@ -386,32 +426,32 @@ func (b *batch) write(k int) {
 	case errors.Is(err, nats.ErrBadHeaderMsg), errors.Is(err, nats.ErrMaxPayload):
 		b.failures[i], b.answered[k] = notRun(newError(ErrInvalid, "publishing to %s: %v", b.subject, err)), true
 	default:
-		b.broken = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
+		return newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
 	}
+	return nil
 }
 
-// receive waits for the next answer.
-func (b *batch) receive(ctx context.Context) {
+// receive waits for the next answer. An error says that no more will come.
+func (b *batch) receive(ctx context.Context) *Error {
 	var m *nats.Msg
 	select {
 	case m = <-b.sl.answers:
 	case <-ctx.Done():
-		b.broken = asError(ctx.Err())
-		return
+		return asError(ctx.Err())
 	}
 	if m == nil {
-		b.broken = b.s.over(b.c, b.sl)
-		return
+		return b.s.over(b.c, b.sl)
 	}
 	k, err := strconv.Atoi(strings.TrimPrefix(m.Subject, b.prefix))
 	if err != nil || k < 0 || k >= b.sent || b.answered[k] {
-		return // nobody asked for it
+		return nil // nobody asked for it
 	}
 	b.waiting--
 	b.answered[k] = true
 	b.extend(ctx)
 	b.failures[b.todo[k]] = refusal(m, b.subject)
-	b.nobody = b.nobody || isNobody(m) // all that was sent is awaited, lest what comes next is overtaken
+	b.nobody = b.nobody || isNobody(m) // what was sent is awaited, lest what comes next is overtaken
+	return nil
 }
 
 // Streams and consumers.
@@ -497,7 +537,7 @@ func jetStreamError(err error, what string) *Error {
 	case errors.As(err, &api) && api.ErrorCode == temporarilyUnavailable:
 		return newError(ErrTimeout, "%s: %s (%d)", what, api.Description, api.ErrorCode)
 	case errors.As(err, &api):
-		return notRun(newError(kindOf(strconv.Itoa(api.Code)), "%s: %s (%d)", what, api.Description, api.ErrorCode))
+		return notRun(newError(kindOfAPI(api.Code), "%s: %s (%d)", what, api.Description, api.ErrorCode))
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):
 		return newError(ErrTimeout, "%s: no answer from JetStream: %v", what, err)
 	case errors.Is(err, context.Canceled):
@@ -637,20 +677,19 @@ type feed struct {
 	current  atomic.Pointer[asking] // the latest
 	statuses chan *nats.Msg         // what the server tells about it
 	wake     chan struct{}          // more can be asked for
-	closed   chan struct{}          // nothing more will come
-	fetching sync.WaitGroup
+	closed   chan struct{}
+	busy     sync.WaitGroup // fetch and keepAlive
 
-	// Of open, then of fetch.
-	provided bool
-	ackWait  time.Duration
-	seen     uint64        // all up to this sequence was handled when somebody looked
-	latest   atomic.Uint64 // sequence that was handled
+	// What provide learns, for fetch.
+	provided atomic.Bool
+	ackWait  atomic.Int64
+	most     int64 // to ask for at once
+	expiry   time.Duration
+	floor    uint64 // all up to this sequence is done with
 
 	mu      sync.Mutex // guards the rest
 	drained bool
 	cancel  context.CancelFunc // ends the asking
-	sub     *nats.Subscription
-	on      *conn // of sub
 }
 
 func (f *feed) open(ctx context.Context) error {
@@ -670,7 +709,8 @@ func (f *feed) open(ctx context.Context) error {
 		return newError(ErrClosed, "service %s was stopped", f.svc.name)
 	}
 	ctx, f.cancel = context.WithCancel(f.svc.base)
-	f.fetching.Go(func() { f.fetch(ctx) })
+	f.busy.Go(func() { f.fetch(ctx) })
+	f.busy.Go(f.keepAlive)
 	return nil
 }
 
@@ -681,66 +721,84 @@ func (f *feed) provide(ctx context.Context) *Error {
 		return failure
 	}
 	config := f.config
-	if own := redrivePrefix + config.Durable; takes(stream, own) && !covers(f.subject, own) {
+	own := redrivePrefix + config.Durable
+	if takes(stream, own) && !covers(f.subject, own) {
 		config.FilterSubjects = append(slices.Clone(config.FilterSubjects), own)
 	}
 	what := "the consumer " + config.Durable + " of " + eventStream
 	consumer, err := stream.Consumer(ctx, config.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		switch {
-		case f.provided: // and deleted since
-			f.svc.log.Warn("the consumer was deleted, and is made again", "endpoint", f.name, "consumer", config.Durable, "after", f.seen)
-			config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, f.seen+1
-		case !f.cfg.replays:
-			f.seen = stream.CachedInfo().State.LastSeq
+		if f.provided.Load() { // so it was deleted
+			if stream.CachedInfo().State.LastSeq < f.floor { // with the stream
+				f.floor = 0
+			}
+			f.svc.log.Warn("the consumer was deleted, and is made again", "endpoint", f.name, "consumer", config.Durable, "after", f.floor)
+			config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, f.floor+1
 		}
 		if consumer, err = stream.CreateConsumer(ctx, config); errors.Is(err, jetstream.ErrConsumerExists) { // someone else was faster
 			consumer, err = stream.Consumer(ctx, config.Durable)
 		}
-	} else if err == nil && !f.provided {
-		f.seen = consumer.CachedInfo().AckFloor.Stream
 	}
 	if err != nil {
 		return jetStreamError(err, what)
 	}
-	have := consumer.CachedInfo().Config
-	if have.FilterSubject != f.subject && !slices.Contains(have.FilterSubjects, f.subject) || have.AckPolicy != jetstream.AckExplicitPolicy {
-		return notRun(newError(ErrInvalid, "%s, which exists, is not one for %s with explicit acknowledgement: delete it, or choose another name by Durable", what, f.subject))
+	info := consumer.CachedInfo()
+	have := info.Config
+	filters := append(have.FilterSubjects, have.FilterSubject)
+	if !slices.Contains(filters, f.subject) || have.AckPolicy != jetstream.AckExplicitPolicy || have.MaxDeliver > 0 {
+		return notRun(newError(ErrInvalid, "%s, which exists, is not one for %s with explicit acknowledgement and max_deliver -1: delete it, or choose another name by Durable", what, f.subject))
 	}
-	if ordered := config.MaxAckPending == 1; ordered != (have.MaxAckPending == 1) {
-		have.MaxAckPending = config.MaxAckPending
+	ordered, redriven := config.MaxAckPending == 1, slices.ContainsFunc(filters, func(p string) bool { return covers(p, own) })
+	if ordered != (have.MaxAckPending == 1) || len(config.FilterSubjects) > 1 && !redriven {
+		have.MaxAckPending, have.FilterSubject, have.FilterSubjects = config.MaxAckPending, "", config.FilterSubjects
 		if _, err := stream.UpdateConsumer(ctx, have); err != nil {
 			return jetStreamError(err, what)
 		}
 	}
-	f.provided, f.ackWait = true, have.AckWait
+	f.ackWait.Store(int64(have.AckWait))
+	f.floor = info.AckFloor.Stream
+	f.most, f.expiry = int64(f.limit), fetchExpiry
+	if have.MaxRequestBatch > 0 {
+		f.most = min(f.most, int64(have.MaxRequestBatch))
+	}
+	if have.MaxRequestExpires > 0 {
+		f.expiry = min(f.expiry, have.MaxRequestExpires)
+	}
+	f.provided.Store(true)
 	return nil
 }
 
-func (f *feed) drain() {
+// drain asks for no more. In a cluster it takes what was asked for until that expires: after an Unsubscribe, servers farther away go on
+// sending for a moment, to nobody, and each event lost like that would have used up an attempt.
+func (f *feed) drain(ctx context.Context) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
 	f.drained = true
-	if f.sub != nil {
-		_ = f.sub.Drain() // fails only on a closed connection
-	}
 	if f.cancel != nil {
 		f.cancel()
 	}
+	a := f.current.Load()
+	f.mu.Unlock()
+	if a == nil {
+		return
+	}
+	if a.on.nc.ConnectedClusterName() != "" {
+		for end := clock() + fetchExpiry + fetchSlack; a.open.Load() > 0 && clock() < end && a.on.up.Load() && sleep(ctx, 5*time.Millisecond); {
+		}
+	}
+	_ = a.sub.Drain() // fails only on a closed connection
 }
 
 func (f *feed) cut(c *conn) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.on == c {
-		_ = f.sub.Unsubscribe() // fails only on a closed connection
+	if a := f.current.Load(); a != nil && a.on == c {
+		_ = a.sub.Unsubscribe() // fails only on a closed connection
 	}
 }
 
-func (f *feed) close(ctx context.Context) {
+// forget ends the feed, all of whose events were handled.
+func (f *feed) forget(ctx context.Context) {
 	close(f.closed)
-	f.fetching.Wait()
-	if f.cfg.broadcast && f.svc.cfg.id == "" && f.provided { // nobody will come back to it
+	f.busy.Wait()
+	if f.cfg.broadcast && f.svc.cfg.id == "" && f.provided.Load() { // nobody will come back to the consumer
 		if js, failure := f.svc.jetStream(); failure == nil {
 			ctx, cancel := context.WithTimeout(ctx, time.Second)
 			defer cancel()
@@ -750,29 +808,23 @@ func (f *feed) close(ctx context.Context) {
 }
 
 const (
-	fetchTick      = 250 * time.Millisecond // between looks at the connection
-	fetchHeartbeat = time.Second            // of the server, while it has nothing
-	fetchSilence   = 3 * fetchHeartbeat     // after which what was asked for won't come
-	fetchExpiry    = 30 * time.Second
+	fetchTick    = 250 * time.Millisecond // between looks at the connection
+	fetchExpiry  = time.Second            // of what was asked for
+	fetchSlack   = time.Second            // until the server has told so
+	fetchSession = 15 * time.Second       // until all is looked at anew
 )
 
 // fetch brings events until the feed is closed.
 func (f *feed) fetch(ctx context.Context) {
-	for trouble := 1; ; trouble++ {
+	for trouble := 0; ; {
 		c := f.svc.pick()
 		if c != nil && f.pull(ctx, c) {
-			trouble = 1
-		}
-		select {
-		case <-f.closed:
-			return
-		default:
-		}
-		if !sleep(ctx, backoff(trouble, fetchTick, 2*time.Second)) {
+			trouble = 0
+		} else if trouble++; !sleep(ctx, backoff(trouble, fetchTick, 2*time.Second)) {
 			<-f.closed
 			return
 		}
-		if c == nil {
+		if c == nil || ctx.Err() != nil {
 			continue
 		}
 		within, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -786,13 +838,16 @@ func (f *feed) fetch(ctx context.Context) {
 // An asking is what a feed has asked for by one inbox. The messages go straight into the endpoint's queue.
 type asking struct {
 	sub  *nats.Subscription
+	on   *conn
 	open atomic.Int64 // messages that were asked for and haven't come
+	came atomic.Bool
 }
 
 const askingOver = -1 << 40 // so that open stays negative
 
-// pull asks for events on c, until that gets nowhere or the feed is closed, and tells whether anything came.
-func (f *feed) pull(ctx context.Context, c *conn) (came bool) {
+// pull asks for events on c for a while, or until that gets nowhere or the feed is closed, and tells whether it went well. Not every
+// request that the server drops is told; those are forgotten when all others have come.
+func (f *feed) pull(ctx context.Context, c *conn) bool {
 	drops := c.drops.Load()
 	inbox := c.newInbox()
 	a := f.listen(c, inbox)
@@ -800,22 +855,25 @@ func (f *feed) pull(ctx context.Context, c *conn) (came bool) {
 		return false
 	}
 	defer func() {
-		_ = a.sub.Unsubscribe() // fails only on a closed connection
+		_ = a.sub.Drain() // what is under way still comes; fails only on a closed connection
 		if n := a.open.Swap(askingOver); n > 0 {
 			f.claimed.Add(-n)
 		}
 	}()
-	heard := clock()
-	kept, before := heard, int64(0)
+	begun := clock()
+	asked := begun // the last time
 	tick := time.NewTicker(fetchTick)
 	defer tick.Stop()
 	for {
-		if free := int64(f.limit) - f.claimed.Load(); free >= f.step() && ctx.Err() == nil {
+		now := clock()
+		over := now-begun > fetchSession || ctx.Err() != nil
+		if free := min(int64(f.limit)-f.claimed.Load(), f.most); free >= min(f.step(), f.most) && !over {
 			f.claimed.Add(free)
-			before = a.open.Add(free)
-			ask, _ := json.Marshal(pullRequest{free, fetchExpiry, fetchHeartbeat}) // numbers: it can't fail
+			a.open.Add(free)
+			asked = now
+			ask, _ := json.Marshal(pullRequest{free, f.expiry}) // numbers: it can't fail
 			if c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+eventStream+"."+f.config.Durable, inbox, ask) != nil {
-				return came
+				return false
 			}
 		}
 		select {
@@ -823,37 +881,34 @@ func (f *feed) pull(ctx context.Context, c *conn) (came bool) {
 			if m.Sub != a.sub {
 				continue
 			}
-			heard = clock()
-			if n, err := strconv.ParseInt(m.Header.Get("Nats-Pending-Messages"), 10, 64); err == nil && n > 0 { // which won't come
+			if n, err := strconv.ParseInt(m.Header.Get("Nats-Pending-Messages"), 10, 64); err == nil && n >= 0 { // which won't come
 				n = min(n, a.open.Load())
 				a.open.Add(-n)
 				f.claimed.Add(-n)
-			} else if status := m.Header.Get("Status"); status != "100" {
-				f.svc.log.Info("asking for events again", "endpoint", f.name, "status", status, "reason", m.Header.Get("Description"))
-				return came
+			} else if ctx.Err() == nil {
+				f.svc.log.Warn("events can't be fetched", "endpoint", f.name, "error", m.Header.Get("Status")+" "+m.Header.Get("Description"))
+				return false
 			}
 		case <-f.wake:
 		case <-tick.C:
-			now := clock()
-			if open := a.open.Load(); open != before {
-				before, heard, came = open, now, true
+			if c.drops.Load() != drops {
+				return false
 			}
-			if c.drops.Load() != drops || before > 0 && now-heard > fetchSilence {
-				return came
-			}
-			if now-kept > f.ackWait/3 {
-				kept = now
-				for _, m := range f.longRunning(1 + int(3*f.cfg.deadline/f.ackWait)) {
-					f.tell(m, "+WPI")
-				}
-			}
-			if f.claimed.Load() == before && len(f.queue) == 0 {
-				f.seen = max(f.seen, f.latest.Load())
+			if a.open.Load() > 0 && now-asked > f.expiry+fetchSlack {
+				return a.came.Load()
 			}
 		case <-f.closed:
-			return came
+			return true
+		}
+		if over && a.open.Load() <= 0 && ctx.Err() == nil {
+			return true
 		}
 	}
+}
+
+type pullRequest struct {
+	Batch   int64         `json:"batch"`
+	Expires time.Duration `json:"expires"`
 }
 
 // step is how many more events it takes to be worth asking for.
@@ -861,15 +916,20 @@ func (f *feed) step() int64 { return max(int64(f.limit)/8, 1) }
 
 // take accounts for a message that came.
 func (f *feed) take(m *nats.Msg) {
-	if a := f.current.Load(); m.Sub != a.sub || a.open.Add(-1) < 0 {
+	a := f.current.Load()
+	a.came.Store(true)
+	if m.Sub != a.sub || a.open.Add(-1) < 0 {
 		f.claimed.Add(1) // it was given up
 	}
 }
 
-type pullRequest struct {
-	Batch     int64         `json:"batch"`
-	Expires   time.Duration `json:"expires"`
-	Heartbeat time.Duration `json:"idle_heartbeat"`
+func (f *feed) release() {
+	if free := int64(f.limit) - f.claimed.Add(-1); free >= f.step() {
+		select {
+		case f.wake <- struct{}{}:
+		default: // it is told already
+		}
+	}
 }
 
 // listen subscribes to the inbox, nil if that can't be.
@@ -883,18 +943,59 @@ func (f *feed) listen(c *conn, inbox string) *asking {
 	if err != nil {
 		return nil
 	}
-	f.sub, f.on = sub, c
-	a := &asking{sub: sub}
+	a := &asking{sub: sub, on: c}
 	f.current.Store(a)
 	return a
+}
+
+// keepAlive tells the server about events whose handling takes long, lest it deliver them again, until their deadline.
+func (f *feed) keepAlive() {
+	for {
+		third := time.Duration(f.ackWait.Load()) / 3
+		select {
+		case <-time.After(third):
+		case <-f.gone:
+			return
+		}
+		for _, m := range f.longRunning(1 + int(f.cfg.deadline/third)) {
+			f.tell(m, "+WPI")
+		}
+	}
 }
 
 // A delivery is what is known of an event but for its payload.
 type delivery struct {
 	id       string
+	subject  string // the original one
 	time     time.Time
 	sequence uint64
 	attempt  int
+}
+
+// delivery reads what the server says about m, nil if it is not an event of this feed.
+func (f *feed) delivery(m *nats.Msg) *delivery {
+	meta, err := m.Metadata()
+	if err != nil || meta.Stream != eventStream || meta.Consumer != f.config.Durable {
+		return nil
+	}
+	d := &delivery{
+		id:       m.Header.Get(jetstream.MsgIDHeader),
+		subject:  m.Subject,
+		time:     meta.Timestamp,
+		sequence: meta.Sequence.Stream,
+		attempt:  int(meta.NumDelivered),
+	}
+	if strings.HasPrefix(m.Subject, redrivePrefix) {
+		d.subject, d.id = m.Header.Get(headerSubject), m.Header.Get(headerID)
+		if t, err := time.Parse(time.RFC3339Nano, m.Header.Get(headerTime)); err == nil {
+			d.time = t
+		}
+	}
+	d.id = strings.TrimPrefix(d.id, strings.TrimPrefix(d.subject, eventPrefix)+":")
+	if d.id == "" {
+		d.id = strconv.FormatUint(d.sequence, 10)
+	}
+	return d
 }
 
 // serve handles one event.
@@ -903,66 +1004,47 @@ func (f *feed) serve(j job, now time.Time) {
 	if m.Reply == "" && m.Header.Get("Status") != "" {
 		select {
 		case f.statuses <- m:
-		default: // then the heartbeats will be missed
+		default: // then it will seem lost
 		}
 		return
 	}
 	f.take(m)
 	defer f.release()
-	meta, err := m.Metadata()
-	if err != nil || meta.Stream != eventStream || meta.Consumer != f.config.Durable {
+	d := f.delivery(m)
+	if d == nil {
 		f.svc.log.Warn("what was no event was dropped", "endpoint", f.name, "subject", m.Subject)
 		return
 	}
-	f.latest.Store(meta.Sequence.Stream)
-	d := &delivery{id: m.Header.Get(jetstream.MsgIDHeader), time: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
-	subject := m.Subject
-	if consumer, ok := strings.CutPrefix(subject, redrivePrefix); ok {
-		if consumer != f.config.Durable {
-			f.tell(m, "+ACK")
-			return
-		}
-		subject, d.id = m.Header.Get(headerSubject), m.Header.Get(headerID)
-		if t, err := time.Parse(time.RFC3339Nano, m.Header.Get(headerTime)); err == nil {
-			d.time = t
-		}
-	}
-	d.id = strings.TrimPrefix(d.id, strings.TrimPrefix(subject, eventPrefix)+":")
-	if d.id == "" {
-		d.id = strconv.FormatUint(d.sequence, 10)
+	if consumer, ok := strings.CutPrefix(m.Subject, redrivePrefix); ok && consumer != f.config.Durable {
+		f.tell(m, "+ACK")
+		return
 	}
 	r := &request{
 		Context:  f.svc.base,
 		svc:      f.svc,
-		msg:      Message{Kind: f.kind, Subject: subject, Source: m.Header.Get(headerSource), Header: m.Header, Data: m.Data},
+		msg:      Message{Kind: f.kind, Subject: d.subject, Source: m.Header.Get(headerSource), Header: m.Header, Data: m.Data},
 		in:       m,
 		id:       d.id,
 		deadline: now.Add(f.cfg.deadline),
 		delivery: d,
 	}
 	if f.svc.draining.Load() {
-		f.giveBack(r)
+		f.noteReturn(d)
+		f.tell(m, "-NAK")
 		return
 	}
 	if d.attempt > f.cfg.attempts {
-		if used, failure := f.used(d); failure != nil {
-			f.retry(r, failure)
+		used, ok := f.used(r)
+		if !ok {
+			f.tell(m, "-NAK")
 			return
-		} else if used > f.cfg.attempts {
-			f.bury(r, newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance lost the connection", used-1), used-1)
+		}
+		if used > f.cfg.attempts {
+			f.bury(r, newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance or an acknowledgement was lost", used-1), used-1)
 			return
 		}
 	}
 	f.dispatch(r)
-}
-
-func (f *feed) release() {
-	if free := int64(f.limit) - f.claimed.Add(-1); free >= f.step() {
-		select {
-		case f.wake <- struct{}{}:
-		default: // it is told already
-		}
-	}
 }
 
 // done acknowledges what was handled, and sees to what was not.
@@ -970,15 +1052,14 @@ func (f *feed) done(r *request, _ []byte, failure *Error) {
 	switch {
 	case failure == nil:
 		f.tell(r.in, "+ACK")
-	case f.svc.base.Err() != nil: // it was told to end
-		f.giveBack(r)
+	case f.svc.base.Err() != nil: // it was told to end, see interrupt
+		f.tell(r.in, "-NAK")
 	case r.undecodable:
 		f.bury(r, failure, r.delivery.attempt)
 	case r.delivery.attempt < f.cfg.attempts:
 		f.retry(r, failure)
 	default:
-		used, problem := f.used(r.delivery)
-		if problem == nil && used >= f.cfg.attempts {
+		if used, ok := f.used(r); ok && used >= f.cfg.attempts {
 			f.bury(r, failure, used)
 		} else {
 			f.retry(r, failure)
@@ -1000,33 +1081,64 @@ func (f *feed) retry(r *request, failure *Error) {
 	f.tell(r.in, `-NAK {"delay":`+strconv.FormatInt(int64(pause), 10)+"}")
 }
 
-// giveBack has the event delivered to another instance. The server counts that as one more delivery, which used takes back.
-func (f *feed) giveBack(r *request) {
-	x := exchange{subject: f.returns(r.delivery), header: nats.Header{jetstream.MsgTTLHeader: {strconv.Itoa(returnTTL)}}}
-	if failure := f.svc.storeSoon(&x); failure != nil {
-		f.svc.log.Warn("an event that is given back loses an attempt", "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure)
+// interrupt is called before the ctx of those that run ends, since Stop's time is up.
+func (f *feed) interrupt() {
+	var all sync.WaitGroup
+	for _, m := range f.handling() {
+		if d := f.delivery(m); d != nil {
+			all.Go(func() { f.noteReturn(d) })
+		}
 	}
-	f.tell(r.in, "-NAK")
+	all.Wait()
+}
+
+// noteReturn notes that a delivery which the server counts is no attempt; see used.
+func (f *feed) noteReturn(d *delivery) {
+	x := exchange{subject: f.returns(d), header: nats.Header{
+		jetstream.MsgTTLHeader: {strconv.Itoa(returnTTL)},
+		jetstream.MsgIDHeader:  {f.returns(d) + "." + strconv.Itoa(d.attempt)},
+	}}
+	if failure := f.svc.storeLetter(&x, cancelGrace); failure != nil {
+		f.svc.log.Warn("an event that is given back loses an attempt", "endpoint", f.name, "correlation_id", d.id, "error", failure)
+	}
 }
 
 func (f *feed) returns(d *delivery) string {
 	return returnPrefix + f.config.Durable + "." + strconv.FormatUint(d.sequence, 10)
 }
 
-// used is how many attempts there were, the present one included.
-func (f *feed) used(d *delivery) (int, *Error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	stream, failure := f.svc.provide(ctx, f.svc.deadStream(), f.returns(d))
-	if failure != nil {
-		return 0, failure
+// used is how many attempts there were, the present one included; not ok if Stop's time is up.
+func (f *feed) used(r *request) (n int, ok bool) {
+	subject := f.returns(r.delivery)
+	ok = f.insist(r, "an event's attempts can't be counted", func(ctx context.Context) *Error {
+		stream, failure := f.svc.provide(ctx, f.svc.deadStream(), subject)
+		if failure != nil {
+			return failure
+		}
+		info, err := stream.Info(ctx, jetstream.WithSubjectFilter(subject))
+		if err != nil {
+			return jetStreamError(err, "the stream "+deadStream)
+		}
+		n = r.delivery.attempt - int(info.State.Subjects[subject])
+		return nil
+	})
+	return n, ok
+}
+
+// insist tries until it works, or Stop's time is up. The event stays with this instance meanwhile.
+func (f *feed) insist(r *request, problem string, do func(ctx context.Context) *Error) bool {
+	for n := 1; ; n++ {
+		ctx, cancel := context.WithTimeout(f.svc.base, 5*time.Second)
+		failure := do(ctx)
+		cancel()
+		if failure == nil {
+			return true
+		}
+		f.svc.log.Error(problem, "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure)
+		if !sleep(f.svc.base, backoff(n, fetchTick, 5*time.Second)) {
+			return false
+		}
 	}
-	subject := f.returns(d)
-	info, err := stream.Info(ctx, jetstream.WithSubjectFilter(subject))
-	if err != nil {
-		return 0, jetStreamError(err, "the stream "+deadStream)
-	}
-	return d.attempt - int(info.State.Subjects[subject]), nil
 }
 
 // Dead letters.
@@ -1043,21 +1155,25 @@ type DeadLetter struct {
 
 // bury stores a dead letter, and only then acknowledges the event.
 func (f *feed) bury(r *request, failure *Error, attempts int) {
-	h := copyHeader(r.in.Header)
-	reason := failure.Error()
 	d := r.delivery
-	set := func(key, value string) { h[key] = []string{value} }
-	set(headerSubject, r.msg.Subject)
-	set(headerID, d.id)
-	set(headerTime, d.time.Format(time.RFC3339Nano))
-	set(headerConsumer, f.config.Durable)
-	set(headerReason, strings.Map(printable, reason[:min(len(reason), maxReason)]))
-	set(headerAttempts, strconv.Itoa(attempts))
-	set(jetstream.MsgIDHeader, f.config.Durable+"-"+strconv.FormatUint(d.sequence, 10)+"-"+strconv.FormatInt(d.time.UnixNano(), 36))
-	x := exchange{subject: f.letters(), header: h, data: r.in.Data}
-	if lost := f.svc.storeSoon(&x); lost != nil {
-		f.svc.log.Error("a dead letter can't be stored", "endpoint", f.name, "correlation_id", r.correlationID(), "error", lost)
-		f.retry(r, failure)
+	reason := failure.Error()
+	own := nats.Header{
+		headerSubject:         {r.msg.Subject},
+		headerID:              {d.id},
+		headerTime:            {d.time.Format(time.RFC3339Nano)},
+		headerConsumer:        {f.config.Durable},
+		headerReason:          {strings.Map(printable, reason[:min(len(reason), maxReason)])},
+		headerAttempts:        {strconv.Itoa(attempts)},
+		jetstream.MsgIDHeader: {f.config.Durable + "-" + strconv.FormatUint(d.sequence, 10) + "-" + strconv.FormatInt(d.time.UnixNano(), 36)},
+	}
+	x := exchange{subject: f.letters(), header: copyHeader(r.in.Header), data: r.in.Data}
+	maps.Copy(x.header, own)
+	if messageSize(x.header, x.data)+64 > f.svc.conns[0].limit.Load() { // it is not from Publish, which leaves room
+		x.header, x.data = own, nil
+		own[headerReason] = []string{"(too large to be copied, see sequence " + strconv.FormatUint(d.sequence, 10) + " of " + eventStream + ") " + own[headerReason][0]}
+	}
+	if !f.insist(r, "a dead letter can't be stored", func(context.Context) *Error { return f.svc.storeLetter(&x, 5*time.Second) }) {
+		f.tell(r.in, "-NAK")
 		return
 	}
 	f.svc.log.Error("an event was set aside as a dead letter", "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempts", attempts)
@@ -1066,11 +1182,12 @@ func (f *feed) bury(r *request, failure *Error, attempts int) {
 
 func (f *feed) letters() string { return letterPrefix + f.kind + "." + f.config.Durable }
 
-// copyHeader is h without what would tell the server something.
+// copyHeader is h without what would tell the server something, and what nats.go wouldn't send.
 func copyHeader(h nats.Header) nats.Header {
 	out := make(nats.Header, len(h)+8)
 	for key, values := range h {
-		if !strings.HasPrefix(key, "Nats-") {
+		odd := strings.ContainsFunc(key, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`()<>@,;:\"/[]?={}`, r) })
+		if !strings.HasPrefix(key, "Nats-") && key != "" && !odd {
 			out[key] = values
 		}
 	}
@@ -1084,10 +1201,9 @@ func printable(r rune) rune {
 	return r
 }
 
-// storeSoon puts x into the stream of dead letters.
-func (s *Service) storeSoon(x *exchange) *Error {
-	x.limit = s.cfg.timeout
-	x.until = clock() + x.limit
+// storeLetter puts x into the stream of dead letters.
+func (s *Service) storeLetter(x *exchange, limit time.Duration) *Error {
+	x.limit, x.until = limit, clock()+limit
 	return s.store(context.Background(), x, s.deadStream())
 }
 
@@ -1154,16 +1270,25 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	if err != nil {
 		return jetStreamError(err, "the stream "+deadStream)
 	}
-	if _, err := dead.GetMsg(ctx, d.Sequence); err != nil {
+	switch m, err := dead.GetMsg(ctx, d.Sequence); {
+	case err != nil:
 		return jetStreamError(err, "dead letter "+strconv.FormatUint(d.Sequence, 10))
+	case !m.Time.Equal(d.Time):
+		return notRun(newError(ErrNotFound, "dead letter %d of %v is no more: there is another one in its place", d.Sequence, d.Time))
 	}
-	if _, err := js.Consumer(ctx, eventStream, d.Consumer); err != nil {
+	consumer, err := js.Consumer(ctx, eventStream, d.Consumer)
+	if err != nil {
 		return jetStreamError(err, "the consumer "+d.Consumer+" of "+eventStream)
+	}
+	subject := redrivePrefix + d.Consumer
+	have := consumer.CachedInfo().Config
+	if !slices.ContainsFunc(append(have.FilterSubjects, have.FilterSubject), func(p string) bool { return covers(p, subject) }) {
+		return notRun(newError(ErrInvalid, "the consumer %s of %s doesn't take %s: add that to its filter, and to the subjects of the stream", d.Consumer, eventStream, subject))
 	}
 	h := copyHeader(d.Header)
 	h[headerSubject] = []string{d.Subject}
 	h[jetstream.MsgIDHeader] = []string{"redrive-" + strconv.FormatUint(d.Sequence, 10) + "-" + strconv.FormatInt(d.Time.UnixNano(), 36)}
-	x := &exchange{subject: redrivePrefix + d.Consumer, header: h, data: d.Data}
+	x := &exchange{subject: subject, header: h, data: d.Data}
 	if failure := s.storeEvent(ctx, x, callConfigs[kindEvent], nil); failure != nil {
 		return failure
 	}

@@ -341,7 +341,7 @@ func (q *subjects) open(context.Context) error {
 	return nil
 }
 
-func (q *subjects) drain() {
+func (q *subjects) drain(context.Context) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.drained = true
@@ -361,7 +361,9 @@ func (q *subjects) cut(c *conn) {
 	}
 }
 
-func (q *subjects) close(context.Context) {}
+func (q *subjects) interrupt() {}
+
+func (q *subjects) forget(context.Context) {}
 
 // serve handles one request and answers it.
 func (q *subjects) serve(j job, now time.Time) {
