@@ -877,11 +877,10 @@ func (s *Service) register(e *endpoint, concurrency int) error {
 	key := e.kind + " " + e.name
 	if s.endpoints[key] != nil {
 		s.mu.Unlock()
-		hint := ""
 		if e.kind == kindEvent {
-			hint = ": give the second one a name by Durable"
+			return newError(ErrInvalid, "there is a subscription %q already: give a second one to %s another name by Durable", e.name, e.subject)
 		}
-		return newError(ErrInvalid, "%s %s has a handler already%s", e.kind, e.name, hint)
+		return newError(ErrInvalid, "%s has a handler already", e.subject)
 	}
 	s.endpoints[key] = e
 	serving := s.state == started

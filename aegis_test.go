@@ -2804,8 +2804,11 @@ func TestPublishBatchNotRun(t *testing.T) {
 	}
 	t.Cleanup(nc.Close)
 	var n atomic.Int32
-	if _, err := nc.Subscribe("events.>", func(m *nats.Msg) { // takes two events, answers nothing, and goes away
-		if n.Add(1) == 2 {
+	if _, err := nc.Subscribe("events.>", func(m *nats.Msg) { // takes three events, answers the first only, and goes away
+		switch n.Add(1) {
+		case 1:
+			_ = m.Respond([]byte(`{"stream":"AEGIS_EVENTS","seq":1}`))
+		case 3:
 			_ = m.Sub.Unsubscribe()
 		}
 	}); err != nil {
@@ -2814,14 +2817,14 @@ func TestPublishBatchNotRun(t *testing.T) {
 	if err := nc.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	err = aegis.PublishBatch(t.Context(), svc, "order", "created", []int{1, 2}, aegis.Retry(aegis.RetryPolicy{AttemptTimeout: 100 * time.Millisecond}))
+	err = aegis.PublishBatch(t.Context(), svc, "order", "created", []int{1, 2, 3}, aegis.Retry(aegis.RetryPolicy{AttemptTimeout: 100 * time.Millisecond}))
 	joined, ok := err.(interface{ Unwrap() []error })
 	if !ok || len(joined.Unwrap()) != 2 {
 		t.Fatalf("got %v", err)
 	}
 	for _, err := range joined.Unwrap() {
-		if e := fails(t, err, aegis.ErrUnavailable); e.NotRun {
-			t.Errorf("%v: it was sent", e)
+		if e := fails(t, err, aegis.ErrUnavailable); e.NotRun || e.Details["index"] == "0" {
+			t.Errorf("got %+v: it was sent", e)
 		}
 	}
 }

@@ -273,185 +273,139 @@ func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType stri
 	if failure != nil {
 		return failure
 	}
-	return p.publishAll(ctx, len(data), func(i int) ([]byte, *packer, error) { return marshal(s.cfg.codec, &data[i]) })
+	b := &batch{publication: p, failures: make([]*Error, len(data)), unsure: make([]bool, len(data))}
+	b.encoder = func(i int) ([]byte, *packer, error) { return marshal(s.cfg.codec, &data[i]) }
+	return b.publish(ctx)
 }
 
-// publishAll publishes n events in passes, each of those that are left, until they are stored or mustn't be sent again.
-func (p *publication) publishAll(ctx context.Context, n int, encoder func(i int) ([]byte, *packer, error)) error {
-	policy := p.cfg.policy()
-	b := &batch{publication: p, encoder: encoder, failures: make([]*Error, n), unsure: make([]bool, n)}
-	b.silence = min(policy.AttemptTimeout, p.s.cfg.timeout)
-	todo := make([]int, n)
+// A batch is events that are published one after the other.
+type batch struct {
+	*publication
+	encoder  func(i int) ([]byte, *packer, error)
+	failures []*Error // by position
+	unsure   []bool   // by position: it may have been stored
+}
+
+// publish stores one event like Publish, which finds out what there is to find out, then all that are left in one go; and again
+// with those that failed but may be sent again.
+func (b *batch) publish(ctx context.Context) error {
+	todo := make([]int, len(b.failures))
 	for i := range todo {
 		todo[i] = i
 	}
-	_, bounded := ctx.Deadline()
-	provided, progress := false, clock()
-	for attempt := 1; len(todo) > 0; attempt++ {
-		left := b.pass(ctx, todo)
-		if len(left) < len(todo) {
-			progress = clock()
-		}
-		todo = left
-		if b.nobody {
-			failure := p.s.provideFor(ctx, &exchange{subject: p.subject, limit: b.silence}, p.s.eventStream())
-			if failure == nil && !provided {
-				provided = true
-				attempt--
-				continue
-			}
-			for _, i := range todo {
-				b.failures[i] = orDefault(failure, b.failures[i])
-			}
-			if !mayPass(orDefault(failure, nobodyStores(p.subject))) {
-				break
+	for len(todo) > 0 {
+		first := todo[0]
+		todo = todo[1:]
+		data, buf, failure := b.encode(first)
+		if failure == nil {
+			x := &exchange{subject: b.subject, header: maps.Clone(b.header), data: data}
+			if failure = b.s.storeEvent(ctx, x, b.cfg, buf); failure != nil {
+				for _, i := range todo {
+					b.fail(i, notRun(newError(failure, "not sent, since event %d failed: %s", first, failure.Message)))
+				}
+				todo = nil
 			}
 		}
-		if len(todo) == 0 || attempt >= policy.Attempts || !bounded && clock()-progress > p.s.cfg.timeout ||
-			!sleep(ctx, backoff(attempt, policy.Backoff, policy.MaxBackoff)) {
-			break
-		}
+		b.fail(first, failure)
+		todo = b.pipeline(ctx, todo)
 	}
 	var errs []error
 	for i, failure := range b.failures {
 		if failure != nil {
-			e := *failure // which others may share
-			e.Details = map[string]string{"index": strconv.Itoa(i)}
-			e.NotRun = e.NotRun && !b.unsure[i]
-			errs = append(errs, &e)
+			failure.Details = map[string]string{"index": strconv.Itoa(i)}
+			failure.NotRun = !b.unsure[i]
+			errs = append(errs, failure)
 		}
 	}
 	return errors.Join(errs...)
 }
 
+func (b *batch) encode(i int) ([]byte, *packer, *Error) {
+	return b.publication.encode(func() ([]byte, *packer, error) { return b.encoder(i) }, "-"+strconv.Itoa(i))
+}
+
+// fail notes what became of an event.
+func (b *batch) fail(i int, failure *Error) {
+	b.failures[i] = failure
+	b.unsure[i] = b.unsure[i] || failure != nil && !failure.NotRun
+}
+
 // batchWindow bounds how many events of a batch wait for their confirmation. (The server takes in up to 100,000.)
 const batchWindow = 1024
 
-// A batch publishes events one after the other, on one connection in each pass.
-type batch struct {
-	*publication
-	encoder  func(i int) ([]byte, *packer, error)
-	failures []*Error      // by position
-	unsure   []bool        // by position: it may have been stored
-	silence  time.Duration // without any answer, after which the rest won't come
-
-	// Of one pass.
-	c        *conn
-	sl       *slot
-	prefix   string // of the reply subjects; the index in todo follows
-	todo     []int  // positions
-	answered []bool // by index in todo
-	sent     int    // of todo
-	waiting  int    // of those, for an answer
-	nobody   bool   // there is no stream
-}
-
-// pass publishes todo, and returns what may be sent again.
-func (b *batch) pass(ctx context.Context, todo []int) (again []int) {
-	b.todo, b.answered, b.sent, b.waiting, b.nobody = todo, make([]bool, len(todo)), 0, 0, false
-	broken := b.begin(ctx)
-	for broken == nil {
-		if err := ctx.Err(); err != nil {
-			broken = asError(err)
-			break
+// pipeline publishes todo on one connection, and returns what may be sent again.
+func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
+	if len(todo) == 0 {
+		return nil
+	}
+	c := b.s.pick()
+	if c == nil {
+		return todo
+	}
+	sl, failure := c.newSlot(batchWindow)
+	if failure != nil {
+		return todo
+	}
+	defer c.endSlot(sl)
+	sl.drops.Store(c.drops.Load())
+	silence := b.cfg.policy().AttemptTimeout
+	extend := func() { c.await(sl, clock()+silence, sl.drops.Load()) }
+	extend()
+	prefix := sl.prefix + strconv.FormatUint(sl.calls, 36) + "." // the index in todo follows
+	answered := make([]bool, len(todo))
+	sent, waiting := 0, 0
+	var broken *Error // why it can't go on
+	receive := func() {
+		var m *nats.Msg
+		select {
+		case m = <-sl.answers:
+		case <-ctx.Done():
+			broken = asError(ctx.Err())
+			return
 		}
-		if b.waiting == batchWindow || b.waiting > 0 && (b.nobody || b.sent == len(todo)) {
-			broken = b.receive(ctx)
-		} else if b.nobody {
-			broken = nobodyStores(b.subject)
-		} else if b.sent < len(todo) {
-			broken = b.write(b.sent)
-		} else {
-			break
+		if m == nil {
+			broken = b.s.over(c, sl)
+			return
+		}
+		if k, err := strconv.Atoi(strings.TrimPrefix(m.Subject, prefix)); err == nil && k >= 0 && k < sent && !answered[k] {
+			answered[k] = true
+			waiting--
+			extend()
+			b.fail(todo[k], refusal(m, b.subject))
 		}
 	}
-	if b.sl != nil {
-		b.c.endSlot(b.sl)
-		b.sl = nil
+	for broken == nil && (sent < len(todo) || waiting > 0) {
+		if sent == len(todo) || waiting == batchWindow || ctx.Err() != nil {
+			receive()
+			continue
+		}
+		k, i := sent, todo[sent]
+		sent++
+		data, buf, failure := b.encode(i)
+		if failure == nil {
+			err := c.nc.PublishMsg(&nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(k), Header: b.header, Data: data})
+			buf.release() // nats.go has copied it
+			if err == nil {
+				waiting++
+				continue
+			}
+			failure = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
+			broken = failure
+		}
+		answered[k] = true
+		b.fail(i, failure)
 	}
 	for k, i := range todo {
-		if k >= b.sent {
-			b.failures[i] = notRun(newError(broken, "not sent: %s", broken.Message))
-		} else if !b.answered[k] {
-			b.failures[i] = newError(broken, "not confirmed: %s", broken.Message)
+		if k >= sent {
+			b.fail(i, notRun(newError(broken, "not sent: %s", broken.Message)))
+		} else if !answered[k] {
+			b.fail(i, newError(broken, "not confirmed: %s", broken.Message))
 		}
-		if failure := b.failures[i]; failure != nil {
-			b.unsure[i] = b.unsure[i] || !failure.NotRun
-			if mayPass(failure) {
-				again = append(again, i)
-			}
+		if mayPass(b.failures[i]) {
+			again = append(again, i)
 		}
 	}
 	return again
-}
-
-func (b *batch) begin(ctx context.Context) (failure *Error) {
-	if b.c = b.s.pick(); b.c == nil {
-		return b.s.disconnectedError()
-	}
-	if b.sl, failure = b.c.newSlot(batchWindow); failure != nil {
-		if failure == errDropped {
-			failure = b.s.disconnectedError()
-		}
-		return failure
-	}
-	b.prefix = b.sl.prefix + strconv.FormatUint(b.sl.calls, 36) + "."
-	b.sl.drops.Store(b.c.drops.Load())
-	b.extend(ctx)
-	return nil
-}
-
-func (b *batch) extend(ctx context.Context) {
-	left := b.silence
-	if deadline, ok := ctx.Deadline(); ok {
-		left = min(left, time.Until(deadline))
-	}
-	b.c.await(b.sl, clock()+left, b.sl.drops.Load())
-}
-
-// write publishes todo[k].
-func (b *batch) write(k int) *Error {
-	i := b.todo[k]
-	b.sent = k + 1
-	data, buf, failure := b.encode(func() ([]byte, *packer, error) { return b.encoder(i) }, "-"+strconv.Itoa(i))
-	if failure != nil {
-		b.failures[i], b.answered[k] = failure, true
-		return nil
-	}
-	err := b.c.nc.PublishMsg(&nats.Msg{Subject: b.subject, Reply: b.prefix + strconv.Itoa(k), Header: b.header, Data: data})
-	buf.release() // nats.go has copied it
-	switch {
-	case err == nil:
-		b.waiting++
-	case errors.Is(err, nats.ErrBadHeaderMsg), errors.Is(err, nats.ErrMaxPayload):
-		b.failures[i], b.answered[k] = notRun(newError(ErrInvalid, "publishing to %s: %v", b.subject, err)), true
-	default:
-		return newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
-	}
-	return nil
-}
-
-// receive waits for the next answer. An error says that no more will come.
-func (b *batch) receive(ctx context.Context) *Error {
-	var m *nats.Msg
-	select {
-	case m = <-b.sl.answers:
-	case <-ctx.Done():
-		return asError(ctx.Err())
-	}
-	if m == nil {
-		return b.s.over(b.c, b.sl)
-	}
-	k, err := strconv.Atoi(strings.TrimPrefix(m.Subject, b.prefix))
-	if err != nil || k < 0 || k >= b.sent || b.answered[k] {
-		return nil // nobody asked for it
-	}
-	b.waiting--
-	b.answered[k] = true
-	b.extend(ctx)
-	b.failures[b.todo[k]] = refusal(m, b.subject)
-	b.nobody = b.nobody || isNobody(m) // what was sent is awaited, lest what comes next is overtaken
-	return nil
 }
 
 // Streams and consumers.
