@@ -2397,6 +2397,32 @@ func TestLongHandlerIsNotRedelivered(t *testing.T) {
 	}
 }
 
+// As many events are handled as may be, however few of them are free.
+func TestEventsUseTheWholeConcurrency(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var running atomic.Int32
+	release := make(chan struct{})
+	subscribe(t, svc, "order.*", func(context.Context, aegis.Event[int]) error {
+		running.Add(1)
+		<-release
+		return nil
+	}, aegis.Concurrency(64))
+	start(t, svc)
+	for i := range 63 {
+		publish(t, svc, "order", "created", i)
+	}
+	eventually(t, "63 run", func() bool { return running.Load() == 63 })
+	time.Sleep(1500 * time.Millisecond) // until what was asked for has expired
+	if err := aegis.PublishBatch(t.Context(), svc, "order", "created", make([]int, 100)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "64 run", func() bool { return running.Load() == 64 })
+	close(release)
+	eventually(t, "all run", func() bool { return running.Load() == 163 })
+}
+
 func TestStopGivesEventsBackWithoutUsingAnAttempt(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))

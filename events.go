@@ -821,7 +821,7 @@ func (f *feed) pull(ctx context.Context, c *conn) bool {
 	for {
 		now := clock()
 		over := now-begun > fetchSession || ctx.Err() != nil
-		if free := min(int64(f.limit)-f.claimed.Load(), f.most); free >= min(f.step(), f.most) && !over {
+		if free := min(int64(f.limit)-f.claimed.Load(), f.most); !over && free > 0 && (free >= min(f.step(), f.most) || a.open.Load() <= 0) {
 			f.claimed.Add(free)
 			a.open.Add(free)
 			asked = now
@@ -865,7 +865,7 @@ type pullRequest struct {
 	Expires time.Duration `json:"expires"`
 }
 
-// step is how many more events it takes to be worth asking for.
+// step is how many more events it takes to be worth asking for, while others are on their way.
 func (f *feed) step() int64 { return max(int64(f.limit)/8, 1) }
 
 // take accounts for a message that came.
@@ -878,7 +878,7 @@ func (f *feed) take(m *nats.Msg) {
 }
 
 func (f *feed) release() {
-	if free := int64(f.limit) - f.claimed.Add(-1); free >= f.step() {
+	if free := int64(f.limit) - f.claimed.Add(-1); free >= f.step() || f.current.Load().open.Load() <= 0 {
 		select {
 		case f.wake <- struct{}{}:
 		default: // it is told already
