@@ -840,6 +840,7 @@ type source interface {
 	drain(ctx context.Context)      // asks for no more; what is under way still comes, until the connections are flushed
 	cut(c *conn)                    // gives up what was to come by a connection that is down
 	interrupt()                     // is called before the ctx of what is being handled ends
+	settle()                        // is called when nothing more will come; then all is in the queue
 	forget(ctx context.Context)     // is called when all is handled
 	serve(j job, now time.Time)     // handles one message
 	done(r *request, data []byte, failure *Error)
@@ -913,6 +914,7 @@ func (e *endpoint) open(ctx context.Context) error {
 
 // finish waits until all that has arrived is handled.
 func (e *endpoint) finish(ctx context.Context) {
+	e.source.settle()
 	e.mu.Lock()
 	close(e.stopping)
 	if e.alive == 0 {

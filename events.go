@@ -587,32 +587,23 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 		return err
 	}
 	e := &endpoint{kind: kindEvent, name: orDefault(cfg.durable, pattern), subject: eventPrefix + pattern, run: run}
-	f := &feed{endpoint: e, cfg: cfg, statuses: make(chan *nats.Msg, 64), wake: make(chan struct{}, 1), closed: make(chan struct{})}
 	// The name of the consumer, in which . * > can't be.
 	name := s.name + "~" + orDefault(cfg.durable, strings.NewReplacer(".", "~", "*", "+", ">", "#").Replace(pattern))
 	if cfg.broadcast {
 		name += "@" + s.id
 	}
-	f.config = jetstream.ConsumerConfig{
-		Durable:        name,
-		FilterSubjects: []string{e.subject},
-		DeliverPolicy:  jetstream.DeliverNewPolicy,
-		AckPolicy:      jetstream.AckExplicitPolicy,
-		AckWait:        10 * time.Second,
-		MaxDeliver:     -1, // attempts are counted here, so that the last one leads to the dead letters
-		MaxAckPending:  maxAckPending,
-		MaxWaiting:     maxWaiting,
-	}
-	if cfg.replays {
-		f.config.DeliverPolicy = jetstream.DeliverAllPolicy
+	l := newLane(name, e.subject)
+	l.redrive = redrivePrefix + name
+	if !cfg.replays {
+		l.config.DeliverPolicy = jetstream.DeliverNewPolicy
 	}
 	if cfg.broadcast {
-		f.config.InactiveThreshold = time.Hour
+		l.config.InactiveThreshold = time.Hour
 	}
 	if cfg.concurrency == 1 {
-		f.config.MaxAckPending = 1
+		l.config.MaxAckPending = 1
 	}
-	e.source = f
+	e.source = &subscription{newFeed(e, cfg, s.eventStream(), l)}
 	return s.register(e, min(cfg.concurrency, queueSize))
 }
 
@@ -621,29 +612,59 @@ const (
 	maxWaiting    = 1 << 12 // requests for events, of all instances
 )
 
-// A feed is where events come from: a pull consumer of a stream. It asks for as many as can be handled at once and no more, so that
-// an event that was delivered is one whose handling begins, and waits in the server otherwise.
+// A feed brings an endpoint what pull consumers of a stream have. It asks for as many messages as can be handled at once and no more,
+// so that what was delivered is what is handled, and the rest waits in the server.
 type feed struct {
 	*endpoint
-	cfg      handlerConfig
-	config   jetstream.ConsumerConfig
-	claimed  atomic.Int64           // events asked for, waiting in the queue, or being handled
-	current  atomic.Pointer[asking] // the latest
-	statuses chan *nats.Msg         // what the server tells about it
-	wake     chan struct{}          // more can be asked for
-	closed   chan struct{}
-	busy     sync.WaitGroup // fetch and keepAlive
-
-	// What provide learns, for fetch.
-	provided atomic.Bool
-	ackWait  atomic.Int64
-	most     int64 // to ask for at once
-	expiry   time.Duration
-	floor    uint64 // all up to this sequence is done with
+	cfg     handlerConfig
+	stream  jetstream.StreamConfig // to be made if there is none
+	lanes   []*lane                // the most urgent first
+	claimed atomic.Int64           // messages asked for, waiting in the queue, or being handled
+	ackWait atomic.Int64           // the shortest
+	inbound chan *nats.Msg         // from the server to fetch: what doesn't go right into the queue
+	starts  int                    // since all lanes were empty
+	wake    chan struct{}          // more can be asked for
+	settled chan struct{}          // nothing more will come
+	keeping sync.WaitGroup         // keepAlive
+	busy    sync.WaitGroup         // fetch
 
 	mu      sync.Mutex // guards the rest
 	drained bool
 	cancel  context.CancelFunc // ends the asking
+}
+
+// A lane is one of a feed's consumers. Its fields but current are fetch's, or before that open's.
+type lane struct {
+	config   jetstream.ConsumerConfig
+	redrive  string // a subject besides the one in config, "" for none
+	provided atomic.Bool
+	most     int64 // to ask for at once
+	expiry   time.Duration
+	floor    uint64                 // all up to this sequence is done with
+	current  atomic.Pointer[asking] // the latest
+	empty    bool                   // there was nothing; one message is asked for, beyond what is claimed
+}
+
+func newLane(consumer, subject string) *lane {
+	return &lane{config: jetstream.ConsumerConfig{
+		Durable:        consumer,
+		FilterSubjects: []string{subject},
+		DeliverPolicy:  jetstream.DeliverAllPolicy,
+		AckPolicy:      jetstream.AckExplicitPolicy,
+		AckWait:        10 * time.Second,
+		MaxDeliver:     -1, // attempts are counted here, so that the last one leads to the dead letters
+		MaxAckPending:  maxAckPending,
+		MaxWaiting:     maxWaiting,
+	}}
+}
+
+func newFeed(e *endpoint, cfg handlerConfig, stream jetstream.StreamConfig, lanes ...*lane) *feed {
+	return &feed{
+		endpoint: e, cfg: cfg, stream: stream, lanes: lanes,
+		inbound: make(chan *nats.Msg, min(cfg.concurrency, queueSize)+64),
+		wake:    make(chan struct{}, 1),
+		settled: make(chan struct{}),
+	}
 }
 
 func (f *feed) open(ctx context.Context) error {
@@ -664,62 +685,76 @@ func (f *feed) open(ctx context.Context) error {
 	}
 	ctx, f.cancel = context.WithCancel(f.svc.base)
 	f.busy.Go(func() { f.fetch(ctx) })
-	f.busy.Go(f.keepAlive)
+	f.keeping.Go(f.keepAlive)
 	return nil
 }
 
-// provide makes the consumer if there is none, and learns from one that exists what its operator may have changed.
+// provide makes the consumers that aren't there, and learns from the others what their operator may have changed.
 func (f *feed) provide(ctx context.Context) *Error {
-	stream, failure := f.svc.provide(ctx, f.svc.eventStream(), f.subject)
-	if failure != nil {
-		return failure
+	var shortest time.Duration
+	for _, l := range f.lanes {
+		stream, failure := f.svc.provide(ctx, f.stream, l.config.FilterSubjects[0])
+		if failure != nil {
+			return failure
+		}
+		ackWait, failure := f.provideLane(ctx, stream, l)
+		if failure != nil {
+			return failure
+		}
+		shortest = min(ackWait, orDefault(shortest, ackWait))
 	}
-	config := f.config
-	own := redrivePrefix + config.Durable
-	if takes(stream, own) && !covers(f.subject, own) {
-		config.FilterSubjects = append(slices.Clone(config.FilterSubjects), own)
+	f.ackWait.Store(int64(shortest))
+	return nil
+}
+
+func (f *feed) provideLane(ctx context.Context, stream jetstream.Stream, l *lane) (ackWait time.Duration, failure *Error) {
+	config := l.config
+	subject := config.FilterSubjects[0]
+	if l.redrive != "" && takes(stream, l.redrive) && !covers(subject, l.redrive) {
+		config.FilterSubjects = append(slices.Clone(config.FilterSubjects), l.redrive)
 	}
-	what := "the consumer " + config.Durable + " of " + eventStream
+	what := "the consumer " + config.Durable + " of " + f.stream.Name
 	consumer, err := stream.Consumer(ctx, config.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		if f.provided.Load() { // so it was deleted
-			if stream.CachedInfo().State.LastSeq < f.floor { // with the stream
-				f.floor = 0
+		if l.provided.Load() { // so it was deleted
+			if stream.CachedInfo().State.LastSeq < l.floor { // with the stream
+				l.floor = 0
 			}
-			f.svc.log.Warn("the consumer was deleted, and is made again", "endpoint", f.name, "consumer", config.Durable, "after", f.floor)
-			config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, f.floor+1
+			f.svc.log.Warn("the consumer was deleted, and is made again", "endpoint", f.name, "consumer", config.Durable, "after", l.floor)
+			if f.stream.Retention == jetstream.LimitsPolicy {
+				config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, l.floor+1
+			}
 		}
 		if consumer, err = stream.CreateConsumer(ctx, config); errors.Is(err, jetstream.ErrConsumerExists) { // someone else was faster
 			consumer, err = stream.Consumer(ctx, config.Durable)
 		}
 	}
 	if err != nil {
-		return jetStreamError(err, what)
+		return 0, jetStreamError(err, what)
 	}
 	info := consumer.CachedInfo()
 	have := info.Config
 	filters := append(have.FilterSubjects, have.FilterSubject)
-	if !slices.Contains(filters, f.subject) || have.AckPolicy != jetstream.AckExplicitPolicy || have.MaxDeliver > 0 {
-		return notRun(newError(ErrInvalid, "%s, which exists, is not one for %s with explicit acknowledgement and max_deliver -1: delete it, or choose another name by Durable", what, f.subject))
+	if !slices.Contains(filters, subject) || have.AckPolicy != jetstream.AckExplicitPolicy || have.MaxDeliver > 0 {
+		return 0, notRun(newError(ErrInvalid, "%s, which exists, is not one for %s with explicit acknowledgement and max_deliver -1: delete it, or choose another name by Durable", what, subject))
 	}
-	ordered, redriven := config.MaxAckPending == 1, slices.ContainsFunc(filters, func(p string) bool { return covers(p, own) })
+	ordered, redriven := config.MaxAckPending == 1, slices.ContainsFunc(filters, func(p string) bool { return covers(p, l.redrive) })
 	if ordered != (have.MaxAckPending == 1) || len(config.FilterSubjects) > 1 && !redriven {
 		have.MaxAckPending, have.FilterSubject, have.FilterSubjects = config.MaxAckPending, "", config.FilterSubjects
 		if _, err := stream.UpdateConsumer(ctx, have); err != nil {
-			return jetStreamError(err, what)
+			return 0, jetStreamError(err, what)
 		}
 	}
-	f.ackWait.Store(int64(have.AckWait))
-	f.floor = info.AckFloor.Stream
-	f.most, f.expiry = int64(f.limit), fetchExpiry
+	l.floor = info.AckFloor.Stream
+	l.most, l.expiry = int64(f.limit), fetchExpiry
 	if have.MaxRequestBatch > 0 {
-		f.most = min(f.most, int64(have.MaxRequestBatch))
+		l.most = min(l.most, int64(have.MaxRequestBatch))
 	}
 	if have.MaxRequestExpires > 0 {
-		f.expiry = min(f.expiry, have.MaxRequestExpires)
+		l.expiry = min(l.expiry, have.MaxRequestExpires)
 	}
-	f.provided.Store(true)
-	return nil
+	l.provided.Store(true)
+	return have.AckWait, nil
 }
 
 // drain asks for no more. In a cluster it takes what was asked for until that expires: after an Unsubscribe, servers farther away go on
@@ -730,33 +765,40 @@ func (f *feed) drain(ctx context.Context) {
 	if f.cancel != nil {
 		f.cancel()
 	}
-	a := f.current.Load()
 	f.mu.Unlock()
-	if a == nil {
-		return
-	}
-	if a.on.nc.ConnectedClusterName() != "" {
-		for end := clock() + fetchExpiry + fetchSlack; a.open.Load() > 0 && clock() < end && a.on.up.Load() && sleep(ctx, 5*time.Millisecond); {
+	for _, l := range f.lanes {
+		a := l.current.Load()
+		if a == nil {
+			continue
 		}
+		if a.on.nc.ConnectedClusterName() != "" {
+			for end := clock() + fetchExpiry + fetchSlack; a.open.Load() > 0 && clock() < end && a.on.up.Load() && sleep(ctx, 5*time.Millisecond); {
+			}
+		}
+		_ = a.sub.Drain() // fails only on a closed connection
 	}
-	_ = a.sub.Drain() // fails only on a closed connection
 }
 
 func (f *feed) cut(c *conn) {
-	if a := f.current.Load(); a != nil && a.on == c {
-		_ = a.sub.Unsubscribe() // fails only on a closed connection
+	for _, l := range f.lanes {
+		if a := l.current.Load(); a != nil && a.on == c {
+			_ = a.sub.Unsubscribe() // fails only on a closed connection
+		}
 	}
 }
 
-// forget ends the feed, all of whose events were handled.
-func (f *feed) forget(ctx context.Context) {
-	close(f.closed)
+func (f *feed) settle() {
+	close(f.settled)
 	f.busy.Wait()
-	if f.cfg.broadcast && f.svc.cfg.id == "" && f.provided.Load() { // nobody will come back to the consumer
+}
+
+func (f *feed) forget(ctx context.Context) {
+	f.keeping.Wait()
+	if l := f.lanes[0]; f.cfg.broadcast && f.svc.cfg.id == "" && l.provided.Load() { // nobody will come back to the consumer
 		if js, failure := f.svc.jetStream(); failure == nil {
 			ctx, cancel := context.WithTimeout(ctx, time.Second)
 			defer cancel()
-			_ = js.DeleteConsumer(ctx, eventStream, f.config.Durable) // else the server does, in an hour
+			_ = js.DeleteConsumer(ctx, f.stream.Name, l.config.Durable) // else the server does, in an hour
 		}
 	}
 }
@@ -775,7 +817,7 @@ func (f *feed) fetch(ctx context.Context) {
 		if c != nil && f.pull(ctx, c) {
 			trouble = 0
 		} else if trouble++; !sleep(ctx, backoff(trouble, fetchTick, 2*time.Second)) {
-			<-f.closed
+			<-f.settled
 			return
 		}
 		if c == nil || ctx.Err() != nil {
@@ -789,31 +831,28 @@ func (f *feed) fetch(ctx context.Context) {
 	}
 }
 
-// An asking is what a feed has asked for by one inbox. The messages go straight into the endpoint's queue.
+// An asking is what was asked for by one inbox.
 type asking struct {
-	sub  *nats.Subscription
-	on   *conn
-	open atomic.Int64 // messages that were asked for and haven't come
-	came atomic.Bool
+	sub   *nats.Subscription
+	on    *conn
+	inbox string
+	open  atomic.Int64 // messages that were asked for and haven't come
+	came  atomic.Bool
 }
 
 const askingOver = -1 << 40 // so that open stays negative
 
-// pull asks for events on c for a while, or until that gets nowhere or the feed is closed, and tells whether it went well. Not every
+// direct tells that messages go from the read loop right into the queue, since there is nothing to choose.
+func (f *feed) direct() bool { return len(f.lanes) == 1 }
+
+// pull asks for messages on c for a while, or until that gets nowhere or the feed is settled, and tells whether it went well. Not every
 // request that the server drops is told; those are forgotten when all others have come.
 func (f *feed) pull(ctx context.Context, c *conn) bool {
 	drops := c.drops.Load()
-	inbox := c.newInbox()
-	a := f.listen(c, inbox)
-	if a == nil {
+	defer f.hangUp()
+	if !f.listen(c) {
 		return false
 	}
-	defer func() {
-		_ = a.sub.Drain() // what is under way still comes; fails only on a closed connection
-		if n := a.open.Swap(askingOver); n > 0 {
-			f.claimed.Add(-n)
-		}
-	}()
 	begun := clock()
 	asked := begun // the last time
 	tick := time.NewTicker(fetchTick)
@@ -821,26 +860,19 @@ func (f *feed) pull(ctx context.Context, c *conn) bool {
 	for {
 		now := clock()
 		over := now-begun > fetchSession || ctx.Err() != nil
-		if free := min(int64(f.limit)-f.claimed.Load(), f.most); !over && free > 0 && (free >= min(f.step(), f.most) || a.open.Load() <= 0) {
-			f.claimed.Add(free)
-			a.open.Add(free)
-			asked = now
-			ask, _ := json.Marshal(pullRequest{free, f.expiry}) // numbers: it can't fail
-			if c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+eventStream+"."+f.config.Durable, inbox, ask) != nil {
+		if !over {
+			sent, err := f.ask(c)
+			if err != nil {
 				return false
+			}
+			if sent {
+				asked = now
 			}
 		}
 		select {
-		case m := <-f.statuses:
-			if m.Sub != a.sub {
-				continue
-			}
-			if n, err := strconv.ParseInt(m.Header.Get("Nats-Pending-Messages"), 10, 64); err == nil && n >= 0 { // which won't come
-				n = min(n, a.open.Load())
-				a.open.Add(-n)
-				f.claimed.Add(-n)
-			} else if ctx.Err() == nil {
-				f.svc.log.Warn("events can't be fetched", "endpoint", f.name, "error", m.Header.Get("Status")+" "+m.Header.Get("Description"))
+		case m := <-f.inbound:
+			if problem := f.receive(m); problem != "" && ctx.Err() == nil {
+				f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", problem)
 				return false
 			}
 		case <-f.wake:
@@ -848,58 +880,202 @@ func (f *feed) pull(ctx context.Context, c *conn) bool {
 			if c.drops.Load() != drops {
 				return false
 			}
-			if a.open.Load() > 0 && now-asked > f.expiry+fetchSlack {
-				return a.came.Load()
+			if f.asked() > 0 && now-asked > f.lanes[0].expiry+fetchSlack {
+				return slices.ContainsFunc(f.lanes, func(l *lane) bool { return l.current.Load().came.Load() })
 			}
-		case <-f.closed:
+		case <-f.settled:
+			for len(f.inbound) > 0 {
+				f.receive(<-f.inbound)
+			}
 			return true
 		}
-		if over && a.open.Load() <= 0 && ctx.Err() == nil {
+		if over && f.asked() <= 0 && ctx.Err() == nil {
 			return true
 		}
 	}
+}
+
+// asked is how many messages were asked for and haven't come.
+func (f *feed) asked() (n int64) {
+	for _, l := range f.lanes {
+		n += max(l.current.Load().open.Load(), 0)
+	}
+	return n
+}
+
+// listen subscribes to new inboxes.
+func (f *feed) listen(c *conn) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	into := f.inbound
+	if f.direct() {
+		into = f.queue
+	}
+	for _, l := range f.lanes {
+		a := &asking{on: c, inbox: c.newInbox()}
+		var err error
+		if a.sub, err = c.nc.ChanSubscribe(a.inbox, into); err != nil || f.drained {
+			return false
+		}
+		l.current.Store(a)
+		l.empty = false
+	}
+	return true
+}
+
+// hangUp ends what listen began. What is under way still comes.
+func (f *feed) hangUp() {
+	for _, l := range f.lanes {
+		if a := l.current.Load(); a != nil {
+			_ = a.sub.Drain() // fails only on a closed connection
+			if n := a.open.Swap(askingOver); n > 0 && !l.empty {
+				f.claimed.Add(-n)
+			}
+		}
+	}
+}
+
+// ask asks for what can be handled. If there are several lanes, it asks each what it has there and then, the urgent ones first, and
+// waits for the answer before it goes on to the next; only when all are empty it waits for the first message of any. One start in 16
+// goes to the other end, so that nothing waits forever.
+func (f *feed) ask(c *conn) (sent bool, err error) {
+	free := int64(f.limit) - f.claimed.Load()
+	if free < f.step() {
+		return false, nil
+	}
+	if f.direct() {
+		return true, f.request(c, f.lanes[0], free, false)
+	}
+	lanes := f.lanes
+	if f.starts%16 == 15 {
+		lanes = slices.Clone(lanes)
+		slices.Reverse(lanes)
+	}
+	for _, l := range lanes {
+		if open := l.current.Load().open.Load(); open > 0 && !l.empty {
+			return false, nil
+		}
+		if !l.empty {
+			return true, f.request(c, l, free, true)
+		}
+	}
+	f.starts = 0
+	for _, l := range lanes {
+		if l.current.Load().open.Load() <= 0 {
+			sent, err = true, f.request(c, l, 1, false)
+		}
+	}
+	return sent, err
+}
+
+// request asks a lane for n messages: those that are there, or also those that come before it expires.
+func (f *feed) request(c *conn, l *lane, n int64, now bool) error {
+	n = min(n, l.most)
+	ask := pullRequest{Batch: n, NoWait: now}
+	if !now {
+		ask.Expires = l.expiry
+	}
+	a := l.current.Load()
+	a.open.Add(n)
+	if !l.empty {
+		f.claimed.Add(n)
+	}
+	data, _ := json.Marshal(ask) // numbers: it can't fail
+	return c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, a.inbox, data)
 }
 
 type pullRequest struct {
 	Batch   int64         `json:"batch"`
-	Expires time.Duration `json:"expires"`
+	Expires time.Duration `json:"expires,omitempty"`
+	NoWait  bool          `json:"no_wait,omitempty"`
 }
 
-// step is how many more events it takes to be worth asking for, while others are on their way.
+// receive takes what came for fetch: what the server says about a request or, if there are several lanes, a message. It returns what
+// is wrong with a request.
+func (f *feed) receive(m *nats.Msg) (problem string) {
+	var l *lane
+	for _, other := range f.lanes {
+		if a := other.current.Load(); a != nil && m.Sub == a.sub {
+			l = other
+		}
+	}
+	status := m.Header.Get("Status")
+	if m.Reply != "" || status == "" { // a message
+		if l == nil || l.empty || l.current.Load().open.Add(-1) < 0 {
+			f.claimed.Add(1)
+		}
+		if l != nil {
+			l.current.Load().came.Store(true)
+			if l.empty {
+				l.current.Load().open.Store(0)
+				l.empty = false
+			}
+		}
+		f.starts++
+		waiting := int64(0)
+		for _, l := range f.lanes {
+			if !l.empty {
+				waiting += max(l.current.Load().open.Load(), 0)
+			}
+		}
+		if f.claimed.Load()-waiting > int64(f.limit) { // others came at the same time
+			f.tell(m, "-NAK")
+			f.release()
+			return ""
+		}
+		f.queue <- m // never blocks for long: there is room for all that may run
+		return ""
+	}
+	if l == nil {
+		return "" // of a request that was given up
+	}
+	a := l.current.Load()
+	n, err := strconv.ParseInt(m.Header.Get("Nats-Pending-Messages"), 10, 64) // which won't come
+	if status == "404" {
+		n, err = a.open.Load(), nil
+	}
+	if err != nil || n < 0 {
+		return status + " " + m.Header.Get("Description")
+	}
+	n = min(n, a.open.Load())
+	a.open.Add(-n)
+	if !l.empty {
+		f.claimed.Add(-n)
+	}
+	l.empty = !f.direct() && a.open.Load() <= 0
+	return ""
+}
+
+// step is how many more messages it takes to be worth asking for.
 func (f *feed) step() int64 { return max(int64(f.limit)/8, 1) }
 
-// take accounts for a message that came.
-func (f *feed) take(m *nats.Msg) {
-	a := f.current.Load()
+// take accounts for a message that came directly. It returns false for what the server says about a request.
+func (f *feed) take(m *nats.Msg) bool {
+	if !f.direct() {
+		return true
+	}
+	if m.Reply == "" && m.Header.Get("Status") != "" {
+		select {
+		case f.inbound <- m:
+		default: // then it will seem lost
+		}
+		return false
+	}
+	a := f.lanes[0].current.Load()
 	a.came.Store(true)
 	if m.Sub != a.sub || a.open.Add(-1) < 0 {
 		f.claimed.Add(1) // it was given up
 	}
+	return true
 }
 
 func (f *feed) release() {
-	if free := int64(f.limit) - f.claimed.Add(-1); free >= f.step() || f.current.Load().open.Load() <= 0 {
+	if free := int64(f.limit) - f.claimed.Add(-1); free >= f.step() {
 		select {
 		case f.wake <- struct{}{}:
 		default: // it is told already
 		}
 	}
-}
-
-// listen subscribes to the inbox, nil if that can't be.
-func (f *feed) listen(c *conn, inbox string) *asking {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.drained {
-		return nil
-	}
-	sub, err := c.nc.ChanSubscribe(inbox, f.queue)
-	if err != nil {
-		return nil
-	}
-	a := &asking{sub: sub, on: c}
-	f.current.Store(a)
-	return a
 }
 
 // keepAlive tells the server about events whose handling takes long, lest it deliver them again, until their deadline.
@@ -929,7 +1105,7 @@ type delivery struct {
 // delivery reads what the server says about m, nil if it is not an event of this feed.
 func (f *feed) delivery(m *nats.Msg) *delivery {
 	meta, err := m.Metadata()
-	if err != nil || meta.Stream != eventStream || meta.Consumer != f.config.Durable {
+	if err != nil || meta.Stream != f.stream.Name || meta.Consumer != f.lanes[0].config.Durable {
 		return nil
 	}
 	d := &delivery{
@@ -952,24 +1128,22 @@ func (f *feed) delivery(m *nats.Msg) *delivery {
 	return d
 }
 
+// A subscription is an endpoint's events.
+type subscription struct{ *feed }
+
 // serve handles one event.
-func (f *feed) serve(j job, now time.Time) {
+func (f *subscription) serve(j job, now time.Time) {
 	m := j.msg
-	if m.Reply == "" && m.Header.Get("Status") != "" {
-		select {
-		case f.statuses <- m:
-		default: // then it will seem lost
-		}
+	if !f.take(m) {
 		return
 	}
-	f.take(m)
 	defer f.release()
 	d := f.delivery(m)
 	if d == nil {
 		f.svc.log.Warn("what was no event was dropped", "endpoint", f.name, "subject", m.Subject)
 		return
 	}
-	if consumer, ok := strings.CutPrefix(m.Subject, redrivePrefix); ok && consumer != f.config.Durable {
+	if consumer, ok := strings.CutPrefix(m.Subject, redrivePrefix); ok && consumer != f.lanes[0].config.Durable {
 		f.tell(m, "+ACK")
 		return
 	}
@@ -1002,7 +1176,7 @@ func (f *feed) serve(j job, now time.Time) {
 }
 
 // done acknowledges what was handled, and sees to what was not.
-func (f *feed) done(r *request, _ []byte, failure *Error) {
+func (f *subscription) done(r *request, _ []byte, failure *Error) {
 	switch {
 	case failure == nil:
 		f.tell(r.in, "+ACK")
@@ -1036,7 +1210,7 @@ func (f *feed) retry(r *request, failure *Error) {
 }
 
 // interrupt is called before the ctx of those that run ends, since Stop's time is up.
-func (f *feed) interrupt() {
+func (f *subscription) interrupt() {
 	var all sync.WaitGroup
 	for _, m := range f.handling() {
 		if d := f.delivery(m); d != nil {
@@ -1058,7 +1232,7 @@ func (f *feed) noteReturn(d *delivery) {
 }
 
 func (f *feed) returns(d *delivery) string {
-	return returnPrefix + f.config.Durable + "." + strconv.FormatUint(d.sequence, 10)
+	return returnPrefix + f.lanes[0].config.Durable + "." + strconv.FormatUint(d.sequence, 10)
 }
 
 // used is how many attempts there were, the present one included; not ok if Stop's time is up.
@@ -1115,10 +1289,10 @@ func (f *feed) bury(r *request, failure *Error, attempts int) {
 		headerSubject:         {r.msg.Subject},
 		headerID:              {d.id},
 		headerTime:            {d.time.Format(time.RFC3339Nano)},
-		headerConsumer:        {f.config.Durable},
+		headerConsumer:        {f.lanes[0].config.Durable},
 		headerReason:          {strings.Map(printable, reason[:min(len(reason), maxReason)])},
 		headerAttempts:        {strconv.Itoa(attempts)},
-		jetstream.MsgIDHeader: {f.config.Durable + "-" + strconv.FormatUint(d.sequence, 10) + "-" + strconv.FormatInt(d.time.UnixNano(), 36)},
+		jetstream.MsgIDHeader: {f.lanes[0].config.Durable + "-" + strconv.FormatUint(d.sequence, 10) + "-" + strconv.FormatInt(d.time.UnixNano(), 36)},
 	}
 	x := exchange{subject: f.letters(), header: copyHeader(r.in.Header), data: r.in.Data}
 	maps.Copy(x.header, own)
@@ -1134,7 +1308,7 @@ func (f *feed) bury(r *request, failure *Error, attempts int) {
 	f.tell(r.in, "+ACK")
 }
 
-func (f *feed) letters() string { return letterPrefix + f.kind + "." + f.config.Durable }
+func (f *feed) letters() string { return letterPrefix + f.kind + "." + f.lanes[0].config.Durable }
 
 // copyHeader is h without what would tell the server something, and what nats.go wouldn't send.
 func copyHeader(h nats.Header) nats.Header {

@@ -363,6 +363,8 @@ func (q *subjects) cut(c *conn) {
 
 func (q *subjects) interrupt() {}
 
+func (q *subjects) settle() {}
+
 func (q *subjects) forget(context.Context) {}
 
 // serve handles one request and answers it.
