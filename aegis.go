@@ -71,6 +71,7 @@ type Service struct {
 	next     atomic.Uint32 // the connection that the last call took
 	breakers breakers
 	cancels  cancels
+	handled  sync.Map // commands that are known to be handled, see handles
 
 	base     context.Context // parent of every handler's ctx: ends when Stop's time is up
 	cancel   context.CancelFunc
@@ -255,7 +256,8 @@ func Concurrency(n int) HandlerOption {
 	}
 }
 
-// Attempts sets how often an event is handled, 1 or more in all, until it is set aside as a dead letter. The default is 5.
+// Attempts sets how often an event or a command is tried, 1 or more in all, until it is set aside as a dead letter. The default is 5
+// for events, 3 for commands.
 func Attempts(n int) HandlerOption {
 	return func(c *handlerConfig) {
 		c.check(c.kind != kindRPC, "Attempts(%d): a request is tried once; see Retry for its caller", n)
@@ -274,8 +276,8 @@ func Backoff(first, max time.Duration) HandlerOption {
 	}
 }
 
-// Deadline sets how long one attempt at an event may take until its ctx ends: more than 0. The default is 5 minutes. (The
-// deadline of a request is its caller's.)
+// Deadline sets how long one attempt at an event or a command may take until its ctx ends: more than 0. The default is 5 minutes.
+// (The deadline of a request is its caller's.)
 func Deadline(d time.Duration) HandlerOption {
 	return func(c *handlerConfig) {
 		c.check(c.kind != kindRPC, "Deadline(%v): the deadline of a request is its caller's", d)
@@ -769,12 +771,12 @@ type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
 type Middleware func(next HandlerFunc) HandlerFunc
 
 // The kinds of messages.
-const kindRPC, kindEvent = "rpc", "event"
+const kindRPC, kindEvent, kindCommand = "rpc", "event", "command"
 
 // A Message is what a handler is called for, as middleware sees it. Source is the service that sent it by its own account, ""
 // if unknown. Header is nil if there is none, and must not be changed.
 type Message struct {
-	Kind, Subject, Source string // Kind is "rpc" or "event"
+	Kind, Subject, Source string // Kind is "rpc", "event" or "command"
 	Header                nats.Header
 	Data                  []byte
 }
@@ -848,6 +850,9 @@ type source interface {
 
 func (s *Service) handlerConfig(kind string, opts []HandlerOption) (handlerConfig, error) {
 	cfg := handlerConfig{kind: kind, concurrency: s.cfg.concurrency, attempts: 5, backoff: 500 * time.Millisecond, maxPause: time.Minute, deadline: 5 * time.Minute}
+	if kind == kindCommand {
+		cfg.attempts = 3
+	}
 	for _, opt := range opts {
 		opt(&cfg)
 	}
@@ -1196,6 +1201,7 @@ type request struct {
 	undecodable     bool      // the payload
 	ran             bool      // the handler was called
 	delivery        *delivery // nil for a request
+	run             *run      // of a command
 
 	mu     sync.Mutex // guards timed and cancel
 	timed  context.Context
@@ -1239,6 +1245,16 @@ var ended = func() context.Context {
 	cancel()
 	return ctx
 }()
+
+// abort ends the ctx before that.
+func (r *request) abort() {
+	r.live()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.cancel != nil {
+		r.cancel()
+	}
+}
 
 // end ends the ctx, since its handler has returned.
 func (r *request) end() {

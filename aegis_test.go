@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -1896,7 +1897,7 @@ func manage(tb testing.TB, srv *server.Server) jetstream.JetStream {
 	return js
 }
 
-// shortenAckWait does so to the only consumer of a stream.
+// shortenAckWait does so to the consumers of a stream.
 func shortenAckWait(tb testing.TB, srv *server.Server, stream string, wait time.Duration) {
 	tb.Helper()
 	st, err := manage(tb, srv).Stream(context.Background(), stream)
@@ -2927,6 +2928,26 @@ func runChild(role string) int {
 				}
 				return nil
 			}, aegis.Attempts(2))
+		case "commands": // prints each attempt, and what it reported before; reports once, then goes on for ever, but for EXIT and PAUSED
+			err = aegis.HandleCommand(svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+				fmt.Println(c.Data, c.Attempt, c.Last.Message)
+				err := c.Progress(50, "half of "+c.Data)
+				switch c.Data {
+				case "EXIT":
+					os.Exit(3)
+				case "PAUSED": // until it is fenced
+					for err == nil {
+						time.Sleep(50 * time.Millisecond)
+						err = c.Progress(60, "")
+					}
+					var e *aegis.Error
+					errors.As(err, &e)
+					fmt.Println(e.Code)
+					return "the first", nil
+				}
+				time.Sleep(time.Hour)
+				return "", err
+			}, aegis.Attempts(2))
 		}
 	}
 	if err == nil {
@@ -3105,5 +3126,623 @@ func TestNoEventIsLostWithTheStreamLeader(t *testing.T) {
 		if time.Now().After(end) {
 			t.Fatalf("never handled: %v", missing())
 		}
+	}
+}
+
+// Commands.
+
+func handleCommand[T, R any](tb testing.TB, s *aegis.Service, command string, fn func(context.Context, *aegis.Command[T]) (R, error), opts ...aegis.HandlerOption) {
+	tb.Helper()
+	if err := aegis.HandleCommand(s, command, fn, opts...); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func send[T, R any](tb testing.TB, s *aegis.Service, service, command string, data T, opts ...aegis.CallOption) *aegis.Job[R] {
+	tb.Helper()
+	j, err := aegis.SendCommand[T, R](context.Background(), s, service, command, data, opts...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return j
+}
+
+// updates collects what a job reports until it ends.
+func updates[R any](tb testing.TB, j *aegis.Job[R]) (all []aegis.Progress) {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	for p, err := range j.Updates(ctx) {
+		if err != nil {
+			tb.Fatal(err)
+		}
+		all = append(all, p)
+	}
+	return all
+}
+
+func wait[R any](tb testing.TB, j *aegis.Job[R]) R {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	r, err := j.Wait(ctx)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return r
+}
+
+func waitError[R any](tb testing.TB, j *aegis.Job[R]) error {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	r, err := j.Wait(ctx)
+	if err == nil {
+		tb.Fatalf("got %v, want an error", r)
+	}
+	return err
+}
+
+func TestCommand(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
+		t.Run(codec.ContentType(), func(t *testing.T) {
+			name := "risk-" + strings.TrimPrefix(codec.ContentType(), "application/")
+			svc, client := newService(t, srv, name, aegis.WithCodec(codec)), newService(t, srv, "shop", aegis.WithCodec(codec))
+			reported := make(chan struct{})
+			var got aegis.Command[Order]
+			handleCommand(t, svc, "rebalance", func(ctx context.Context, c *aegis.Command[Order]) (Receipt, error) {
+				got = *c
+				if err := c.Progress(25, "a quarter"); err != nil {
+					t.Error(err)
+				}
+				<-reported
+				for i := range 1000 { // faster than they are written
+					if err := c.Progress(25+float64(i)/1000, "more"); err != nil {
+						t.Error(err)
+					}
+				}
+				if err := c.Progress(99, "nearly"); err != nil {
+					t.Error(err)
+				}
+				fails(t, c.Progress(101, ""), aegis.ErrInvalid, "101")
+				return Receipt{ID: c.Data.SKU + "-" + aegis.CorrelationID(ctx)}, nil
+			})
+			handleCommand(t, svc, "count", func(_ context.Context, c *aegis.Command[int]) (int, error) { return c.Data + 1, nil })
+			start(t, svc)
+			j := send[Order, Receipt](t, client, name, "rebalance", Order{SKU: "x"}, aegis.IdempotencyKey("k.1/"+name), aegis.AtPriority(aegis.High))
+			var states []string
+			for p, err := range j.Updates(t.Context()) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				states = append(states, fmt.Sprint(p.State, " ", p.Percent, " ", p.Message, " ", p.Attempt))
+				if p.Percent == 25 {
+					close(reported)
+				}
+			}
+			if n := len(states); n < 2 || n > 12 || states[n-1] != "completed 99 nearly 1" || !slices.Contains(states, "running 25 a quarter 1") {
+				t.Errorf("got %q", states)
+			}
+			if r := wait(t, j); r.ID != "x-k.1/"+name {
+				t.Errorf("got %+v", r)
+			}
+			if got.ID != "k.1/"+name || got.Source != "shop" || got.Priority != aegis.High || got.Attempt != 1 || got.Fence == 0 || got.Data.SKU != "x" {
+				t.Errorf("got %+v", got)
+			}
+			elsewhere := newService(t, srv, "ops", aegis.WithCodec(codec))
+			if r := wait(t, aegis.Attach[Receipt](elsewhere, name, "rebalance", j.ID)); r.ID != "x-"+j.ID {
+				t.Errorf("attached, got %+v", r)
+			}
+			for n := range 130 {
+				if r := wait(t, send[int, int](t, client, name, "count", n)); r != n+1 {
+					t.Fatalf("got %d after %d", r, n)
+				}
+			}
+		})
+	}
+}
+
+func TestCommandFails(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t), func(o *server.Options) { o.MaxPayload = 64 << 10 })
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	var attempts journal[string]
+	var mended atomic.Bool
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) ([]byte, error) {
+		attempts.add(fmt.Sprint(c.Data, " ", c.Attempt))
+		switch {
+		case c.Data == "panic":
+			panic("ouch")
+		case c.Data == "large":
+			return make([]byte, 64<<10), nil
+		case c.Data == "once" && c.Attempt == 1, c.Data == "never" && !mended.Load():
+			return nil, &aegis.Error{Code: "NO_LIMIT", Message: "no limit set"}
+		}
+		return []byte(c.Data), nil
+	}, aegis.Attempts(2), aegis.Backoff(time.Millisecond, time.Millisecond))
+	start(t, svc)
+
+	if r := wait(t, send[string, []byte](t, client, "risk", "work", "once")); string(r) != "once" {
+		t.Errorf("got %q", r)
+	}
+	never := send[string, []byte](t, client, "risk", "work", "never", aegis.IdempotencyKey("never"))
+	if e := fails(t, waitError(t, never), &aegis.Error{Code: "NO_LIMIT"}, "no limit set"); e.Source != "risk" {
+		t.Errorf("got %+v", e)
+	}
+	all := updates(t, never)
+	if last := all[len(all)-1]; last.State != "failed" || last.Attempt != 2 {
+		t.Errorf("got %+v", all)
+	}
+	fails(t, waitError(t, send[string, []byte](t, client, "risk", "work", "panic")), aegis.ErrInternal, "ouch")
+	fails(t, waitError(t, send[string, []byte](t, client, "risk", "work", "large")), aegis.ErrInternal, "max_payload")
+	fails(t, waitError(t, send[[]int, []byte](t, client, "risk", "work", []int{1})), aegis.ErrInvalid, "string")
+	want := []string{"once 1", "once 2", "never 1", "never 2", "panic 1", "panic 2", "large 1"}
+	if got := attempts.all(); !slices.Equal(got, want) {
+		t.Errorf("attempts %q", got)
+	}
+	letters := deadLetters(t, svc)
+	if len(letters) != 4 || letters[0].Subject != "commands.risk.work" || letters[0].Attempts != 2 || !strings.Contains(letters[0].Reason, "NO_LIMIT") {
+		t.Fatalf("dead letters %+v", letters)
+	}
+
+	mended.Store(true)
+	if err := client.Redrive(t.Context(), letters[0]); err != nil {
+		t.Fatal(err)
+	}
+	if r := wait(t, never); string(r) != "never" {
+		t.Errorf("got %q", r)
+	}
+	fails(t, client.Redrive(t.Context(), letters[0]), aegis.ErrNotFound)
+	if n := len(deadLetters(t, svc)); n != 3 {
+		t.Errorf("%d dead letters are left", n)
+	}
+}
+
+func TestIdempotencyKeyRunsOnce(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	var runs atomic.Int32
+	var instances, clients []*aegis.Service
+	for range 3 {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int32, error) {
+			time.Sleep(20 * time.Millisecond) // so that some come while it runs
+			return runs.Add(1), nil
+		})
+		start(t, svc)
+		instances, clients = append(instances, svc), append(clients, newService(t, srv, "shop"))
+	}
+	var senders sync.WaitGroup
+	for i := range 100 {
+		senders.Go(func() {
+			j := send[int, int32](t, clients[i%3], "risk", "work", 7, aegis.IdempotencyKey("seven"))
+			if r := wait(t, j); r != 1 {
+				t.Errorf("got %d", r)
+			}
+		})
+	}
+	senders.Wait()
+	_, err := aegis.SendCommand[int, int32](t.Context(), clients[0], "risk", "work", 8, aegis.IdempotencyKey("seven"))
+	if e := fails(t, err, aegis.ErrInvalid, "seven"); !e.NotRun {
+		t.Error("it may have run?")
+	}
+	for _, s := range instances {
+		if err := s.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	srv = startServer(t, samePort, store)
+	if r := wait(t, send[int, int32](t, newService(t, srv, "shop"), "risk", "work", 7, aegis.IdempotencyKey("seven"))); r != 1 || runs.Load() != 1 {
+		t.Errorf("got %d after %d runs", r, runs.Load())
+	}
+}
+
+func TestCancelCommand(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	var started journal[string]
+	ended := make(chan time.Time, 1)
+	handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[string]) (int, error) {
+		started.add(c.Data)
+		if c.Data == "quick" {
+			return 1, nil
+		}
+		for ctx.Err() == nil { // reports as fast as it can
+			_ = c.Progress(1, "")
+		}
+		ended <- time.Now()
+		if c.Data == "stubborn" {
+			return 2, nil
+		}
+		return 0, ctx.Err()
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	for _, data := range []string{"heeds", "stubborn"} {
+		running := send[string, int](t, client, "risk", "work", data)
+		eventually(t, "it runs", func() bool { return slices.Contains(started.all(), data) })
+		waiting := send[string, int](t, client, "risk", "work", "waits behind "+data)
+		if err := waiting.Cancel(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		if err := running.Cancel(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if took := (<-ended).Sub(begin); took > 100*time.Millisecond {
+			t.Errorf("%s ended after %v", data, took)
+		}
+		for _, j := range []*aegis.Job[int]{running, waiting} {
+			fails(t, waitError(t, j), aegis.ErrCanceled, j.ID)
+			if all := updates(t, j); all[len(all)-1].State != "canceled" {
+				t.Errorf("got %+v", all)
+			}
+			if err := j.Cancel(t.Context()); err != nil { // once more
+				t.Error(err)
+			}
+		}
+	}
+	quick := send[string, int](t, client, "risk", "work", "quick")
+	if wait(t, quick) != 1 {
+		t.Error("a later command")
+	}
+	fails(t, quick.Cancel(t.Context()), aegis.ErrInvalid, "completed")
+	if got := started.all(); !slices.Equal(got, []string{"heeds", "stubborn", "quick"}) {
+		t.Errorf("started %q", got)
+	}
+	if letters := deadLetters(t, svc); len(letters) > 0 {
+		t.Errorf("dead letters %+v", letters)
+	}
+}
+
+func TestPriorities(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	release := make(chan struct{})
+	var order journal[string]
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (int, error) {
+		<-release
+		order.add(c.Data)
+		return 0, nil
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	var jobs []*aegis.Job[int]
+	add := func(data string, p aegis.Priority) {
+		jobs = append(jobs, send[string, int](t, client, "risk", "work", data, aegis.AtPriority(p)))
+	}
+	add("first", aegis.Normal)
+	eventually(t, "the first is taken", func() bool {
+		for p, err := range jobs[0].Updates(t.Context()) {
+			return err == nil && p.State == "running"
+		}
+		return false
+	})
+	for range 3 {
+		add("low", aegis.Low)
+		add("normal", aegis.Normal)
+		add("high", aegis.High)
+		add("critical", aegis.Critical)
+	}
+	close(release)
+	for _, j := range jobs {
+		wait(t, j)
+	}
+	want := []string{"first", "critical", "critical", "critical", "high", "high", "high", "normal", "normal", "normal", "low", "low", "low"}
+	if got := order.all(); !slices.Equal(got, want) {
+		t.Errorf("got %q", got)
+	}
+
+	// However many critical ones there are, a low one gets its turn.
+	low := send[string, int](t, client, "risk", "work", "patient", aegis.AtPriority(aegis.Low))
+	stop := make(chan struct{})
+	var senders sync.WaitGroup
+	for range 8 {
+		senders.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				j := send[string, int](t, client, "risk", "work", "urgent", aegis.AtPriority(aegis.Critical))
+				wait(t, j)
+			}
+		})
+	}
+	wait(t, low)
+	close(stop)
+	senders.Wait()
+}
+
+func TestThousandCommandsAtOnce(t *testing.T) {
+	t.Parallel()
+	const n = 1000
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var now atomic.Int32
+	release := make(chan struct{})
+	instance := func() *aegis.Service {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) {
+			now.Add(1)
+			defer now.Add(-1)
+			if err := c.Progress(50, strconv.Itoa(c.Data)); err != nil {
+				return 0, err
+			}
+			select {
+			case <-release:
+				return c.Data*1000 + c.Attempt, nil
+			case <-ctx.Done():
+				return 0, ctx.Err()
+			}
+		}, aegis.Attempts(1))
+		start(t, svc)
+		return svc
+	}
+	svc := instance()
+	jobs := make([]*aegis.Job[int], n)
+	var sending sync.WaitGroup
+	for p := range 50 {
+		sending.Go(func() {
+			for i := p; i < n; i += 50 {
+				jobs[i] = send[int, int](t, client, "risk", "work", i)
+			}
+		})
+	}
+	sending.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	eventually(t, "all run", func() bool { return now.Load() == n })
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	fails(t, svc.Stop(ctx), aegis.ErrTimeout)
+	cancel()
+	eventually(t, "all were told", func() bool { return now.Load() == 0 })
+	close(release)
+	second := instance()
+	for i, j := range jobs { // each ran in vain once, which counts as nothing
+		if r := wait(t, j); r != i*1000+1 {
+			t.Fatalf("command %d: got %d", i, r)
+		}
+	}
+	if letters := deadLetters(t, second); len(letters) > 0 {
+		t.Errorf("%d dead letters", len(letters))
+	}
+}
+
+func TestAttach(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	release := make(chan struct{})
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		if err := c.Progress(40, "so far"); err != nil {
+			return "", err
+		}
+		<-release
+		return "done", nil
+	})
+	nothing := aegis.Attach[string](client, "risk", "work", "nothing")
+	fails(t, waitError(t, nothing), aegis.ErrNotFound, "nothing")
+	start(t, svc)
+	fails(t, waitError(t, nothing), aegis.ErrNotFound, "nothing")
+	for _, err := range nothing.Updates(t.Context()) {
+		fails(t, err, aegis.ErrNotFound)
+	}
+	fails(t, nothing.Cancel(t.Context()), aegis.ErrNotFound)
+
+	send[string, string](t, client, "risk", "work", "x", aegis.IdempotencyKey("one"))
+	if err := client.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	j := aegis.Attach[string](newService(t, srv, "shop"), "risk", "work", "one")
+	var states []string
+	for p, err := range j.Updates(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		states = append(states, p.State)
+		if p.Percent == 40 && p.State == "running" {
+			close(release)
+		}
+	}
+	if states[len(states)-1] != "completed" || !slices.Contains(states, "running") {
+		t.Errorf("got %q", states)
+	}
+	if r := wait(t, j); r != "done" {
+		t.Errorf("got %q", r)
+	}
+	for p, err := range j.Updates(t.Context()) { // a new one gets the final state at once
+		if err != nil || p.State != "completed" || p.Message != "so far" {
+			t.Errorf("got %+v, %v", p, err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := j.Wait(ctx)
+	fails(t, err, aegis.ErrCanceled)
+}
+
+// A command's sender and its worker get through a restart of the server.
+func TestCommandThroughServerRestart(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
+	svc, client := newService(t, srv, "risk", reconnect), newService(t, srv, "shop", reconnect)
+	running, release := make(chan struct{}), make(chan struct{})
+	var runs atomic.Int32
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		if runs.Add(1) == 1 {
+			close(running)
+		}
+		<-release
+		return "done", nil
+	})
+	start(t, svc)
+	j := send[string, string](t, client, "risk", "work", "x")
+	result := make(chan string, 1)
+	go func() { result <- wait(t, j) }()
+	<-running
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	close(release) // it ends while there is no server
+	startServer(t, samePort, store)
+	if r := <-result; r != "done" {
+		t.Errorf("got %q", r)
+	}
+	if runs.Load() != 1 {
+		t.Errorf("%d runs", runs.Load())
+	}
+}
+
+func TestInvalidCommands(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	ctx := t.Context()
+	_, err := aegis.SendCommand[int, int](ctx, svc, "no service", "work", 1)
+	fails(t, err, aegis.ErrInvalid, "no service")
+	_, err = aegis.SendCommand[int, int](ctx, svc, "risk", "no-command", 1)
+	fails(t, err, aegis.ErrInvalid, "no-command")
+	_, err = aegis.SendCommand[int, int](ctx, svc, "risk", "work", 1, aegis.AtPriority(4))
+	fails(t, err, aegis.ErrInvalid, "AtPriority(4)")
+	_, err = aegis.SendCommand[int, int](ctx, svc, "risk", "work", 1, aegis.EventVersion("1.0"))
+	fails(t, err, aegis.ErrInvalid, "EventVersion")
+	_, err = aegis.SendCommand[chan int, int](ctx, svc, "risk", "work", make(chan int))
+	fails(t, err, aegis.ErrInvalid, "risk.work")
+	_, err = aegis.SendCommand[[]byte, int](ctx, svc, "risk", "work", make([]byte, 1<<20))
+	fails(t, err, aegis.ErrInvalid, "max_payload")
+	fails(t, aegis.Publish(ctx, svc, "a", "b", 1, aegis.AtPriority(aegis.High)), aegis.ErrInvalid, "AtPriority")
+	never := func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil }
+	fails(t, aegis.HandleCommand(svc, "no-command", never), aegis.ErrInvalid, "no-command")
+	fails(t, aegis.HandleCommand[int, int](svc, "work", nil), aegis.ErrInvalid, "nil")
+	fails(t, aegis.HandleCommand(svc, "work", never, aegis.Broadcast()), aegis.ErrInvalid, "Broadcast")
+	handleCommand(t, svc, "work", never)
+	fails(t, aegis.HandleCommand(svc, "work", never), aegis.ErrInvalid, "commands.risk.work")
+	start(t, svc)
+	other := newService(t, srv, "shop")
+	_, err = aegis.SendCommand[int, int](ctx, other, "risk", "other", 1)
+	if e := fails(t, err, aegis.ErrUnimplemented, "risk", "other"); !e.NotRun {
+		t.Error("it may have run?")
+	}
+	if err := svc.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	_, err = aegis.SendCommand[int, int](ctx, svc, "risk", "work", 1)
+	fails(t, err, aegis.ErrClosed)
+	j := send[int, int](t, other, "risk", "work", 1) // nobody runs: it is queued
+	short, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+	defer cancel()
+	_, err = j.Wait(short)
+	fails(t, err, aegis.ErrTimeout)
+	_, err = aegis.SendCommand[int, int](ctx, newService(t, startServer(t), "shop"), "risk", "work", 1)
+	fails(t, err, aegis.ErrUnavailable, "JetStream")
+}
+
+func TestKilledWorker(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	first := startProcess(t, "commands", srv)
+	if line, _ := first.line(t); line != "ready" {
+		t.Fatal(line)
+	}
+	shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second)
+	client := newService(t, srv, "shop")
+	j := send[string, string](t, client, "risk", "work", "x")
+	for p, err := range j.Updates(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Percent == 50 {
+			break
+		}
+	}
+	if err := first.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	svc := newService(t, srv, "risk")
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		return fmt.Sprint(c.Attempt, " ", c.Last.Percent, " ", c.Last.Message), nil
+	}, aegis.Attempts(2))
+	start(t, svc)
+	if r := wait(t, j); r != "2 50 half of x" {
+		t.Errorf("got %q", r)
+	}
+
+	// One that kills its process each time is set aside.
+	if err := svc.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	exit := send[string, string](t, client, "risk", "work", "EXIT")
+	for range 3 {
+		p := startProcess(t, "commands", srv)
+		eventually(t, "it dies, or the command has failed", func() bool {
+			select {
+			case _, ok := <-p.lines:
+				return !ok
+			default:
+			}
+			return len(deadLetters(t, client)) > 0
+		})
+	}
+	fails(t, waitError(t, exit), aegis.ErrInternal, "2 times", "never finished")
+}
+
+// A worker that was paused for longer than its ack wait has lost its command, and neither overwrites the outcome nor acknowledges the message.
+func TestPausedWorker(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS == "windows" {
+		t.Skip("no SIGSTOP")
+	}
+	srv := startServer(t, withJetStream(t))
+	paused := startProcess(t, "commands", srv)
+	if line, _ := paused.line(t); line != "ready" {
+		t.Fatal(line)
+	}
+	shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second)
+	client := newService(t, srv, "shop")
+	j := send[string, string](t, client, "risk", "work", "PAUSED")
+	if line, _ := paused.line(t); line != "PAUSED 1 " {
+		t.Fatal(line)
+	}
+	if err := paused.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	svc := newService(t, srv, "risk")
+	attempts, release := make(chan int, 10), make(chan struct{})
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		attempts <- c.Attempt
+		<-release
+		return "the second", nil
+	})
+	start(t, svc)
+	if n := <-attempts; n != 2 {
+		t.Errorf("attempt %d", n)
+	}
+	if err := paused.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if line, _ := paused.line(t); line != "FENCED" {
+		t.Errorf("the one that was paused says %q", line)
+	}
+	close(release)
+	if r := wait(t, j); r != "the second" {
+		t.Errorf("got %q", r)
+	}
+	eventually(t, "the queue is empty", func() bool {
+		st, err := manage(t, srv).Stream(t.Context(), "AEGIS_COMMANDS")
+		return err == nil && st.CachedInfo().State.Msgs == 0
+	})
+	if len(attempts) > 0 {
+		t.Error("it ran once more")
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"iter"
 	"maps"
 	"slices"
@@ -84,7 +85,8 @@ func EventVersion(v string) CallOption {
 	}
 }
 
-// IdempotencyKey sets an event's id, 1 to 256 printable ASCII characters. Of the events of one domain and type that are published
+// IdempotencyKey sets the id of an event or a command, 1 to 256 printable ASCII characters without spaces. Of the commands of one service and name
+// that are sent with the same key only the first is executed, as long as its outcome is kept; see [SendCommand]. Of the events of one domain and type that are published
 // with the same key within the stream's duplicate window (2 minutes by default) only the first is stored; publishing another
 // then succeeds without effect. The events of a batch have the keys <k>-0, <k>-1 and so on.
 func IdempotencyKey(k string) CallOption {
@@ -181,14 +183,14 @@ func (p *publication) encode(encoder func() ([]byte, *packer, error), suffix str
 // storeEvent stores x in the stream of events.
 func (s *Service) storeEvent(ctx context.Context, x *exchange, cfg *callConfig, buf *packer) *Error {
 	_, failure := s.persist(ctx, x, cfg, buf, func() (*nats.Msg, *Error, bool) {
-		failure := s.store(ctx, x, s.eventStream())
+		_, failure := s.store(ctx, x, s.eventStream())
 		return nil, failure, mayPass(failure)
 	})
 	return failure
 }
 
 // store sends x, once, to be stored in a stream, which is made if nobody listens.
-func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.StreamConfig) *Error {
+func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.StreamConfig) (sequence uint64, failure *Error) {
 	answer, failure := s.request(ctx, x)
 	if failure == errNobody {
 		if failure = s.provideFor(ctx, x, stream); failure == nil {
@@ -197,11 +199,11 @@ func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.Strea
 	}
 	switch failure {
 	case nil:
-		return refusal(answer, x.subject)
+		return stored(answer, x.subject)
 	case errNobody:
-		return nobodyStores(x.subject)
+		return 0, nobodyStores(x.subject)
 	}
-	return failure
+	return 0, failure
 }
 
 func nobodyStores(subject string) *Error {
@@ -222,11 +224,12 @@ func (s *Service) provideFor(ctx context.Context, x *exchange, stream jetstream.
 	return failure
 }
 
-// refusal is the error in the answer to what was to be stored, nil if it was.
-func refusal(answer *nats.Msg, subject string) *Error {
+// stored reads the answer to what was to be stored: its sequence, or why it wasn't.
+func stored(answer *nats.Msg, subject string) (uint64, *Error) {
 	var ack struct {
-		Stream string `json:"stream"`
-		Error  *struct {
+		Stream   string `json:"stream"`
+		Sequence uint64 `json:"seq"`
+		Error    *struct {
 			Code        int    `json:"code"`
 			ErrCode     int    `json:"err_code"`
 			Description string `json:"description"`
@@ -234,19 +237,29 @@ func refusal(answer *nats.Msg, subject string) *Error {
 	}
 	switch err := json.Unmarshal(answer.Data, &ack); {
 	case isNobody(answer):
-		return nobodyStores(subject)
+		return 0, nobodyStores(subject)
 	case err == nil && ack.Error != nil && ack.Error.ErrCode == inProcess:
-		return newError(ErrUnavailable, "%s was sent before and is not stored yet: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode)
+		return 0, newError(ErrUnavailable, "%s was sent before and is not stored yet: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode)
+	case err == nil && ack.Error != nil && (ack.Error.ErrCode == wrongSequence || ack.Error.ErrCode == wrongSequenceReplicated):
+		return 0, notRun(&Error{Code: conflict, Message: fmt.Sprintf("%s was refused: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode)})
 	case err == nil && ack.Error != nil:
-		return notRun(newError(kindOfAPI(ack.Error.Code), "%s was refused: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode))
+		return 0, notRun(newError(kindOfAPI(ack.Error.Code), "%s was refused: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode))
 	case err != nil || ack.Stream == "":
-		return newError(ErrInternal, "%s was answered by something that is no stream: %.100q", subject, answer.Data)
+		return 0, newError(ErrInternal, "%s was answered by something that is no stream: %.100q", subject, answer.Data)
 	}
-	return nil
+	return ack.Sequence, nil
 }
 
-// inProcess is the answer to a message whose id a cluster is just storing.
-const inProcess = 10158
+// conflict is the code of what was to be stored only after a certain message, and came too late.
+const conflict = "CONFLICT"
+
+// Codes of the JetStream API.
+const (
+	temporarilyUnavailable  = 10008 // what a cluster without a leader answers; or it doesn't, and forgets what it was asked
+	wrongSequence           = 10071
+	wrongSequenceReplicated = 10164
+	inProcess               = 10158 // a message of that id is just being stored
+)
 
 // kindOfAPI is the error that a code of the JetStream API means.
 func kindOfAPI(code int) *Error {
@@ -342,7 +355,7 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	if c == nil {
 		return todo
 	}
-	sl, failure := c.newSlot(batchWindow)
+	sl, failure := c.newSlot(c.newInbox()+".", batchWindow)
 	if failure != nil {
 		return todo
 	}
@@ -371,7 +384,8 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 			answered[k] = true
 			waiting--
 			extend()
-			b.fail(todo[k], refusal(m, b.subject))
+			_, failure := stored(m, b.subject)
+			b.fail(todo[k], failure)
 		}
 	}
 	for broken == nil && (sent < len(todo) || waiting > 0) {
@@ -432,8 +446,12 @@ func (s *Service) provide(ctx context.Context, want jetstream.StreamConfig, subj
 	switch {
 	case have.NoAck:
 		fix = "it has to confirm what it stores: set no_ack to false"
-	case have.Retention == jetstream.WorkQueuePolicy:
+	case have.Retention == jetstream.WorkQueuePolicy && want.Retention != have.Retention:
 		fix = "its retention is workqueue, though several consumers want each message: set it to limits"
+	case want.Retention == jetstream.WorkQueuePolicy && want.Retention != have.Retention:
+		fix = "its retention has to be workqueue"
+	case want.RePublish != nil && (have.RePublish == nil || have.RePublish.Destination != want.RePublish.Destination):
+		fix = "it has to republish " + want.RePublish.Source + " to " + want.RePublish.Destination
 	case want.AllowMsgTTL && !have.AllowMsgTTL:
 		fix = "set allow_msg_ttl"
 	case !takes(stream, subject):
@@ -461,9 +479,6 @@ func (s *Service) jetStream() (jetstream.JetStream, *Error) {
 	}
 	return js, nil
 }
-
-// temporarilyUnavailable is what a cluster without a leader answers; or it doesn't, and forgets what it was asked.
-const temporarilyUnavailable = 10008
 
 // patiently tries to do something with JetStream again while a cluster has no leader, until ctx ends, or for WithTimeout.
 func (s *Service) patiently(ctx context.Context, do func(ctx context.Context) *Error) *Error {
@@ -642,7 +657,7 @@ type lane struct {
 	expiry   time.Duration
 	floor    uint64                 // all up to this sequence is done with
 	current  atomic.Pointer[asking] // the latest
-	empty    bool                   // there was nothing; one message is asked for, beyond what is claimed
+	empty    atomic.Bool            // there was nothing; one message is asked for, beyond what is claimed
 }
 
 func newLane(consumer, subject string) *lane {
@@ -880,7 +895,7 @@ func (f *feed) pull(ctx context.Context, c *conn) bool {
 			if c.drops.Load() != drops {
 				return false
 			}
-			if f.asked() > 0 && now-asked > f.lanes[0].expiry+fetchSlack {
+			if f.asked(true) > 0 && now-asked > f.lanes[0].expiry+fetchSlack {
 				return slices.ContainsFunc(f.lanes, func(l *lane) bool { return l.current.Load().came.Load() })
 			}
 		case <-f.settled:
@@ -889,16 +904,18 @@ func (f *feed) pull(ctx context.Context, c *conn) bool {
 			}
 			return true
 		}
-		if over && f.asked() <= 0 && ctx.Err() == nil {
+		if over && f.asked(true) <= 0 && ctx.Err() == nil {
 			return true
 		}
 	}
 }
 
-// asked is how many messages were asked for and haven't come.
-func (f *feed) asked() (n int64) {
+// asked is how many messages were asked for and haven't come, with or without those that empty lanes wait for.
+func (f *feed) asked(all bool) (n int64) {
 	for _, l := range f.lanes {
-		n += max(l.current.Load().open.Load(), 0)
+		if all || !l.empty.Load() {
+			n += max(l.current.Load().open.Load(), 0)
+		}
 	}
 	return n
 }
@@ -918,7 +935,7 @@ func (f *feed) listen(c *conn) bool {
 			return false
 		}
 		l.current.Store(a)
-		l.empty = false
+		l.empty.Store(false)
 	}
 	return true
 }
@@ -928,7 +945,7 @@ func (f *feed) hangUp() {
 	for _, l := range f.lanes {
 		if a := l.current.Load(); a != nil {
 			_ = a.sub.Drain() // fails only on a closed connection
-			if n := a.open.Swap(askingOver); n > 0 && !l.empty {
+			if n := a.open.Swap(askingOver); n > 0 && !l.empty.Load() {
 				f.claimed.Add(-n)
 			}
 		}
@@ -940,7 +957,7 @@ func (f *feed) hangUp() {
 // goes to the other end, so that nothing waits forever.
 func (f *feed) ask(c *conn) (sent bool, err error) {
 	free := int64(f.limit) - f.claimed.Load()
-	if free < f.step() {
+	if !f.worthAsking(free) {
 		return false, nil
 	}
 	if f.direct() {
@@ -952,10 +969,10 @@ func (f *feed) ask(c *conn) (sent bool, err error) {
 		slices.Reverse(lanes)
 	}
 	for _, l := range lanes {
-		if open := l.current.Load().open.Load(); open > 0 && !l.empty {
+		if open := l.current.Load().open.Load(); open > 0 && !l.empty.Load() {
 			return false, nil
 		}
-		if !l.empty {
+		if !l.empty.Load() {
 			return true, f.request(c, l, free, true)
 		}
 	}
@@ -977,7 +994,7 @@ func (f *feed) request(c *conn, l *lane, n int64, now bool) error {
 	}
 	a := l.current.Load()
 	a.open.Add(n)
-	if !l.empty {
+	if !l.empty.Load() {
 		f.claimed.Add(n)
 	}
 	data, _ := json.Marshal(ask) // numbers: it can't fail
@@ -1001,24 +1018,18 @@ func (f *feed) receive(m *nats.Msg) (problem string) {
 	}
 	status := m.Header.Get("Status")
 	if m.Reply != "" || status == "" { // a message
-		if l == nil || l.empty || l.current.Load().open.Add(-1) < 0 {
+		if l == nil || l.empty.Load() || l.current.Load().open.Add(-1) < 0 {
 			f.claimed.Add(1)
 		}
 		if l != nil {
 			l.current.Load().came.Store(true)
-			if l.empty {
+			if l.empty.Load() {
 				l.current.Load().open.Store(0)
-				l.empty = false
+				l.empty.Store(false)
 			}
 		}
 		f.starts++
-		waiting := int64(0)
-		for _, l := range f.lanes {
-			if !l.empty {
-				waiting += max(l.current.Load().open.Load(), 0)
-			}
-		}
-		if f.claimed.Load()-waiting > int64(f.limit) { // others came at the same time
+		if f.claimed.Load()-f.asked(false) > int64(f.limit) { // others came at the same time
 			f.tell(m, "-NAK")
 			f.release()
 			return ""
@@ -1039,15 +1050,17 @@ func (f *feed) receive(m *nats.Msg) (problem string) {
 	}
 	n = min(n, a.open.Load())
 	a.open.Add(-n)
-	if !l.empty {
+	if !l.empty.Load() {
 		f.claimed.Add(-n)
 	}
-	l.empty = !f.direct() && a.open.Load() <= 0
+	l.empty.Store(!f.direct() && a.open.Load() <= 0)
 	return ""
 }
 
-// step is how many more messages it takes to be worth asking for.
-func (f *feed) step() int64 { return max(int64(f.limit)/8, 1) }
+// worthAsking tells whether it is time to ask for more: not for each single one as long as others are on their way.
+func (f *feed) worthAsking(free int64) bool {
+	return free > 0 && (free >= int64(f.limit)/8 || f.asked(false) <= 0)
+}
 
 // take accounts for a message that came directly. It returns false for what the server says about a request.
 func (f *feed) take(m *nats.Msg) bool {
@@ -1070,7 +1083,7 @@ func (f *feed) take(m *nats.Msg) bool {
 }
 
 func (f *feed) release() {
-	if free := int64(f.limit) - f.claimed.Add(-1); free >= f.step() {
+	if f.worthAsking(int64(f.limit) - f.claimed.Add(-1)) {
 		select {
 		case f.wake <- struct{}{}:
 		default: // it is told already
@@ -1097,6 +1110,7 @@ func (f *feed) keepAlive() {
 type delivery struct {
 	id       string
 	subject  string // the original one
+	consumer string
 	time     time.Time
 	sequence uint64
 	attempt  int
@@ -1111,6 +1125,7 @@ func (f *feed) delivery(m *nats.Msg) *delivery {
 	d := &delivery{
 		id:       m.Header.Get(jetstream.MsgIDHeader),
 		subject:  m.Subject,
+		consumer: meta.Consumer,
 		time:     meta.Timestamp,
 		sequence: meta.Sequence.Stream,
 		attempt:  int(meta.NumDelivered),
@@ -1168,7 +1183,7 @@ func (f *subscription) serve(j job, now time.Time) {
 			return
 		}
 		if used > f.cfg.attempts {
-			f.bury(r, newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance or an acknowledgement was lost", used-1), used-1)
+			f.setAside(r, newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance or an acknowledgement was lost", used-1), used-1)
 			return
 		}
 	}
@@ -1183,15 +1198,24 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 	case f.svc.base.Err() != nil: // it was told to end, see interrupt
 		f.tell(r.in, "-NAK")
 	case r.undecodable:
-		f.bury(r, failure, r.delivery.attempt)
+		f.setAside(r, failure, r.delivery.attempt)
 	case r.delivery.attempt < f.cfg.attempts:
 		f.retry(r, failure)
 	default:
 		if used, ok := f.used(r); ok && used >= f.cfg.attempts {
-			f.bury(r, failure, used)
+			f.setAside(r, failure, used)
 		} else {
 			f.retry(r, failure)
 		}
+	}
+}
+
+// setAside stores a dead letter, and only then acknowledges the event.
+func (f *subscription) setAside(r *request, failure *Error, attempts int) {
+	if f.bury(r, failure, attempts) {
+		f.tell(r.in, "+ACK")
+	} else {
+		f.tell(r.in, "-NAK")
 	}
 }
 
@@ -1205,8 +1229,12 @@ func (f *feed) tell(m *nats.Msg, what string) {
 // retry has the event delivered again after a pause.
 func (f *feed) retry(r *request, failure *Error) {
 	pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
-	f.svc.log.Warn("an event failed", "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempt", r.delivery.attempt, "pause", pause)
-	f.tell(r.in, `-NAK {"delay":`+strconv.FormatInt(int64(pause), 10)+"}")
+	f.svc.log.Warn("an attempt failed", "kind", f.kind, "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempt", r.delivery.attempt, "pause", pause)
+	f.tell(r.in, nakAfter(pause))
+}
+
+func nakAfter(pause time.Duration) string {
+	return `-NAK {"delay":` + strconv.FormatInt(int64(pause), 10) + "}"
 }
 
 // interrupt is called before the ctx of those that run ends, since Stop's time is up.
@@ -1281,18 +1309,18 @@ type DeadLetter struct {
 	Sequence                  uint64 // its number among the dead letters
 }
 
-// bury stores a dead letter, and only then acknowledges the event.
-func (f *feed) bury(r *request, failure *Error, attempts int) {
+// bury stores a dead letter. It is not ok if Stop's time is up before that.
+func (f *feed) bury(r *request, failure *Error, attempts int) bool {
 	d := r.delivery
 	reason := failure.Error()
 	own := nats.Header{
 		headerSubject:         {r.msg.Subject},
 		headerID:              {d.id},
 		headerTime:            {d.time.Format(time.RFC3339Nano)},
-		headerConsumer:        {f.lanes[0].config.Durable},
+		headerConsumer:        {d.consumer},
 		headerReason:          {strings.Map(printable, reason[:min(len(reason), maxReason)])},
 		headerAttempts:        {strconv.Itoa(attempts)},
-		jetstream.MsgIDHeader: {f.lanes[0].config.Durable + "-" + strconv.FormatUint(d.sequence, 10) + "-" + strconv.FormatInt(d.time.UnixNano(), 36)},
+		jetstream.MsgIDHeader: {d.consumer + "-" + strconv.FormatUint(d.sequence, 10) + "-" + strconv.FormatInt(d.time.UnixNano(), 36)},
 	}
 	x := exchange{subject: f.letters(), header: copyHeader(r.in.Header), data: r.in.Data}
 	maps.Copy(x.header, own)
@@ -1301,11 +1329,10 @@ func (f *feed) bury(r *request, failure *Error, attempts int) {
 		own[headerReason] = []string{"(too large to be copied, see sequence " + strconv.FormatUint(d.sequence, 10) + " of " + eventStream + ") " + own[headerReason][0]}
 	}
 	if !f.insist(r, "a dead letter can't be stored", func(context.Context) *Error { return f.svc.storeLetter(&x, 5*time.Second) }) {
-		f.tell(r.in, "-NAK")
-		return
+		return false
 	}
-	f.svc.log.Error("an event was set aside as a dead letter", "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempts", attempts)
-	f.tell(r.in, "+ACK")
+	f.svc.log.Error("set aside as a dead letter", "kind", f.kind, "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempts", attempts)
+	return true
 }
 
 func (f *feed) letters() string { return letterPrefix + f.kind + "." + f.lanes[0].config.Durable }
@@ -1332,7 +1359,8 @@ func printable(r rune) rune {
 // storeLetter puts x into the stream of dead letters.
 func (s *Service) storeLetter(x *exchange, limit time.Duration) *Error {
 	x.limit, x.until = limit, clock()+limit
-	return s.store(context.Background(), x, s.deadStream())
+	_, failure := s.store(context.Background(), x, s.deadStream())
+	return failure
 }
 
 // DeadLetters yields the dead letters of all services that there are now, oldest first, and ends; with an error if one can't be
@@ -1404,6 +1432,12 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	case !m.Time.Equal(d.Time):
 		return notRun(newError(ErrNotFound, "dead letter %d of %v is no more: there is another one in its place", d.Sequence, d.Time))
 	}
+	if strings.HasPrefix(d.Subject, commandPrefix) {
+		if failure := s.redriveCommand(ctx, d); failure != nil {
+			return failure
+		}
+		return removeLetter(ctx, dead, d)
+	}
 	consumer, err := js.Consumer(ctx, eventStream, d.Consumer)
 	if err != nil {
 		return jetStreamError(err, "the consumer "+d.Consumer+" of "+eventStream)
@@ -1420,6 +1454,10 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	if failure := s.storeEvent(ctx, x, callConfigs[kindEvent], nil); failure != nil {
 		return failure
 	}
+	return removeLetter(ctx, dead, d)
+}
+
+func removeLetter(ctx context.Context, dead jetstream.Stream, d DeadLetter) error {
 	if err := dead.DeleteMsg(ctx, d.Sequence); err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
 		return jetStreamError(err, "it was redriven, but removing the dead letter "+strconv.FormatUint(d.Sequence, 10))
 	}

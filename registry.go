@@ -22,7 +22,7 @@ func (s *Service) answerInfo(m *nats.Msg) {
 	}
 	s.mu.Lock()
 	for _, e := range s.endpoints {
-		if e.kind != kindRPC {
+		if e.kind == kindEvent {
 			continue
 		}
 		info.Endpoints = append(info.Endpoints, micro.EndpointInfo{Name: e.name, Subject: e.subject, QueueGroup: s.name, Metadata: map[string]string{}})
@@ -57,4 +57,44 @@ func (s *Service) whyNobody(ctx context.Context, x *exchange, service, instance 
 		return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is starting or stopping", x.subject, who))
 	}
 	return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", info.ID, info.Version, served))
+}
+
+// handles tells whether a running instance of the service has a handler for the subject; ok if none runs, so that it may come.
+func (s *Service) handles(service, subject string) (ok bool) {
+	known := service + " " + subject
+	if _, ok := s.handled.Load(known); ok {
+		return true
+	}
+	c := s.pick()
+	if c == nil {
+		return true // what comes next finds out
+	}
+	sl, failure := c.newSlot(c.newInbox()+".", 64)
+	if failure != nil {
+		return true
+	}
+	defer c.endSlot(sl)
+	if c.nc.PublishRequest("$SRV.INFO."+service, sl.prefix+"info", nil) != nil {
+		return true
+	}
+	answered := false
+	for end := time.After(whyTimeout); ; {
+		select {
+		case m := <-sl.answers:
+			if m == nil || isNobody(m) {
+				return true
+			}
+			var info micro.Info
+			if json.Unmarshal(m.Data, &info) != nil {
+				continue
+			}
+			if slices.ContainsFunc(info.Endpoints, func(e micro.EndpointInfo) bool { return e.Subject == subject }) {
+				s.handled.Store(known, true)
+				return true
+			}
+			answered = true
+		case <-end:
+			return !answered
+		}
+	}
 }

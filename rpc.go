@@ -461,6 +461,7 @@ type callConfig struct {
 	retry              *RetryPolicy
 	instance           string
 	version, key       string
+	priority           Priority
 	err                *Error // of the first option that can't be used
 }
 
@@ -472,8 +473,9 @@ func (c *callConfig) check(ok bool, format string, args ...any) {
 
 // callConfigs are those without any option: an event has an id, so that it may be sent again.
 var callConfigs = map[string]*callConfig{
-	kindRPC:   {kind: kindRPC},
-	kindEvent: {kind: kindEvent, idempotent: true},
+	kindRPC:     {kind: kindRPC},
+	kindEvent:   {kind: kindEvent, idempotent: true},
+	kindCommand: {kind: kindCommand, idempotent: true},
 }
 
 func newCallConfig(kind string, opts []CallOption) *callConfig {
@@ -787,11 +789,11 @@ func (c *conn) slot() (*slot, *Error) {
 		return sl, nil
 	}
 	c.slotsMu.Unlock()
-	return c.newSlot(4 * maxMissed)
+	return c.newSlot(c.newInbox()+".", 4*maxMissed)
 }
 
-// newSlot makes a slot with room for so many answers.
-func (c *conn) newSlot(room int) (*slot, *Error) {
+// newSlot makes a slot for what comes under prefix, with room for so many messages.
+func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
 	c.slotsMu.Lock()
 	if c.made == maxSlots {
 		c.slotsMu.Unlock()
@@ -799,8 +801,12 @@ func (c *conn) newSlot(room int) (*slot, *Error) {
 	}
 	c.made++
 	c.slotsMu.Unlock()
-	sl := &slot{prefix: c.newInbox() + ".", calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
-	sub, err := c.nc.ChanSubscribe(sl.prefix+">", sl.answers)
+	sl := &slot{prefix: prefix, calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
+	subject := prefix
+	if strings.HasSuffix(prefix, ".") {
+		subject += ">"
+	}
+	sub, err := c.nc.ChanSubscribe(subject, sl.answers)
 	c.slotsMu.Lock()
 	defer c.slotsMu.Unlock()
 	if err != nil { // the connection is closed
@@ -854,17 +860,20 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 		if c == nil {
 			break
 		}
-		sl, failure := c.slot()
-		var answer *nats.Msg
-		if failure == nil {
-			answer, failure = s.exchange(ctx, c, sl, x)
-			c.release(sl, failure == nil)
-		}
-		if failure != errDropped {
+		if answer, failure := s.requestOn(ctx, c, x); failure != errDropped {
 			return answer, failure
 		}
 	}
 	return nil, s.disconnectedError()
+}
+
+func (s *Service) requestOn(ctx context.Context, c *conn, x *exchange) (answer *nats.Msg, failure *Error) {
+	sl, failure := c.slot()
+	if failure == nil {
+		answer, failure = s.exchange(ctx, c, sl, x)
+		c.release(sl, failure == nil)
+	}
+	return answer, failure
 }
 
 // errDropped says that the connection was lost before anything was written.
@@ -1006,12 +1015,13 @@ func (c *cancels) has(reply string) bool {
 
 func (c *cancels) receive(m *nats.Msg) {
 	reply := string(m.Data)
-	if len(reply) > 512 || parseAddress(reply).budget == 0 {
+	command := strings.HasPrefix(reply, commandPrefix)
+	if len(reply) > 1024 || !command && parseAddress(reply).budget == 0 {
 		return // not a caller's
 	}
 	c.mu.Lock()
 	cancel := c.watch[reply]
-	if cancel == nil {
+	if cancel == nil && !command {
 		if c.early[0] == nil || len(c.early[0]) >= maxEarly {
 			c.early = [2]map[string]bool{{}, c.early[0]}
 		}

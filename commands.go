@@ -1,0 +1,937 @@
+package aegis
+
+// This file is tracked commands: work that is queued, handled by one instance at a time, reports its progress, can be cancelled, and has one
+// outcome, which is kept.
+//
+// The record of a command, in the bucket aegis_commands, is the truth; every change of it is a compare-and-set. The message in the work queue
+// AEGIS_COMMANDS carries its data, and wakes a worker up. The server republishes each change of a record to whoever follows it.
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"iter"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// A Priority says which of the commands that wait comes first.
+type Priority int
+
+const (
+	Normal Priority = iota
+	Low
+	High
+	Critical
+)
+
+// levels are the priorities, the most urgent first, and what their subjects end in.
+var levels = []struct {
+	priority Priority
+	suffix   string
+}{{Critical, ".critical"}, {High, ".high"}, {Normal, ""}, {Low, ".low"}}
+
+// AtPriority sets a command's priority. The default is [Normal]. Of the commands that wait for an instance, the more urgent ones start first, but
+// for one start in 16, so that none waits forever.
+func AtPriority(p Priority) CallOption {
+	return func(c *callConfig) {
+		c.check(c.kind == kindCommand, "AtPriority(%d): only commands have one", p)
+		c.check(p >= Normal && p <= Critical, "AtPriority(%d): want Low, Normal, High or Critical", p)
+		c.priority = p
+	}
+}
+
+// A Command is what a handler of [HandleCommand] is called with.
+type Command[T any] struct {
+	ID       string // what [IdempotencyKey] set, else a random one
+	Source   string // the service that sent it, by its own account
+	Priority Priority
+	Attempt  int      // counts from 1, crashes included
+	Fence    uint64   // rises with each attempt: a store that remembers the highest can refuse an instance that was given up
+	Last     Progress // what the attempt before this one reported last
+	Data     T
+
+	run *run
+}
+
+// Progress is the state of a command at a moment.
+type Progress struct {
+	State   string  // queued, running, retrying; or in the end completed, failed or canceled
+	Percent float64 // 0 to 100
+	Message string
+	Attempt int
+	Time    time.Time
+}
+
+// The states of a command.
+const (
+	queued    = "queued"
+	running   = "running"
+	retrying  = "retrying"
+	completed = "completed"
+	failed    = "failed"
+	canceled  = "canceled"
+)
+
+const (
+	commandStream = "AEGIS_COMMANDS"
+	commandPrefix = "commands."
+	recordBucket  = "aegis_commands"
+	recordPrefix  = "$KV." + recordBucket + "."
+	updatePrefix  = "aegis.jobs." // where changes of records are republished
+
+	resultTTL        = 24 * time.Hour
+	progressInterval = 100 * time.Millisecond // between writes of progress
+	followInterval   = 10 * time.Second       // between looks at a record, in case that a message was lost
+)
+
+func (s *Service) commandStream() jetstream.StreamConfig {
+	return jetstream.StreamConfig{
+		Name: commandStream, Subjects: []string{commandPrefix + "*.*", commandPrefix + "*.*.*"}, Retention: jetstream.WorkQueuePolicy, Replicas: s.cfg.replicas,
+	}
+}
+
+// recordStream is the bucket, whose changes are republished.
+func (s *Service) recordStream() jetstream.StreamConfig {
+	return jetstream.StreamConfig{
+		Name: "KV_" + recordBucket, Subjects: []string{recordPrefix + ">"}, MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew, AllowRollup: true,
+		DenyDelete: true, AllowMsgTTL: true, Replicas: s.cfg.replicas, RePublish: &jetstream.RePublish{Source: recordPrefix + ">", Destination: updatePrefix + ">"},
+	}
+}
+
+// A record is all that is known of a command but its data.
+type record struct {
+	State    string    `json:"state"`
+	Percent  float64   `json:"percent,omitempty"`
+	Message  string    `json:"message,omitempty"`
+	Attempt  int       `json:"attempt,omitempty"`
+	Time     time.Time `json:"time"`
+	Priority Priority  `json:"priority,omitempty"`
+	Source   string    `json:"source,omitempty"`
+	Digest   string    `json:"digest"`             // of the data
+	Failures int       `json:"failures,omitempty"` // attempts that failed
+	Crashes  int       `json:"crashes,omitempty"`  // attempts that ended without a word
+	Owner    string    `json:"owner,omitempty"`    // the run that may change it
+	Nonce    string    `json:"nonce"`              // of this change
+	Result   []byte    `json:"result,omitempty"`
+	Type     string    `json:"type,omitempty"` // of Result
+	Error    *Error    `json:"error,omitempty"`
+}
+
+func (r *record) final() bool {
+	return r.State == completed || r.State == failed || r.State == canceled
+}
+
+func (r *record) progress() Progress {
+	return Progress{State: r.State, Percent: r.Percent, Message: r.Message, Attempt: r.Attempt, Time: r.Time}
+}
+
+// recordKey is <service>.<command>.<id>, whatever characters the id has.
+func recordKey(service, command, id string) string {
+	if !isToken(id, maxIDLength) {
+		id = "=" + base64.RawURLEncoding.EncodeToString([]byte(id))
+	}
+	return service + "." + command + "." + id
+}
+
+// writeRecord replaces the record of this revision; 0 means that there is none. If that is not the latest any more, it returns what is.
+func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revision uint64, cfg *callConfig) (now *record, at uint64, failure *Error) {
+	rec.Nonce, rec.Time = rand.Text(), time.Now().UTC()
+	data, err := MsgPack.Marshal(rec)
+	if err != nil {
+		return nil, 0, asError(err)
+	}
+	x := &exchange{subject: recordPrefix + key, data: data, header: nats.Header{jetstream.ExpectedLastSubjSeqHeader: {strconv.FormatUint(revision, 10)}}}
+	if rec.final() {
+		x.header[jetstream.MsgTTLHeader] = []string{resultTTL.String()}
+	}
+	_, failure = s.persist(ctx, x, cfg, nil, func() (*nats.Msg, *Error, bool) {
+		seq, failure := s.store(ctx, x, s.recordStream())
+		if failure == nil {
+			now, at = rec, seq
+		} else if failure.Code == conflict {
+			var unread *Error
+			if now, at, unread = s.readRecord(ctx, nil, key); unread != nil {
+				return nil, unread, mayPass(unread)
+			}
+			if now != nil && now.Nonce == rec.Nonce { // its confirmation was lost
+				failure = nil
+			}
+		}
+		return nil, failure, mayPass(failure)
+	})
+	return now, at, failure
+}
+
+// readRecord asks the bucket's leader for the latest record, nil if there is none; on a certain connection, if c is not nil.
+func (s *Service) readRecord(ctx context.Context, c *conn, key string) (*record, uint64, *Error) {
+	ask, _ := json.Marshal(map[string]string{"last_by_subj": recordPrefix + key}) // a string: it can't fail
+	x := &exchange{subject: "$JS.API.STREAM.MSG.GET.KV_" + recordBucket, data: ask, limit: s.cfg.timeout}
+	if deadline, ok := ctx.Deadline(); ok {
+		x.limit = min(x.limit, time.Until(deadline))
+	}
+	x.until = clock() + x.limit
+	var answer *nats.Msg
+	var failure *Error
+	if c == nil {
+		answer, failure = s.request(ctx, x)
+	} else {
+		answer, failure = s.requestOn(ctx, c, x)
+	}
+	if failure == errNobody {
+		return nil, 0, notRun(newError(ErrUnavailable, "no JetStream: run nats-server with -js, and enable it for the account"))
+	}
+	if failure != nil {
+		return nil, 0, failure
+	}
+	var got struct {
+		Message struct {
+			Sequence uint64 `json:"seq"`
+			Data     []byte `json:"data"`
+		} `json:"message"`
+		Error *jetstream.APIError `json:"error"`
+	}
+	if err := json.Unmarshal(answer.Data, &got); err != nil {
+		return nil, 0, newError(ErrInternal, "reading the record of %s: %v", key, err)
+	}
+	switch {
+	case got.Error != nil && got.Error.Code == 404:
+		return nil, 0, nil
+	case got.Error != nil:
+		return nil, 0, jetStreamError(got.Error, "the record of "+key)
+	case len(got.Message.Data) == 0: // deleted by someone else
+		return nil, got.Message.Sequence, nil
+	}
+	rec := &record{}
+	if err := MsgPack.Unmarshal(got.Message.Data, rec); err != nil {
+		return nil, 0, newError(ErrInternal, "the record of %s can't be read: %v", key, err)
+	}
+	return rec, got.Message.Sequence, nil
+}
+
+// Sending.
+
+// SendCommand has a command executed by one instance of a service, and returns when that is certain: when the server has stored it. It is
+// queued until an instance takes it, also while none runs.
+//
+// With [IdempotencyKey] the same command, sent again from anywhere, is executed once: the Job is one on the execution that there is, or on its
+// outcome, which is kept for a day. Without, each send is a command of its own. [AtPriority], [Retry] and [Sticky] apply; what is sent again
+// for want of a confirmation is the same command.
+//
+// Errors: [ErrInvalid] for a name or an option out of range, data that can't be encoded or is too large, or a key that was used with other data;
+// [ErrUnimplemented] if instances of the service run, but none handles the command; otherwise those of [Publish].
+func SendCommand[T, R any](ctx context.Context, s *Service, service, command string, data T, opts ...CallOption) (*Job[R], error) {
+	cfg := newCallConfig(kindCommand, opts)
+	if failure := checkCommand(service, command); failure != nil {
+		return nil, failure
+	}
+	if cfg.err != nil {
+		return nil, cfg.err
+	}
+	payload, buf, err := marshal(s.cfg.codec, &data)
+	if err != nil {
+		return nil, notRun(newError(ErrInvalid, "encoding the command %s.%s: %v", service, command, err))
+	}
+	id := orDefault(cfg.key, rand.Text())
+	if failure := s.sendCommand(ctx, service, command, id, payload, buf, cfg); failure != nil {
+		return nil, failure
+	}
+	return Attach[R](s, service, command, id), nil
+}
+
+func checkCommand(service, command string) *Error {
+	switch {
+	case !isName(service, maxService):
+		return notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
+	case !isMethod(command):
+		return notRun(newError(ErrInvalid, "command %q: want a letter, then letters, digits and _", command))
+	}
+	return nil
+}
+
+func (s *Service) sendCommand(ctx context.Context, service, command, id string, data []byte, buf *packer, cfg *callConfig) *Error {
+	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
+	if limit := s.conns[0].limit.Load() - letterRoom; int64(len(data)) > limit {
+		return notRun(newError(ErrInvalid, "the command %s.%s has %d bytes, more than %d: the server's max_payload, less %d for what a dead letter adds",
+			service, command, len(data), limit, letterRoom))
+	}
+	if !s.handles(service, subject) {
+		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
+	}
+	digest := sha256.Sum256(data)
+	rec := &record{State: queued, Priority: cfg.priority, Source: s.name, Digest: hex.EncodeToString(digest[:16])}
+	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
+	if failure != nil && failure.Code == conflict && now == nil && revision > 0 { // deleted by someone else
+		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
+	}
+	if failure != nil && failure.Code == conflict && now != nil {
+		if now.Digest != rec.Digest {
+			return notRun(newError(ErrInvalid, "IdempotencyKey(%q): %s.%s was sent with that key and other data", id, service, command))
+		}
+		if now.State != queued {
+			return nil
+		}
+		failure = nil // whoever queued it may not have come further
+	}
+	if failure != nil {
+		return failure
+	}
+	header, correlation := headersFor(ctx)
+	header = withHeader(header, headerID, id)
+	header[headerSource] = []string{now.Source}
+	header[jetstream.MsgIDHeader] = []string{key + "@" + strconv.FormatUint(revision, 10)}
+	if correlation != "" {
+		header[headerCorrelation] = []string{correlation}
+	}
+	if label := contentType(s.cfg.codec, data); label != "" {
+		header[headerContentType] = []string{label}
+	}
+	for _, level := range levels {
+		if level.priority == now.Priority {
+			subject += level.suffix
+		}
+	}
+	x := &exchange{subject: subject, header: header, data: data}
+	_, failure = s.persist(ctx, x, cfg, buf, func() (*nats.Msg, *Error, bool) {
+		_, failure := s.store(ctx, x, s.commandStream())
+		return nil, failure, mayPass(failure)
+	})
+	return failure
+}
+
+// A Job is a command as its sender sees it. Its methods may be called from several goroutines, and from several processes.
+type Job[R any] struct {
+	ID string
+
+	svc              *Service
+	service, command string
+}
+
+// Attach is the Job of a command that was sent before, perhaps by another process. Whether there is one turns out with its methods:
+// [ErrNotFound].
+func Attach[R any](s *Service, service, command, id string) *Job[R] {
+	return &Job[R]{ID: id, svc: s, service: service, command: command}
+}
+
+// Updates yields the command's present state, then each change as it happens, and ends with the final one. Of changes that follow each other
+// fast some may be left out, but never the last. An error ends it: ctx's, or [ErrNotFound] if there is no such command, or no more.
+func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
+	return func(yield func(Progress, error) bool) {
+		j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record, failure *Error) bool {
+			if failure != nil {
+				return yield(Progress{}, failure)
+			}
+			return yield(rec.progress(), nil)
+		})
+	}
+}
+
+// Wait returns the command's result when it is completed. If it failed, the error is the handler's; if it was cancelled, [ErrCanceled]. It blocks
+// until then or until ctx ends. Other errors: [ErrNotFound] if there is no such command, or no more.
+func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
+	var last *record
+	j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record, failure *Error) bool {
+		last = rec
+		if failure != nil {
+			err = failure
+		}
+		return true
+	})
+	switch {
+	case err != nil:
+		return result, err
+	case last.State == canceled:
+		return result, newError(ErrCanceled, "the command %s of %s.%s was cancelled", j.ID, j.service, j.command)
+	case last.State == failed && last.Error != nil:
+		return result, last.Error
+	case last.State == failed:
+		return result, newError(ErrInternal, "the command %s of %s.%s failed", j.ID, j.service, j.command)
+	}
+	c, err := codecFor(nats.Header{headerContentType: {last.Type}}, last.Result, j.svc.cfg.codec)
+	if err == nil {
+		err = c.Unmarshal(last.Result, &result)
+	}
+	if err != nil {
+		return result, newError(ErrInternal, "the result of %s.%s is not %T: %v", j.service, j.command, result, err)
+	}
+	return result, nil
+}
+
+// Cancel cancels the command: if it is queued, it never runs; if it runs, its handler's ctx ends, and what the handler returns counts no more. It
+// returns when that is certain. A command that has ended already is left as it is: then the error is [ErrInvalid], unless it was cancelled.
+// Others: [ErrNotFound], and those of [Publish].
+func (j *Job[R]) Cancel(ctx context.Context) error {
+	if failure := j.svc.cancelCommand(ctx, j.service, j.command, j.ID); failure != nil {
+		return failure
+	}
+	return nil
+}
+
+func (s *Service) cancelCommand(ctx context.Context, service, command, id string) *Error {
+	if failure := checkCommand(service, command); failure != nil {
+		return failure
+	}
+	key := recordKey(service, command, id)
+	rec, revision, failure := s.readRecord(ctx, nil, key)
+	for failure == nil || failure.Code == conflict {
+		switch {
+		case rec == nil:
+			return notRun(newError(ErrNotFound, "there is no command %s of %s.%s", id, service, command))
+		case rec.State == canceled:
+			return nil
+		case rec.final():
+			return notRun(newError(ErrInvalid, "the command %s of %s.%s is %s: it is too late to cancel it", id, service, command, rec.State))
+		}
+		next := *rec
+		next.State = canceled
+		if rec, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure == nil {
+			if c := s.pick(); c != nil {
+				_ = c.nc.Publish(cancelSubject(service), []byte(commandPrefix+key)) // else its worker learns of it when it writes
+			}
+			return nil
+		}
+		if err := ctx.Err(); err != nil {
+			return asError(err)
+		}
+	}
+	return failure
+}
+
+// follow hands the present record to each, then what it changes to, until it is final or each returns false. An error is the last.
+func (s *Service) follow(ctx context.Context, service, command, id string, each func(*record, *Error) bool) {
+	if failure := checkCommand(service, command); failure != nil {
+		each(nil, failure)
+		return
+	}
+	key := recordKey(service, command, id)
+	revision := uint64(0)
+	show := func(rec *record, at uint64) (on bool) {
+		if at <= revision {
+			return true
+		}
+		revision = at
+		return each(rec, nil) && !rec.final()
+	}
+	for n := 1; ; n++ {
+		c := s.pick()
+		if c != nil {
+			sl, failure := c.newSlot(updatePrefix+key, 64)
+			if failure == nil {
+				failure = s.followOn(ctx, c, sl, key, show)
+				c.endSlot(sl)
+			}
+			if failure == nil {
+				return
+			}
+			if failure != errDropped && !mayPass(failure) {
+				each(nil, failure)
+				return
+			}
+		}
+		if s.base.Err() != nil {
+			each(nil, s.disconnectedError())
+			return
+		}
+		if !sleep(ctx, backoff(n, 10*time.Millisecond, time.Second)) {
+			each(nil, asError(ctx.Err()))
+			return
+		}
+	}
+}
+
+// followOn does so as long as the connection stands; no error means that it is over.
+func (s *Service) followOn(ctx context.Context, c *conn, sl *slot, key string, show func(*record, uint64) bool) *Error {
+	sl.drops.Store(c.drops.Load())
+	for look := time.Second; ; look = followInterval {
+		rec, at, failure := s.readRecord(ctx, c, key) // after the server has seen the subscription, which came by the same way
+		switch {
+		case failure != nil:
+			return failure
+		case rec == nil:
+			return notRun(newError(ErrNotFound, "there is no command %s", key))
+		case !show(rec, at):
+			return nil
+		}
+		c.await(sl, clock()+look, sl.drops.Load())
+		for again := false; !again; {
+			select {
+			case m := <-sl.answers:
+				if m == nil {
+					if failure := s.over(c, sl); failure != nil && failure.Code != ErrTimeout.Code {
+						return failure
+					}
+					again = true // look, in case that a message was lost
+					continue
+				}
+				at, err := strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64)
+				rec := &record{}
+				if err != nil || MsgPack.Unmarshal(m.Data, rec) != nil {
+					again = true
+				} else if !show(rec, at) {
+					return nil
+				}
+			case <-ctx.Done():
+				return asError(ctx.Err())
+			}
+		}
+	}
+}
+
+// Handling.
+
+// HandleCommand executes a command: fn is called with its data, on a goroutine of the library, up to [Concurrency] at once in each instance. command
+// is [A-Za-z][A-Za-z0-9_]*. fn's ctx ends after [Deadline], when the command is cancelled, when another instance had to take over, or when
+// Stop's time is up.
+//
+// What is guaranteed: a command has one outcome, and once it has, fn is not called again. What isn't: that fn is called once. After an error it is
+// called again, after a pause ([Backoff]), up to [Attempts] times in all, a crash counting as one; and an instance that was given up, since it was paused
+// or cut off, may still be at it for a moment. So let effects elsewhere take Command.ID or Command.Fence. After the last attempt the command has
+// failed, and is set aside as a dead letter; data that can't be decoded into T fails at once. What Stop cuts short is queued again, and uses up no
+// attempt. The result must fit the server's max_payload.
+//
+// The errors are those of [Subscribe].
+func HandleCommand[T, R any](s *Service, command string, fn func(context.Context, *Command[T]) (R, error), opts ...HandlerOption) error {
+	if fn == nil {
+		return newError(ErrInvalid, "command %q: its function is nil", command)
+	}
+	return s.handleCommand(command, func(ctx context.Context, m *Message) ([]byte, error) {
+		cmd := &Command[T]{}
+		r, err := decode(ctx, m, &cmd.Data)
+		if err != nil {
+			return nil, err
+		}
+		run := r.run
+		cmd.run, cmd.ID, cmd.Source = run, run.id, m.Source
+		cmd.Priority, cmd.Attempt, cmd.Fence, cmd.Last = run.priority, run.attempt, run.fence, run.last
+		result, err := fn(ctx, cmd)
+		if err != nil {
+			return nil, err
+		}
+		data, _, err := marshal(r.codec, &result)
+		if err != nil {
+			return nil, newError(ErrInternal, "encoding the result of %s: %v", command, err)
+		}
+		return data, nil
+	}, opts)
+}
+
+func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOption) error {
+	if failure := checkCommand(s.name, command); failure != nil {
+		return failure
+	}
+	cfg, err := s.handlerConfig(kindCommand, opts)
+	if err != nil {
+		return err
+	}
+	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn}
+	var lanes []*lane
+	for _, level := range levels {
+		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(level.suffix, ".", "~", 1), e.subject+level.suffix))
+	}
+	e.source = &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), runs: map[string]*run{}}
+	return s.register(e, min(cfg.concurrency, queueSize))
+}
+
+// executions is where an endpoint's commands come from.
+type executions struct {
+	*feed
+
+	writers sync.WaitGroup // of progress
+
+	mu   sync.Mutex // guards runs
+	runs map[string]*run
+}
+
+// A run is one attempt at a command.
+type run struct {
+	ex       *executions
+	key      string
+	id       string
+	r        *request
+	priority Priority // this and the next are claim's
+	attempt  int
+	fence    uint64
+	last     Progress
+
+	turn     sync.Mutex // guards the next three, also while the record is written: one change after the other
+	rec      record
+	revision uint64
+	returned bool // the record says that it is queued, since Stop's time is up
+
+	mu       sync.Mutex // guards the rest
+	pending  *Progress  // to be written
+	writing  bool       // writeProgress runs
+	lost     *Error     // why it is this run's no more
+	finished bool
+}
+
+func (ex *executions) open(ctx context.Context) error {
+	if failure := ex.svc.patiently(ctx, func(ctx context.Context) *Error {
+		_, failure := ex.svc.provide(ctx, ex.svc.recordStream(), recordPrefix+">")
+		return failure
+	}); failure != nil {
+		return failure
+	}
+	return ex.feed.open(ctx)
+}
+
+// serve handles one command.
+func (ex *executions) serve(j job, now time.Time) {
+	m := j.msg
+	defer ex.release()
+	meta, err := m.Metadata()
+	id := m.Header.Get(headerID)
+	if err != nil || meta.Stream != commandStream || id == "" {
+		ex.svc.log.Warn("what was no command was dropped", "endpoint", ex.name, "subject", m.Subject)
+		ex.tell(m, "+TERM")
+		return
+	}
+	if ex.svc.draining.Load() {
+		ex.tell(m, "-NAK")
+		return
+	}
+	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id}
+	x.r = &request{
+		Context:  ex.svc.base,
+		svc:      ex.svc,
+		msg:      Message{Kind: ex.kind, Subject: m.Subject, Source: m.Header.Get(headerSource), Header: m.Header, Data: m.Data},
+		in:       m,
+		id:       id,
+		deadline: now.Add(ex.cfg.deadline),
+		delivery: &delivery{id: id, subject: m.Subject, consumer: meta.Consumer, time: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)},
+		run:      x,
+	}
+	ex.mu.Lock()
+	busy := ex.runs[x.key] != nil
+	if !busy {
+		ex.runs[x.key] = x
+	}
+	ex.mu.Unlock()
+	if busy { // delivered again since the server didn't hear that it runs
+		return
+	}
+	defer func() {
+		ex.mu.Lock()
+		delete(ex.runs, x.key)
+		ex.mu.Unlock()
+	}()
+	if x.claim() {
+		notice := commandPrefix + x.key
+		ex.svc.cancels.add(notice, func() { go x.check() })
+		defer ex.svc.cancels.remove(notice)
+		ex.dispatch(x.r)
+	}
+}
+
+// claim makes the command this run's. Otherwise it has seen to the message.
+func (x *run) claim() bool {
+	ex := x.ex
+	x.turn.Lock()
+	defer x.turn.Unlock()
+	ctx, cancel := context.WithTimeout(ex.svc.base, 5*time.Second)
+	defer cancel()
+	rec, revision, failure := ex.svc.readRecord(ctx, nil, x.key)
+	for failure == nil || failure.Code == conflict {
+		if rec == nil || rec.final() {
+			ex.tell(x.r.in, "+ACK")
+			return false
+		}
+		x.rec, x.revision = *rec, revision
+		if rec.State == running { // by one that is no more, or was given up
+			x.rec.Crashes++
+		}
+		if x.rec.Failures+x.rec.Crashes >= ex.cfg.attempts {
+			last := x.rec.Error
+			if last == nil {
+				last = newError(ErrInternal, "its handler began %d times and never finished: it crashed or hung, or its instance lost the connection", x.rec.Crashes)
+				last.Source = ex.svc.name
+			}
+			x.fail(last)
+			return false
+		}
+		x.last = rec.progress()
+		x.rec.State, x.rec.Owner, x.rec.Error = running, rand.Text(), nil
+		x.rec.Attempt++
+		rec, revision, failure = ex.svc.writeRecord(ctx, x.key, &x.rec, revision, callConfigs[kindCommand])
+		if failure == nil {
+			x.revision, x.fence, x.attempt, x.priority = revision, revision, x.rec.Attempt, x.rec.Priority
+			return true
+		}
+	}
+	ex.svc.log.Warn("a command can't be claimed", "endpoint", ex.name, "correlation_id", x.r.correlationID(), "error", failure)
+	ex.tell(x.r.in, nakAfter(backoff(x.r.delivery.attempt, fetchTick, 5*time.Second)))
+	return false
+}
+
+// write changes the record. If it is this run's no more, it ends the handler's ctx.
+func (x *run) write(ctx context.Context) *Error {
+	x.mu.Lock()
+	if p := x.pending; p != nil {
+		x.rec.Percent, x.rec.Message, x.pending = p.Percent, p.Message, nil
+	}
+	x.mu.Unlock()
+	cfg := *callConfigs[kindCommand]
+	cfg.sticky = true
+	now, revision, failure := x.ex.svc.writeRecord(ctx, x.key, &x.rec, x.revision, &cfg)
+	if failure == nil {
+		x.revision = revision
+	} else if failure.Code == conflict {
+		failure = x.lose(now)
+	}
+	return failure
+}
+
+// lose notes who the command belongs to now.
+func (x *run) lose(now *record) *Error {
+	lost := newError(ErrFenced, "another instance has taken over the command %s", x.id)
+	if now != nil && now.State == canceled {
+		lost = newError(ErrCanceled, "the command %s was cancelled", x.id)
+	}
+	x.mu.Lock()
+	x.lost = lost
+	x.mu.Unlock()
+	x.r.abort()
+	return lost
+}
+
+// check looks whether the command is still this run's.
+func (x *run) check() {
+	ctx, cancel := context.WithTimeout(x.ex.svc.base, 5*time.Second)
+	defer cancel()
+	now, _, failure := x.ex.svc.readRecord(ctx, nil, x.key)
+	if failure == nil && now != nil && now.State == canceled {
+		x.lose(now)
+	}
+}
+
+// Progress reports how far the command is, to those who follow it and, after a crash, to the next attempt. percent is 0 to 100. It doesn't block; reports
+// that follow each other within 0.1 s are combined into the last. The error tells that going on is of no use: [ErrCanceled] if the command was
+// cancelled, [ErrFenced] if another instance has taken over; or [ErrInvalid] for another percent.
+func (c *Command[T]) Progress(percent float64, message string) error {
+	if !(percent >= 0 && percent <= 100) {
+		return newError(ErrInvalid, "Progress(%v): want 0 to 100", percent)
+	}
+	if c.run == nil {
+		return newError(ErrInvalid, "Progress: the command is not from HandleCommand")
+	}
+	if failure := c.run.report(Progress{Percent: percent, Message: message}); failure != nil {
+		return failure
+	}
+	return nil
+}
+
+func (x *run) report(p Progress) *Error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.lost != nil {
+		return x.lost
+	}
+	if x.finished {
+		return newError(ErrInvalid, "Progress: the handler has returned")
+	}
+	x.pending = &p
+	if !x.writing {
+		x.writing = true
+		x.ex.writers.Go(x.writeProgress)
+	}
+	return nil
+}
+
+// writeProgress writes what is pending, with pauses, until there is nothing or the handler has returned: then the last write takes it along.
+func (x *run) writeProgress() {
+	for {
+		x.mu.Lock()
+		if x.pending == nil || x.lost != nil || x.finished {
+			x.writing = false
+			x.mu.Unlock()
+			return
+		}
+		x.mu.Unlock()
+		ctx, cancel := context.WithTimeout(x.ex.svc.base, 5*time.Second)
+		x.turn.Lock()
+		if failure := x.write(ctx); failure != nil {
+			x.ex.svc.log.Warn("progress was not written", "endpoint", x.ex.name, "correlation_id", x.r.correlationID(), "error", failure)
+		}
+		x.turn.Unlock()
+		cancel()
+		pause := time.NewTimer(progressInterval)
+		select {
+		case <-pause.C:
+		case <-x.r.Done():
+			pause.Stop()
+		}
+	}
+}
+
+// done writes the outcome, or what is next.
+func (ex *executions) done(r *request, data []byte, failure *Error) { r.run.finish(data, failure) }
+
+func (x *run) finish(data []byte, failure *Error) {
+	x.mu.Lock()
+	x.finished = true
+	x.mu.Unlock()
+	x.turn.Lock()
+	defer x.turn.Unlock()
+	x.mu.Lock()
+	lost := x.lost
+	x.mu.Unlock()
+	svc, r := x.ex.svc, x.r
+	if lost == nil && failure == nil {
+		x.rec.State, x.rec.Result, x.rec.Type = completed, data, r.codec.ContentType()
+		if limit := svc.conns[0].limit.Load() - letterRoom; int64(len(data)) > limit {
+			x.rec.Result, r.undecodable = nil, true
+			failure = newError(ErrInternal, "the result of the command %s has %d bytes, more than %d: the server's max_payload, less %d", x.ex.name, len(data), limit, letterRoom)
+		}
+	}
+	stopped := svc.base.Err() != nil
+	if failure != nil {
+		failure.Source = svc.name
+		x.rec.Error = failure
+		if !stopped {
+			x.rec.Failures++
+		}
+	}
+	switch {
+	case lost != nil:
+		x.concede(lost)
+	case failure == nil:
+		if x.returned {
+			x.rec.Attempt++
+		}
+		x.conclude("+ACK")
+	case stopped:
+		x.giveBack()
+	case r.undecodable || x.rec.Failures+x.rec.Crashes >= x.ex.cfg.attempts:
+		x.fail(failure)
+	default:
+		x.rec.State = retrying
+		pause := backoff(x.rec.Failures, x.ex.cfg.backoff, x.ex.cfg.maxPause)
+		svc.log.Warn("an attempt failed", "kind", x.ex.kind, "endpoint", x.ex.name, "correlation_id", r.correlationID(), "error", failure, "attempt", x.rec.Attempt, "pause", pause)
+		x.conclude(nakAfter(pause))
+	}
+}
+
+// conclude writes the record and, if it is still this run's, acknowledges the message one way or the other.
+func (x *run) conclude(how string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	if failure := x.write(ctx); failure != nil {
+		x.concede(failure)
+		return
+	}
+	x.ex.tell(x.r.in, how)
+}
+
+// concede leaves the message alone, since another instance has it now, unless the command was cancelled.
+func (x *run) concede(failure *Error) {
+	if failure.Code == ErrCanceled.Code {
+		x.ex.tell(x.r.in, "+ACK")
+		return
+	}
+	x.ex.svc.log.Warn("what became of a command was not stored", "endpoint", x.ex.name, "correlation_id", x.r.correlationID(), "error", failure)
+}
+
+// fail sets the command aside. First the dead letter, then the outcome: after a crash in between both are done again.
+func (x *run) fail(failure *Error) {
+	if !x.ex.bury(x.r, failure, x.rec.Failures+x.rec.Crashes) {
+		x.giveBack()
+		return
+	}
+	x.rec.State, x.rec.Error = failed, failure
+	x.conclude("+ACK")
+}
+
+// giveBack queues the command again, as if this attempt had not been.
+func (x *run) giveBack() {
+	if !x.returned {
+		x.returned = true
+		x.rec.State, x.rec.Owner, x.rec.Error = queued, "", nil
+		x.rec.Attempt--
+		ctx, cancel := context.WithTimeout(context.Background(), cancelGrace)
+		defer cancel()
+		if failure := x.write(ctx); failure != nil {
+			x.concede(failure)
+			return
+		}
+	}
+	x.ex.tell(x.r.in, "-NAK")
+}
+
+// interrupt gives all commands back in their records; their messages follow when their handlers return.
+func (ex *executions) interrupt() {
+	ex.mu.Lock()
+	runs := slices.Collect(maps.Values(ex.runs))
+	ex.mu.Unlock()
+	var all sync.WaitGroup
+	for _, x := range runs {
+		all.Go(func() {
+			x.turn.Lock()
+			defer x.turn.Unlock()
+			x.mu.Lock()
+			over := x.finished || x.lost != nil
+			x.mu.Unlock()
+			if over || x.fence == 0 {
+				return
+			}
+			before := x.rec
+			x.rec.State, x.rec.Owner = queued, ""
+			x.rec.Attempt--
+			ctx, cancel := context.WithTimeout(context.Background(), cancelGrace)
+			defer cancel()
+			if x.write(ctx) != nil {
+				x.rec = before
+				return
+			}
+			x.returned = true
+		})
+	}
+	all.Wait()
+}
+
+func (ex *executions) forget(ctx context.Context) {
+	ex.writers.Wait()
+	ex.feed.forget(ctx)
+}
+
+// redriveCommand queues a command again that has failed.
+func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
+	tokens := strings.Split(d.Subject, ".")
+	id := d.Header.Get(headerID)
+	if len(tokens) < 3 || id == "" {
+		return notRun(newError(ErrInvalid, "Redrive: %s with id %q is no command", d.Subject, id))
+	}
+	key := recordKey(tokens[1], tokens[2], id)
+	rec, revision, failure := s.readRecord(ctx, nil, key)
+	if failure != nil {
+		return failure
+	}
+	digest := sha256.Sum256(d.Data)
+	next := record{State: queued, Digest: hex.EncodeToString(digest[:16]), Source: d.Header.Get(headerSource)}
+	if rec != nil {
+		if rec.State != failed {
+			return notRun(newError(ErrInvalid, "Redrive: the command %s is %s: only one that failed is queued again", id, rec.State))
+		}
+		next.Priority, next.Attempt = rec.Priority, rec.Attempt
+	}
+	if _, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure != nil {
+		return failure
+	}
+	h := copyHeader(d.Header)
+	h[jetstream.MsgIDHeader] = []string{key + "@" + strconv.FormatUint(revision, 10)}
+	x := &exchange{subject: d.Subject, header: h, data: d.Data}
+	_, failure = s.persist(ctx, x, callConfigs[kindCommand], nil, func() (*nats.Msg, *Error, bool) {
+		_, failure := s.store(ctx, x, s.commandStream())
+		return nil, failure, mayPass(failure)
+	})
+	return failure
+}
