@@ -1,18 +1,20 @@
-// Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors and retries, and
-// durable events on JetStream, with dead letters.
+// Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors and retries; durable
+// events on JetStream, with dead letters; and tracked commands, with one outcome each.
 //
 // # Usage
 //
-// A [Service] is made by [New], is a client at once, and serves what was given to [Handle] and [Subscribe] from [Service.Start]
-// (or [Service.Run]) on:
+// A [Service] is made by [New], is a client at once, and serves what was given to [Handle], [Subscribe] and [HandleCommand] from
+// [Service.Start] (or [Service.Run]) on:
 //
 //	svc, err := aegis.New("order-service")
 //	aegis.Handle(svc, "create_order", func(ctx context.Context, o Order) (Receipt, error) { … })
 //	aegis.Subscribe(svc, "payment.*", func(ctx context.Context, e aegis.Event[Payment]) error { … })
+//	aegis.HandleCommand(svc, "rebalance", func(ctx context.Context, c *aegis.Command[Portfolio]) (Report, error) { … })
 //	svc.Run(ctx)
 //
 //	receipt, err := aegis.Call[Order, Receipt](ctx, client, "order-service", "create_order", order)
 //	err = aegis.Publish(ctx, client, "payment", "captured", payment)
+//	job, err := aegis.SendCommand[Portfolio, Report](ctx, client, "order-service", "rebalance", portfolio)
 //
 // The payload of a message is the encoded value and nothing else, so that any NATS client can take part:
 //
@@ -27,17 +29,20 @@
 // An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored it; it is
 // acknowledged when its handler has returned nil, or when it is stored as a dead letter.
 //
+// A command has one outcome, which is stored, and once it has, its handler is not called again. Until then it may be called more
+// than once, after an error or a crash: see [HandleCommand].
+//
 // # Concurrency
 //
 // All functions and methods may be called from several goroutines at once. Handlers run concurrently, each method's up to its
 // own limit ([WithConcurrency], [Concurrency]); as many requests again may wait for their turn, and the rest is refused with
-// [ErrOverloaded]. Events wait in the server. A handler's ctx ends with its caller's deadline ([Deadline], for an event), when
-// its caller cancels, and when Stop runs out of time.
+// [ErrOverloaded]. Events and commands wait in the server. A handler's ctx ends with its caller's deadline ([Deadline], for an
+// event or a command), when its caller cancels, and when Stop runs out of time.
 //
 // # Shutdown
 //
-// [Service.Stop] takes no more work, lets the handlers that run finish, gives back to the server the events that there is no time
-// for, and closes the connections. It leaves no goroutine behind but those of handlers that ignore their ctx.
+// [Service.Stop] takes no more work, lets the handlers that run finish, gives back to the server the events and commands that there is no
+// time for, and closes the connections. It leaves no goroutine behind but those of handlers that ignore their ctx.
 package aegis
 
 import (
@@ -81,7 +86,7 @@ type Service struct {
 	mu        sync.Mutex // guards the rest
 	state     state
 	endpoints map[string]*endpoint // by subject
-	own       []*nats.Subscription // those that belong to no endpoint
+	own       []*nats.Subscription // those that belong to no endpoint, and end with Stop's beginning
 }
 
 type state int
@@ -1397,7 +1402,9 @@ func (s *Service) subscribeOwn() error {
 			if err != nil {
 				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
 			}
-			s.own = append(s.own, sub)
+			if subject != cancelSubject(s.name) { // which handlers need until the end
+				s.own = append(s.own, sub)
+			}
 		}
 	}
 	return nil

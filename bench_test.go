@@ -280,6 +280,100 @@ func BenchmarkPublishToHandler(b *testing.B) {
 	})
 }
 
+// BenchmarkCommand sends a command, which reports its progress once, and waits for its result. The baseline is what a command writes and
+// reads, done by one after the other with the jetstream package, without a worker, a queue or anyone who follows: create a key, publish
+// to a stream, read the key, update it three times.
+func BenchmarkCommand(b *testing.B) {
+	srv := startServer(b, withJetStream(b))
+	js := manage(b, srv)
+	ctx := context.Background()
+	kv, err := js.CreateKeyValue(ctx, jetstream.KeyValueConfig{Bucket: "raw"})
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, err := js.CreateStream(ctx, jetstream.StreamConfig{Name: "RAW", Subjects: []string{"raw"}}); err != nil {
+		b.Fatal(err)
+	}
+	svc, client := newService(b, srv, "risk"), newService(b, srv, "shop")
+	handleCommand(b, svc, "work", func(_ context.Context, c *aegis.Command[benchOrder]) (benchReceipt, error) {
+		return benchReceipt{ID: c.Data.SKU}, c.Progress(50, "half")
+	})
+	start(b, svc)
+	for _, callers := range []int{1, 64} {
+		b.Run(fmt.Sprintf("callers=%d", callers), func(b *testing.B) {
+			versus(b, callers, func() error {
+				j, err := aegis.SendCommand[benchOrder, benchReceipt](ctx, client, "risk", "work", benchOrder{SKU: "AAPL", Qty: 100})
+				if err == nil {
+					_, err = j.Wait(ctx)
+				}
+				return err
+			}, func() error {
+				key := rand.Text()
+				revision, err := kv.Create(ctx, key, make([]byte, 100))
+				if err == nil {
+					_, err = js.Publish(ctx, "raw", make([]byte, 20))
+				}
+				if err == nil {
+					_, err = kv.Get(ctx, key)
+				}
+				for range 3 {
+					if err == nil {
+						revision, err = kv.Update(ctx, key, make([]byte, 100), revision)
+					}
+				}
+				return err
+			})
+		})
+	}
+}
+
+// BenchmarkCommandsHeld has 1,000 commands at work at once, b.N times: the time until all are, and what they take in memory in one process
+// with the server and all who wait for them.
+func BenchmarkCommandsHeld(b *testing.B) {
+	const held = 1000
+	srv := startServer(b, withJetStream(b))
+	svc, client := newService(b, srv, "risk"), newService(b, srv, "shop")
+	var now atomic.Int32
+	release := make(chan struct{})
+	handleCommand(b, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) {
+		now.Add(1)
+		<-release
+		return c.Data, nil
+	})
+	start(b, svc)
+	heap := func() float64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return float64(m.HeapAlloc+m.StackInuse) / (1 << 20)
+	}
+	var took time.Duration
+	var grown float64
+	for range b.N {
+		now.Store(0)
+		before, begin := heap(), time.Now()
+		var waiting sync.WaitGroup
+		for i := range held {
+			waiting.Go(func() {
+				j := send[int, int](b, client, "risk", "work", i)
+				if r, err := j.Wait(context.Background()); r != i || err != nil {
+					b.Errorf("got %d, %v", r, err)
+				}
+			})
+		}
+		eventually(b, "all are at work", func() bool { return now.Load() == held })
+		took += time.Since(begin)
+		grown += heap() - before
+		for range held {
+			release <- struct{}{}
+		}
+		waiting.Wait()
+	}
+	b.ReportMetric(float64(took.Milliseconds())/float64(b.N), "ms-until-all-run")
+	b.ReportMetric(grown/float64(b.N), "MB")
+	b.ReportMetric(0, "ns/op")
+}
+
 func rawConn(b *testing.B, url string) *nats.Conn {
 	nc, err := nats.Connect(url)
 	if err != nil {

@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -538,7 +539,9 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 	for _, level := range levels {
 		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(level.suffix, ".", "~", 1), e.subject+level.suffix))
 	}
-	e.source = &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), runs: map[string]*run{}}
+	ex := &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), runs: map[string]*run{}}
+	ex.look = ex.checkAll
+	e.source = ex
 	return s.register(e, min(cfg.concurrency, queueSize))
 }
 
@@ -546,7 +549,8 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 type executions struct {
 	*feed
 
-	writers sync.WaitGroup // of progress
+	writers  sync.WaitGroup // of progress, and checkAll
+	checking atomic.Bool
 
 	mu   sync.Mutex // guards runs
 	runs map[string]*run
@@ -704,14 +708,36 @@ func (x *run) lose(now *record) *Error {
 	return lost
 }
 
-// check looks whether the command is still this run's.
-func (x *run) check() {
+// checkAll looks after all runs, in case that the notice of a cancellation was lost.
+func (ex *executions) checkAll() {
+	if !ex.checking.CompareAndSwap(false, true) {
+		return
+	}
+	ex.writers.Go(func() {
+		defer ex.checking.Store(false)
+		for _, x := range ex.atWork() {
+			if !x.check() {
+				return
+			}
+		}
+	})
+}
+
+func (ex *executions) atWork() []*run {
+	ex.mu.Lock()
+	defer ex.mu.Unlock()
+	return slices.Collect(maps.Values(ex.runs))
+}
+
+// check looks whether the command was cancelled; not ok if that can't be told.
+func (x *run) check() bool {
 	ctx, cancel := context.WithTimeout(x.ex.svc.base, 5*time.Second)
 	defer cancel()
 	now, _, failure := x.ex.svc.readRecord(ctx, nil, x.key)
 	if failure == nil && now != nil && now.State == canceled {
 		x.lose(now)
 	}
+	return failure == nil
 }
 
 // Progress reports how far the command is, to those who follow it and, after a crash, to the next attempt. percent is 0 to 100. It doesn't block; reports
@@ -869,11 +895,8 @@ func (x *run) giveBack() {
 
 // interrupt gives all commands back in their records; their messages follow when their handlers return.
 func (ex *executions) interrupt() {
-	ex.mu.Lock()
-	runs := slices.Collect(maps.Values(ex.runs))
-	ex.mu.Unlock()
 	var all sync.WaitGroup
-	for _, x := range runs {
+	for _, x := range ex.atWork() {
 		all.Go(func() {
 			x.turn.Lock()
 			defer x.turn.Unlock()

@@ -641,6 +641,7 @@ type feed struct {
 	wake    chan struct{}          // more can be asked for
 	settled chan struct{}          // nothing more will come
 	keeping sync.WaitGroup         // keepAlive
+	look    func()                 // is called when it does, unless it is nil
 	busy    sync.WaitGroup         // fetch
 
 	mu      sync.Mutex // guards the rest
@@ -1102,6 +1103,9 @@ func (f *feed) keepAlive() {
 		}
 		for _, m := range f.longRunning(1 + int(f.cfg.deadline/third)) {
 			f.tell(m, "+WPI")
+		}
+		if f.look != nil {
+			f.look()
 		}
 	}
 }

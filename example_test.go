@@ -362,3 +362,137 @@ func ExampleService_Redrive() {
 	// events.order.paid 2 shipping: INTERNAL: no address
 	// shipped 1-AAPL
 }
+
+// A command is queued, reports its progress, and has an outcome that is kept.
+func ExampleSendCommand() {
+	type Rebalance struct {
+		Portfolio string `json:"portfolio"`
+	}
+	type Report struct {
+		Orders int `json:"orders"`
+	}
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+
+	portfolios, err := aegis.New("portfolios", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer portfolios.Stop(ctx)
+	seen := make(chan struct{}) // so that this example always prints the same; progress is never waited for otherwise
+	err = aegis.HandleCommand(portfolios, "rebalance", func(ctx context.Context, c *aegis.Command[Rebalance]) (Report, error) {
+		// After a crash, c.Last tells how far the attempt before this one came.
+		if err := c.Progress(50, "half of "+c.Data.Portfolio); err != nil {
+			return Report{}, err // cancelled, or another instance has taken over
+		}
+		<-seen
+		return Report{Orders: 2}, nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := portfolios.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+
+	web, err := aegis.New("web", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer web.Stop(ctx)
+	job, err := aegis.SendCommand[Rebalance, Report](ctx, web, "portfolios", "rebalance", Rebalance{Portfolio: "tech"}, aegis.AtPriority(aegis.High))
+	if err != nil {
+		log.Fatal(err)
+	}
+	for p, err := range job.Updates(ctx) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		if p.Percent > 0 {
+			fmt.Println(p.State, p.Percent, p.Message)
+		}
+		if p.State == "running" && p.Percent == 50 {
+			close(seen)
+		}
+	}
+	fmt.Println(job.Wait(ctx))
+	// Output:
+	// running 50 half of tech
+	// completed 50 half of tech
+	// {2} <nil>
+}
+
+// With a key, the same command is executed once, however often and from wherever it is sent. Its outcome can be had by the key alone.
+func ExampleAttach() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("billing", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	invoices := 0
+	err = aegis.HandleCommand(svc, "invoice", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		invoices++
+		return fmt.Sprintf("invoice %d for %s", invoices, c.Data), nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := svc.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+
+	for range 2 { // the second time after a crash, say
+		job, err := aegis.SendCommand[string, string](ctx, svc, "billing", "invoice", "order 42", aegis.IdempotencyKey("order-42"))
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(job.Wait(ctx))
+	}
+	fmt.Println(aegis.Attach[string](svc, "billing", "invoice", "order-42").Wait(ctx))
+	// Output:
+	// invoice 1 for order 42 <nil>
+	// invoice 1 for order 42 <nil>
+	// invoice 1 for order 42 <nil>
+}
+
+// Cancel ends the handler's ctx, or keeps a command that is still queued from running at all.
+func ExampleJob_Cancel() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("backtests", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	running := make(chan struct{})
+	err = aegis.HandleCommand(svc, "run", func(ctx context.Context, _ *aegis.Command[string]) (float64, error) {
+		close(running)
+		<-ctx.Done()
+		return 0, ctx.Err()
+	}, aegis.Concurrency(1))
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := svc.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+	job, err := aegis.SendCommand[string, float64](ctx, svc, "backtests", "run", "2020 to 2025", aegis.IdempotencyKey("b1"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	<-running
+	if err := job.Cancel(ctx); err != nil {
+		log.Fatal(err)
+	}
+	_, err = job.Wait(ctx)
+	fmt.Println(errors.Is(err, aegis.ErrCanceled), err)
+	// Output: true CANCELED: the command b1 of backtests.run was cancelled
+}
