@@ -420,13 +420,15 @@ func (s *Service) Run(ctx context.Context) error {
 	return errors.Join(err, s.Stop(ctx))
 }
 
-// cancelGrace is how long Stop waits, once its ctx has ended, for handlers to heed the end of theirs.
-const cancelGrace = 200 * time.Millisecond
+const (
+	cancelGrace   = 200 * time.Millisecond // for handlers to heed the end of their ctx, once Stop's has ended
+	returnTimeout = 5 * time.Second        // to note what is given back, before that
+)
 
 // Stop takes no more requests, waits until those that have arrived are answered, flushes, and closes the connections; calls
 // that still wait for an answer then fail with [ErrClosed]. When ctx ends before that, requests that haven't begun are
-// refused, events are given back without using up an attempt, the ctx of the handlers that run ends, and Stop returns within 0.6 s
-// with [ErrTimeout] saying how many are left. In a cluster, events take Stop up to 2 s longer. While the
+// refused, events are given back without using up an attempt, the ctx of the handlers that run ends, and Stop returns 0.2 s
+// later with [ErrTimeout] saying how many are left; what is given back may take it up to 5 s more, and 2 s in a cluster. While the
 // server can't be reached it closes what is local and returns [ErrUnavailable]. A second Stop waits for the first and returns
 // nil.
 func (s *Service) Stop(ctx context.Context) error {

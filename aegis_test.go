@@ -2928,13 +2928,17 @@ func runChild(role string) int {
 				}
 				return nil
 			}, aegis.Attempts(2))
-		case "commands": // prints each attempt, and what it reported before; reports once, then goes on for ever, but for EXIT and PAUSED
-			err = aegis.HandleCommand(svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		case "commands": // prints each attempt, and what it reported before; reports once, then goes on for ever, but for EXIT, PAUSED and SILENT
+			err = aegis.HandleCommand(svc, "work", func(ctx context.Context, c *aegis.Command[string]) (string, error) {
 				fmt.Println(c.Data, c.Attempt, c.Last.Message)
 				err := c.Progress(50, "half of "+c.Data)
 				switch c.Data {
 				case "EXIT":
 					os.Exit(3)
+				case "SILENT":
+					<-ctx.Done()
+					fmt.Println("FENCED")
+					return "the first", nil
 				case "PAUSED": // until it is fenced
 					for err == nil {
 						time.Sleep(50 * time.Millisecond)
@@ -3343,8 +3347,7 @@ func TestIdempotencyKeyRunsOnce(t *testing.T) {
 	}
 }
 
-func TestCancelCommand(t *testing.T) {
-	t.Parallel()
+func TestCancelCommand(t *testing.T) { // not beside others, since it measures
 	srv := startServer(t, withJetStream(t))
 	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
 	var started journal[string]
@@ -3354,8 +3357,9 @@ func TestCancelCommand(t *testing.T) {
 		if c.Data == "quick" {
 			return 1, nil
 		}
-		for ctx.Err() == nil { // reports as fast as it can
+		for ctx.Err() == nil { // reports more often than is written
 			_ = c.Progress(1, "")
+			time.Sleep(time.Millisecond)
 		}
 		ended <- time.Now()
 		if c.Data == "stubborn" {
@@ -3697,52 +3701,191 @@ func TestKilledWorker(t *testing.T) {
 	fails(t, waitError(t, exit), aegis.ErrInternal, "2 times", "never finished")
 }
 
-// A worker that was paused for longer than its ack wait has lost its command, and neither overwrites the outcome nor acknowledges the message.
+// A worker that was paused for longer than its ack wait has lost its command: it learns of that, with or without reporting progress, and neither
+// overwrites the outcome nor acknowledges the message.
 func TestPausedWorker(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {
 		t.Skip("no SIGSTOP")
 	}
 	srv := startServer(t, withJetStream(t))
-	paused := startProcess(t, "commands", srv)
-	if line, _ := paused.line(t); line != "ready" {
-		t.Fatal(line)
-	}
-	shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second)
 	client := newService(t, srv, "shop")
-	j := send[string, string](t, client, "risk", "work", "PAUSED")
-	if line, _ := paused.line(t); line != "PAUSED 1 " {
-		t.Fatal(line)
+	for _, data := range []string{"PAUSED", "SILENT"} {
+		paused := startProcess(t, "commands", srv)
+		if line, _ := paused.line(t); line != "ready" {
+			t.Fatal(line)
+		}
+		shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second) // for those that start later
+		j := send[string, string](t, client, "risk", "work", data)
+		if line, _ := paused.line(t); line != data+" 1 " {
+			t.Fatal(line)
+		}
+		if err := paused.Process.Signal(syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		svc := newService(t, srv, "risk")
+		attempts, release := make(chan int, 10), make(chan struct{})
+		handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+			attempts <- c.Attempt
+			<-release
+			return "the second", nil
+		})
+		start(t, svc)
+		if n := <-attempts; n != 2 {
+			t.Errorf("attempt %d", n)
+		}
+		if err := paused.Process.Signal(syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		if line, _ := paused.line(t); line != "FENCED" {
+			t.Errorf("the one that was paused says %q", line)
+		}
+		close(release)
+		if r := wait(t, j); r != "the second" {
+			t.Errorf("got %q", r)
+		}
+		eventually(t, "the queue is empty", func() bool {
+			st, err := manage(t, srv).Stream(t.Context(), "AEGIS_COMMANDS")
+			return err == nil && st.CachedInfo().State.Msgs == 0
+		})
+		if len(attempts) > 0 {
+			t.Error("it ran once more")
+		}
+		if err := svc.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if err := paused.Process.Kill(); err != nil {
+			t.Error(err)
+		}
 	}
-	if err := paused.Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
+}
+
+// A command that was queued again, and then sent again, has two messages, but runs once at a time.
+func TestCommandWokenUpTwice(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var running, most, runs atomic.Int32
+	instance := func(fn func(context.Context) error) *aegis.Service {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[map[string]int]) (int, error) {
+			runs.Add(1)
+			most.Store(max(most.Load(), running.Add(1)))
+			defer running.Add(-1)
+			return c.Attempt, fn(ctx)
+		}, aegis.Concurrency(1))
+		start(t, svc)
+		return svc
 	}
-	svc := newService(t, srv, "risk")
-	attempts, release := make(chan int, 10), make(chan struct{})
-	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
-		attempts <- c.Attempt
-		<-release
-		return "the second", nil
+	data := map[string]int{}
+	for i := range 20 { // whose order in the encoded data is random
+		data[strconv.Itoa(i)] = i
+	}
+	first := instance(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
+	j := send[map[string]int, int](t, client, "risk", "work", data, aegis.IdempotencyKey("k"))
+	eventually(t, "it runs", func() bool { return running.Load() == 1 })
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	fails(t, first.Stop(ctx), aegis.ErrTimeout)
+	eventually(t, "it was told", func() bool { return running.Load() == 0 })
+	send[map[string]int, int](t, client, "risk", "work", data, aegis.IdempotencyKey("k"))
+	for range 2 {
+		instance(func(context.Context) error { time.Sleep(500 * time.Millisecond); return nil })
+	}
+	if r := wait(t, j); r != 1 || runs.Load() != 2 || most.Load() != 1 {
+		t.Errorf("result of attempt %d, %d runs, %d at once", r, runs.Load(), most.Load())
+	}
+}
+
+// As long as the dead letter can't be stored there is no outcome; Stop doesn't wait for it, and nothing is forgotten.
+func TestFailedCommandWhileDeadLettersCannotBeStored(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var runs atomic.Int32
+	instance := func() *aegis.Service {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(context.Context, *aegis.Command[string]) (int, error) {
+			runs.Add(1)
+			return 0, errors.New("the true reason")
+		}, aegis.Attempts(1))
+		start(t, svc)
+		return svc
+	}
+	svc := instance()
+	limitMessages(t, srv, "AEGIS_DEAD", 1)
+	j := send[string, int](t, client, "risk", "work", "x", aegis.IdempotencyKey("x"))
+	eventually(t, "it runs", func() bool { return runs.Load() == 1 })
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	fails(t, svc.Stop(ctx), aegis.ErrTimeout)
+	limitMessages(t, srv, "AEGIS_DEAD", -1)
+	svc = instance()
+	fails(t, waitError(t, j), aegis.ErrInternal, "the true reason")
+	if runs.Load() != 1 {
+		t.Errorf("%d runs", runs.Load())
+	}
+
+	// A Redrive that came only half of the way can be repeated.
+	letter := deadLetters(t, svc)[0]
+	limitMessages(t, srv, "AEGIS_COMMANDS", 1)
+	if err := svc.Redrive(t.Context(), letter); err == nil {
+		t.Error("it was redriven")
+	}
+	limitMessages(t, srv, "AEGIS_COMMANDS", -1)
+	if err := svc.Redrive(t.Context(), letter); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "it runs again", func() bool { return runs.Load() == 2 })
+}
+
+// limitMessages makes a stream refuse larger messages.
+func limitMessages(tb testing.TB, srv *server.Server, stream string, size int32) {
+	tb.Helper()
+	js := manage(tb, srv)
+	st, err := js.Stream(context.Background(), stream)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	config := st.CachedInfo().Config
+	config.MaxMsgSize = size
+	if _, err := js.UpdateStream(context.Background(), config); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func TestOddCommands(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	answers := func(next aegis.HandlerFunc) aegis.HandlerFunc { // instead of the handler
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			if m.Header.Get("X-Answer") != "" {
+				return []byte{7}, nil
+			}
+			return next(ctx, m)
+		}
+	}
+	svc := newService(t, srv, "risk", aegis.WithMiddleware(answers))
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) {
+		return 1, c.Progress(1, strings.Repeat("long", 1<<20))
 	})
+	handleCommand(t, svc, "fail", func(context.Context, *aegis.Command[int]) (int, error) {
+		return 0, errors.New(strings.Repeat("long", 1<<20))
+	}, aegis.Attempts(1))
 	start(t, svc)
-	if n := <-attempts; n != 2 {
-		t.Errorf("attempt %d", n)
+	if r := wait(t, send[int, int](t, client, "risk", "work", 1)); r != 1 {
+		t.Errorf("got %d", r)
 	}
-	if err := paused.Process.Signal(syscall.SIGCONT); err != nil {
+	fails(t, waitError(t, send[int, int](t, client, "risk", "fail", 1)), aegis.ErrInternal, "longlong")
+	j, err := aegis.SendCommand[int, int](aegis.WithHeader(t.Context(), "X-Answer", "x"), client, "risk", "work", 1)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if line, _ := paused.line(t); line != "FENCED" {
-		t.Errorf("the one that was paused says %q", line)
+	if r := wait(t, j); r != 7 {
+		t.Errorf("got %d", r)
 	}
-	close(release)
-	if r := wait(t, j); r != "the second" {
-		t.Errorf("got %q", r)
-	}
-	eventually(t, "the queue is empty", func() bool {
-		st, err := manage(t, srv).Stream(t.Context(), "AEGIS_COMMANDS")
-		return err == nil && st.CachedInfo().State.Msgs == 0
-	})
-	if len(attempts) > 0 {
-		t.Error("it ran once more")
-	}
+	_, err = aegis.SendCommand[int, int](aegis.WithHeader(t.Context(), "bad key", "x"), client, "risk", "work", 1, aegis.IdempotencyKey("bad"))
+	fails(t, err, aegis.ErrInvalid, "bad key")
+	fails(t, waitError(t, aegis.Attach[int](client, "risk", "work", "bad")), aegis.ErrNotFound) // nothing is left behind
 }

@@ -7,6 +7,7 @@ package aegis
 // AEGIS_COMMANDS carries its data, and wakes a worker up. The server republishes each change of a record to whoever follows it.
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -93,6 +94,7 @@ const (
 
 	resultTTL        = 24 * time.Hour
 	progressInterval = 100 * time.Millisecond // between writes of progress
+	maxProgress      = 1 << 10                // bytes of its message
 	followInterval   = 10 * time.Second       // between looks at a record, in case that a message was lost
 )
 
@@ -122,7 +124,8 @@ type record struct {
 	Digest   string    `json:"digest"`             // of the data
 	Failures int       `json:"failures,omitempty"` // attempts that failed
 	Crashes  int       `json:"crashes,omitempty"`  // attempts that ended without a word
-	Owner    string    `json:"owner,omitempty"`    // the run that may change it
+	Owner    string    `json:"owner,omitempty"`    // the instance that may change it
+	Wake     uint64    `json:"wake,omitempty"`     // the sequence of the message that it was claimed by
 	Nonce    string    `json:"nonce"`              // of this change
 	Result   []byte    `json:"result,omitempty"`
 	Type     string    `json:"type,omitempty"` // of Result
@@ -262,15 +265,26 @@ func checkCommand(service, command string) *Error {
 
 func (s *Service) sendCommand(ctx context.Context, service, command, id string, data []byte, buf *packer, cfg *callConfig) *Error {
 	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
-	if limit := s.conns[0].limit.Load() - letterRoom; int64(len(data)) > limit {
-		return notRun(newError(ErrInvalid, "the command %s.%s has %d bytes, more than %d: the server's max_payload, less %d for what a dead letter adds",
-			service, command, len(data), limit, letterRoom))
+	header, correlation := headersFor(ctx)
+	header = withHeader(header, headerID, id)
+	header[headerSource] = []string{s.name}
+	if correlation != "" {
+		header[headerCorrelation] = []string{correlation}
+	}
+	if label := contentType(s.cfg.codec, data); label != "" {
+		header[headerContentType] = []string{label}
+	}
+	if size, limit := messageSize(header, data), s.conns[0].limit.Load()-letterRoom; size > limit {
+		return notRun(newError(ErrInvalid, "the command %s.%s has %d bytes with its headers, more than %d: the server's max_payload, less %d for what a dead letter adds",
+			service, command, size, limit, letterRoom))
+	}
+	if len(copyHeader(header)) < len(header) {
+		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q", service, command, slices.Collect(maps.Keys(header))))
 	}
 	if !s.handles(service, subject) {
 		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
 	}
-	digest := sha256.Sum256(data)
-	rec := &record{State: queued, Priority: cfg.priority, Source: s.name, Digest: hex.EncodeToString(digest[:16])}
+	rec := &record{State: queued, Priority: cfg.priority, Source: s.name, Digest: digest(header, data)}
 	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
 	if failure != nil && failure.Code == conflict && now == nil && revision > 0 { // deleted by someone else
 		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
@@ -287,27 +301,43 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if failure != nil {
 		return failure
 	}
-	header, correlation := headersFor(ctx)
-	header = withHeader(header, headerID, id)
-	header[headerSource] = []string{now.Source}
-	header[jetstream.MsgIDHeader] = []string{key + "@" + strconv.FormatUint(revision, 10)}
-	if correlation != "" {
-		header[headerCorrelation] = []string{correlation}
-	}
-	if label := contentType(s.cfg.codec, data); label != "" {
-		header[headerContentType] = []string{label}
-	}
 	for _, level := range levels {
 		if level.priority == now.Priority {
 			subject += level.suffix
 		}
 	}
+	return s.wake(ctx, subject, key, revision, header, data, buf, cfg)
+}
+
+// wake publishes what makes a worker look at a record that is queued.
+func (s *Service) wake(ctx context.Context, subject, key string, revision uint64, header nats.Header, data []byte, buf *packer, cfg *callConfig) *Error {
+	header = withHeader(header, jetstream.MsgIDHeader, key+"@"+strconv.FormatUint(revision, 10))
 	x := &exchange{subject: subject, header: header, data: data}
-	_, failure = s.persist(ctx, x, cfg, buf, func() (*nats.Msg, *Error, bool) {
+	_, failure := s.persist(ctx, x, cfg, buf, func() (*nats.Msg, *Error, bool) {
 		_, failure := s.store(ctx, x, s.commandStream())
 		return nil, failure, mayPass(failure)
 	})
 	return failure
+}
+
+// digest is the same for equal data, whatever order its encoder has put the keys of a map in.
+func digest(h nats.Header, data []byte) string {
+	var v any
+	canonical := data
+	if c, err := codecFor(h, data, JSON); err == nil && (c == JSON || c == MsgPack) {
+		if c == JSON {
+			d := json.NewDecoder(bytes.NewReader(data))
+			d.UseNumber() // lest large numbers become equal
+			err = d.Decode(&v)
+		} else {
+			err = c.Unmarshal(data, &v)
+		}
+		if sorted, unsorted := json.Marshal(v); err == nil && unsorted == nil {
+			canonical = sorted
+		}
+	}
+	sum := sha256.Sum256(canonical)
+	return hex.EncodeToString(sum[:16])
 }
 
 // A Job is a command as its sender sees it. Its methods may be called from several goroutines, and from several processes.
@@ -426,7 +456,7 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 	for n := 1; ; n++ {
 		c := s.pick()
 		if c != nil {
-			sl, failure := c.newSlot(updatePrefix+key, 64)
+			sl, failure := c.newSlot(updatePrefix+key, 128)
 			if failure == nil {
 				failure = s.followOn(ctx, c, sl, key, show)
 				c.endSlot(sl)
@@ -539,7 +569,7 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 	for _, level := range levels {
 		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(level.suffix, ".", "~", 1), e.subject+level.suffix))
 	}
-	ex := &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), runs: map[string]*run{}}
+	ex := &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), runs: map[string]*run{}, owner: rand.Text()}
 	ex.look = ex.checkAll
 	e.source = ex
 	return s.register(e, min(cfg.concurrency, queueSize))
@@ -551,6 +581,7 @@ type executions struct {
 
 	writers  sync.WaitGroup // of progress, and checkAll
 	checking atomic.Bool
+	owner    string // its name in records
 
 	mu   sync.Mutex // guards runs
 	runs map[string]*run
@@ -566,6 +597,7 @@ type run struct {
 	attempt  int
 	fence    uint64
 	last     Progress
+	claimed  atomic.Bool
 
 	turn     sync.Mutex // guards the next three, also while the record is written: one change after the other
 	rec      record
@@ -576,7 +608,8 @@ type run struct {
 	pending  *Progress  // to be written
 	writing  bool       // writeProgress runs
 	lost     *Error     // why it is this run's no more
-	finished bool
+	finished bool       // over is closed
+	over     chan struct{}
 }
 
 func (ex *executions) open(ctx context.Context) error {
@@ -604,7 +637,7 @@ func (ex *executions) serve(j job, now time.Time) {
 		ex.tell(m, "-NAK")
 		return
 	}
-	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id}
+	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id, over: make(chan struct{})}
 	x.r = &request{
 		Context:  ex.svc.base,
 		svc:      ex.svc,
@@ -629,10 +662,10 @@ func (ex *executions) serve(j job, now time.Time) {
 		delete(ex.runs, x.key)
 		ex.mu.Unlock()
 	}()
+	notice := commandPrefix + x.key
+	ex.svc.cancels.add(notice, func() { ex.writers.Go(func() { x.check() }) })
+	defer ex.svc.cancels.remove(notice)
 	if x.claim() {
-		notice := commandPrefix + x.key
-		ex.svc.cancels.add(notice, func() { go x.check() })
-		defer ex.svc.cancels.remove(notice)
 		ex.dispatch(x.r)
 	}
 }
@@ -650,8 +683,15 @@ func (x *run) claim() bool {
 			ex.tell(x.r.in, "+ACK")
 			return false
 		}
+		sequence := x.r.delivery.sequence
+		if rec.Wake != 0 && rec.Wake != sequence && rec.State != queued { // it was woken up twice, and another message stands for it
+			ex.tell(x.r.in, "+ACK")
+			return false
+		}
 		x.rec, x.revision = *rec, revision
-		if rec.State == running { // by one that is no more, or was given up
+		if rec.State == running && rec.Owner == ex.owner { // claimed just now, but the confirmation was lost
+			x.rec.Attempt--
+		} else if rec.State == running { // by one that is no more, or was given up
 			x.rec.Crashes++
 		}
 		if x.rec.Failures+x.rec.Crashes >= ex.cfg.attempts {
@@ -664,11 +704,12 @@ func (x *run) claim() bool {
 			return false
 		}
 		x.last = rec.progress()
-		x.rec.State, x.rec.Owner, x.rec.Error = running, rand.Text(), nil
+		x.rec.State, x.rec.Owner, x.rec.Wake = running, ex.owner, sequence
 		x.rec.Attempt++
 		rec, revision, failure = ex.svc.writeRecord(ctx, x.key, &x.rec, revision, callConfigs[kindCommand])
 		if failure == nil {
 			x.revision, x.fence, x.attempt, x.priority = revision, revision, x.rec.Attempt, x.rec.Priority
+			x.claimed.Store(true)
 			return true
 		}
 	}
@@ -680,19 +721,31 @@ func (x *run) claim() bool {
 // write changes the record. If it is this run's no more, it ends the handler's ctx.
 func (x *run) write(ctx context.Context) *Error {
 	x.mu.Lock()
-	if p := x.pending; p != nil {
+	p := x.pending
+	if p != nil {
 		x.rec.Percent, x.rec.Message, x.pending = p.Percent, p.Message, nil
 	}
 	x.mu.Unlock()
 	cfg := *callConfigs[kindCommand]
 	cfg.sticky = true
-	now, revision, failure := x.ex.svc.writeRecord(ctx, x.key, &x.rec, x.revision, &cfg)
-	if failure == nil {
-		x.revision = revision
-	} else if failure.Code == conflict {
-		failure = x.lose(now)
+	for {
+		now, revision, failure := x.ex.svc.writeRecord(ctx, x.key, &x.rec, x.revision, &cfg)
+		switch {
+		case failure == nil:
+			x.revision = revision
+			return nil
+		case failure.Code != conflict:
+			x.mu.Lock()
+			if x.pending == nil {
+				x.pending = p
+			}
+			x.mu.Unlock()
+			return failure
+		case now == nil || now.Owner != x.ex.owner || now.State == canceled:
+			return x.lose(now)
+		}
+		x.revision = revision // the confirmation of an earlier write was lost
 	}
-	return failure
 }
 
 // lose notes who the command belongs to now.
@@ -729,24 +782,26 @@ func (ex *executions) atWork() []*run {
 	return slices.Collect(maps.Values(ex.runs))
 }
 
-// check looks whether the command was cancelled; not ok if that can't be told.
+// check looks whether the command is still this run's; not ok if that can't be told.
 func (x *run) check() bool {
 	ctx, cancel := context.WithTimeout(x.ex.svc.base, 5*time.Second)
 	defer cancel()
+	claimed := x.claimed.Load() // before it is read
 	now, _, failure := x.ex.svc.readRecord(ctx, nil, x.key)
-	if failure == nil && now != nil && now.State == canceled {
+	if failure == nil && now != nil && (now.State == canceled || claimed && now.Owner != x.ex.owner) {
 		x.lose(now)
 	}
 	return failure == nil
 }
 
-// Progress reports how far the command is, to those who follow it and, after a crash, to the next attempt. percent is 0 to 100. It doesn't block; reports
-// that follow each other within 0.1 s are combined into the last. The error tells that going on is of no use: [ErrCanceled] if the command was
+// Progress reports how far the command is, to those who follow it and, after a crash, to the next attempt. percent is 0 to 100. It doesn't block; message is
+// cut after 1,024 bytes; reports that follow each other within 0.1 s are combined into the last. The error tells that going on is of no use: [ErrCanceled] if the command was
 // cancelled, [ErrFenced] if another instance has taken over; or [ErrInvalid] for another percent.
 func (c *Command[T]) Progress(percent float64, message string) error {
 	if !(percent >= 0 && percent <= 100) {
 		return newError(ErrInvalid, "Progress(%v): want 0 to 100", percent)
 	}
+	message = message[:min(len(message), maxProgress)]
 	if c.run == nil {
 		return newError(ErrInvalid, "Progress: the command is not from HandleCommand")
 	}
@@ -793,7 +848,7 @@ func (x *run) writeProgress() {
 		pause := time.NewTimer(progressInterval)
 		select {
 		case <-pause.C:
-		case <-x.r.Done():
+		case <-x.over:
 			pause.Stop()
 		}
 	}
@@ -803,9 +858,7 @@ func (x *run) writeProgress() {
 func (ex *executions) done(r *request, data []byte, failure *Error) { r.run.finish(data, failure) }
 
 func (x *run) finish(data []byte, failure *Error) {
-	x.mu.Lock()
-	x.finished = true
-	x.mu.Unlock()
+	x.end()
 	x.turn.Lock()
 	defer x.turn.Unlock()
 	x.mu.Lock()
@@ -813,7 +866,11 @@ func (x *run) finish(data []byte, failure *Error) {
 	x.mu.Unlock()
 	svc, r := x.ex.svc, x.r
 	if lost == nil && failure == nil {
-		x.rec.State, x.rec.Result, x.rec.Type = completed, data, r.codec.ContentType()
+		codec := r.codec
+		if codec == nil { // middleware has answered
+			codec = svc.cfg.codec
+		}
+		x.rec.State, x.rec.Result, x.rec.Type, x.rec.Error = completed, data, codec.ContentType(), nil
 		if limit := svc.conns[0].limit.Load() - letterRoom; int64(len(data)) > limit {
 			x.rec.Result, r.undecodable = nil, true
 			failure = newError(ErrInternal, "the result of the command %s has %d bytes, more than %d: the server's max_payload, less %d", x.ex.name, len(data), limit, letterRoom)
@@ -821,9 +878,10 @@ func (x *run) finish(data []byte, failure *Error) {
 	}
 	stopped := svc.base.Err() != nil
 	if failure != nil {
+		failure = failure.cut()
 		failure.Source = svc.name
-		x.rec.Error = failure
 		if !stopped {
+			x.rec.Error = failure
 			x.rec.Failures++
 		}
 	}
@@ -844,6 +902,16 @@ func (x *run) finish(data []byte, failure *Error) {
 		pause := backoff(x.rec.Failures, x.ex.cfg.backoff, x.ex.cfg.maxPause)
 		svc.log.Warn("an attempt failed", "kind", x.ex.kind, "endpoint", x.ex.name, "correlation_id", r.correlationID(), "error", failure, "attempt", x.rec.Attempt, "pause", pause)
 		x.conclude(nakAfter(pause))
+	}
+}
+
+// end takes no more reports.
+func (x *run) end() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if !x.finished {
+		x.finished = true
+		close(x.over)
 	}
 }
 
@@ -869,6 +937,7 @@ func (x *run) concede(failure *Error) {
 
 // fail sets the command aside. First the dead letter, then the outcome: after a crash in between both are done again.
 func (x *run) fail(failure *Error) {
+	x.end() // lest interrupt waits for this
 	if !x.ex.bury(x.r, failure, x.rec.Failures+x.rec.Crashes) {
 		x.giveBack()
 		return
@@ -881,9 +950,11 @@ func (x *run) fail(failure *Error) {
 func (x *run) giveBack() {
 	if !x.returned {
 		x.returned = true
-		x.rec.State, x.rec.Owner, x.rec.Error = queued, "", nil
-		x.rec.Attempt--
-		ctx, cancel := context.WithTimeout(context.Background(), cancelGrace)
+		x.rec.State = queued
+		if x.attempt > 0 {
+			x.rec.Attempt--
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), returnTimeout)
 		defer cancel()
 		if failure := x.write(ctx); failure != nil {
 			x.concede(failure)
@@ -898,18 +969,19 @@ func (ex *executions) interrupt() {
 	var all sync.WaitGroup
 	for _, x := range ex.atWork() {
 		all.Go(func() {
-			x.turn.Lock()
+			for begin := clock(); !x.turn.TryLock(); time.Sleep(time.Millisecond) {
+				if x.ended() || clock()-begin > cancelGrace {
+					return // it sees to itself, or has to do without
+				}
+			}
 			defer x.turn.Unlock()
-			x.mu.Lock()
-			over := x.finished || x.lost != nil
-			x.mu.Unlock()
-			if over || x.fence == 0 {
+			if x.ended() || x.attempt == 0 {
 				return
 			}
 			before := x.rec
-			x.rec.State, x.rec.Owner = queued, ""
+			x.rec.State = queued
 			x.rec.Attempt--
-			ctx, cancel := context.WithTimeout(context.Background(), cancelGrace)
+			ctx, cancel := context.WithTimeout(context.Background(), returnTimeout)
 			defer cancel()
 			if x.write(ctx) != nil {
 				x.rec = before
@@ -919,6 +991,13 @@ func (ex *executions) interrupt() {
 		})
 	}
 	all.Wait()
+}
+
+// ended tells that there is nothing to give back.
+func (x *run) ended() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.finished || x.lost != nil
 }
 
 func (ex *executions) forget(ctx context.Context) {
@@ -938,23 +1017,20 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 	if failure != nil {
 		return failure
 	}
-	digest := sha256.Sum256(d.Data)
-	next := record{State: queued, Digest: hex.EncodeToString(digest[:16]), Source: d.Header.Get(headerSource)}
+	next := record{State: queued, Digest: digest(d.Header, d.Data), Source: d.Header.Get(headerSource)}
 	if rec != nil {
-		if rec.State != failed {
-			return notRun(newError(ErrInvalid, "Redrive: the command %s is %s: only one that failed is queued again", id, rec.State))
-		}
 		next.Priority, next.Attempt = rec.Priority, rec.Attempt
 	}
-	if _, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure != nil {
-		return failure
+	switch {
+	case rec != nil && rec.State == queued && rec.Digest == next.Digest: // by a Redrive that may not have come further
+	case rec != nil && rec.State != failed:
+		return notRun(newError(ErrInvalid, "Redrive: the command %s is %s: only one that failed is queued again", id, rec.State))
+	default:
+		if _, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure != nil && failure.Code == conflict {
+			return notRun(newError(ErrUnavailable, "Redrive: the command %s was changed by someone else just now: try again", id))
+		} else if failure != nil {
+			return failure
+		}
 	}
-	h := copyHeader(d.Header)
-	h[jetstream.MsgIDHeader] = []string{key + "@" + strconv.FormatUint(revision, 10)}
-	x := &exchange{subject: d.Subject, header: h, data: d.Data}
-	_, failure = s.persist(ctx, x, callConfigs[kindCommand], nil, func() (*nats.Msg, *Error, bool) {
-		_, failure := s.store(ctx, x, s.commandStream())
-		return nil, failure, mayPass(failure)
-	})
-	return failure
+	return s.wake(ctx, d.Subject, key, revision, copyHeader(d.Header), d.Data, nil, callConfigs[kindCommand])
 }

@@ -637,7 +637,7 @@ type feed struct {
 	claimed atomic.Int64           // messages asked for, waiting in the queue, or being handled
 	ackWait atomic.Int64           // the shortest
 	inbound chan *nats.Msg         // from the server to fetch: what doesn't go right into the queue
-	starts  int                    // since all lanes were empty
+	starts  int                    // since a start of the least urgent, or all lanes were empty
 	wake    chan struct{}          // more can be asked for
 	settled chan struct{}          // nothing more will come
 	keeping sync.WaitGroup         // keepAlive
@@ -658,7 +658,9 @@ type lane struct {
 	expiry   time.Duration
 	floor    uint64                 // all up to this sequence is done with
 	current  atomic.Pointer[asking] // the latest
-	empty    atomic.Bool            // there was nothing; one message is asked for, beyond what is claimed
+	empty    atomic.Bool            // there was nothing; it may be asked for one message, beyond what is claimed
+	emptyAt  time.Duration          // when that was found
+	askedAt  time.Duration
 }
 
 func newLane(consumer, subject string) *lane {
@@ -782,13 +784,14 @@ func (f *feed) drain(ctx context.Context) {
 		f.cancel()
 	}
 	f.mu.Unlock()
+	end := clock() + fetchExpiry + fetchSlack
 	for _, l := range f.lanes {
 		a := l.current.Load()
 		if a == nil {
 			continue
 		}
 		if a.on.nc.ConnectedClusterName() != "" {
-			for end := clock() + fetchExpiry + fetchSlack; a.open.Load() > 0 && clock() < end && a.on.up.Load() && sleep(ctx, 5*time.Millisecond); {
+			for a.open.Load() > 0 && clock() < end && a.on.up.Load() && sleep(ctx, 5*time.Millisecond) {
 			}
 		}
 		_ = a.sub.Drain() // fails only on a closed connection
@@ -824,6 +827,7 @@ const (
 	fetchExpiry  = time.Second            // of what was asked for
 	fetchSlack   = time.Second            // until the server has told so
 	fetchSession = 15 * time.Second       // until all is looked at anew
+	emptyFor     = 5 * time.Millisecond   // a lane is taken to be empty, unless it waits
 )
 
 // fetch brings events until the feed is closed.
@@ -834,6 +838,9 @@ func (f *feed) fetch(ctx context.Context) {
 			trouble = 0
 		} else if trouble++; !sleep(ctx, backoff(trouble, fetchTick, 2*time.Second)) {
 			<-f.settled
+			for len(f.inbound) > 0 {
+				f.receive(<-f.inbound)
+			}
 			return
 		}
 		if c == nil || ctx.Err() != nil {
@@ -870,20 +877,13 @@ func (f *feed) pull(ctx context.Context, c *conn) bool {
 		return false
 	}
 	begun := clock()
-	asked := begun // the last time
 	tick := time.NewTicker(fetchTick)
 	defer tick.Stop()
 	for {
 		now := clock()
 		over := now-begun > fetchSession || ctx.Err() != nil
-		if !over {
-			sent, err := f.ask(c)
-			if err != nil {
-				return false
-			}
-			if sent {
-				asked = now
-			}
+		if !over && f.ask(c) != nil {
+			return false
 		}
 		select {
 		case m := <-f.inbound:
@@ -896,25 +896,24 @@ func (f *feed) pull(ctx context.Context, c *conn) bool {
 			if c.drops.Load() != drops {
 				return false
 			}
-			if f.asked(true) > 0 && now-asked > f.lanes[0].expiry+fetchSlack {
+			if slices.ContainsFunc(f.lanes, func(l *lane) bool {
+				return l.current.Load().open.Load() > 0 && now-l.askedAt > l.expiry+fetchSlack
+			}) {
 				return slices.ContainsFunc(f.lanes, func(l *lane) bool { return l.current.Load().came.Load() })
 			}
 		case <-f.settled:
-			for len(f.inbound) > 0 {
-				f.receive(<-f.inbound)
-			}
-			return true
+			return true // fetch sees to what is left
 		}
-		if over && f.asked(true) <= 0 && ctx.Err() == nil {
+		if over && f.asked() <= 0 && ctx.Err() == nil {
 			return true
 		}
 	}
 }
 
-// asked is how many messages were asked for and haven't come, with or without those that empty lanes wait for.
-func (f *feed) asked(all bool) (n int64) {
+// asked is how many messages were asked for and haven't come, but for those that empty lanes wait for.
+func (f *feed) asked() (n int64) {
 	for _, l := range f.lanes {
-		if all || !l.empty.Load() {
+		if !l.empty.Load() {
 			n += max(l.current.Load().open.Load(), 0)
 		}
 	}
@@ -925,6 +924,9 @@ func (f *feed) asked(all bool) (n int64) {
 func (f *feed) listen(c *conn) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.drained {
+		return false
+	}
 	into := f.inbound
 	if f.direct() {
 		into = f.queue
@@ -932,7 +934,7 @@ func (f *feed) listen(c *conn) bool {
 	for _, l := range f.lanes {
 		a := &asking{on: c, inbox: c.newInbox()}
 		var err error
-		if a.sub, err = c.nc.ChanSubscribe(a.inbox, into); err != nil || f.drained {
+		if a.sub, err = c.nc.ChanSubscribe(a.inbox, into); err != nil {
 			return false
 		}
 		l.current.Store(a)
@@ -956,34 +958,44 @@ func (f *feed) hangUp() {
 // ask asks for what can be handled. If there are several lanes, it asks each what it has there and then, the urgent ones first, and
 // waits for the answer before it goes on to the next; only when all are empty it waits for the first message of any. One start in 16
 // goes to the other end, so that nothing waits forever.
-func (f *feed) ask(c *conn) (sent bool, err error) {
+func (f *feed) ask(c *conn) error {
 	free := int64(f.limit) - f.claimed.Load()
 	if !f.worthAsking(free) {
-		return false, nil
+		return nil
 	}
 	if f.direct() {
-		return true, f.request(c, f.lanes[0], free, false)
+		return f.request(c, f.lanes[0], free, false)
 	}
 	lanes := f.lanes
-	if f.starts%16 == 15 {
+	otherEnd := f.starts >= 15
+	if otherEnd {
 		lanes = slices.Clone(lanes)
 		slices.Reverse(lanes)
 	}
+	now := clock()
 	for _, l := range lanes {
-		if open := l.current.Load().open.Load(); open > 0 && !l.empty.Load() {
-			return false, nil
+		open := l.current.Load().open.Load() > 0
+		switch {
+		case open && !l.empty.Load(): // the answer decides
+			return nil
+		case open, l.empty.Load() && now-l.emptyAt < emptyFor:
+			continue
+		case otherEnd:
+			f.starts = 0
+			free = max(free/16, 1)
 		}
-		if !l.empty.Load() {
-			return true, f.request(c, l, free, true)
-		}
+		l.empty.Store(false)
+		return f.request(c, l, free, true)
 	}
 	f.starts = 0
 	for _, l := range lanes {
 		if l.current.Load().open.Load() <= 0 {
-			sent, err = true, f.request(c, l, 1, false)
+			if err := f.request(c, l, 1, false); err != nil {
+				return err
+			}
 		}
 	}
-	return sent, err
+	return nil
 }
 
 // request asks a lane for n messages: those that are there, or also those that come before it expires.
@@ -995,6 +1007,7 @@ func (f *feed) request(c *conn, l *lane, n int64, now bool) error {
 	}
 	a := l.current.Load()
 	a.open.Add(n)
+	l.askedAt = clock()
 	if !l.empty.Load() {
 		f.claimed.Add(n)
 	}
@@ -1030,7 +1043,7 @@ func (f *feed) receive(m *nats.Msg) (problem string) {
 			}
 		}
 		f.starts++
-		if f.claimed.Load()-f.asked(false) > int64(f.limit) { // others came at the same time
+		if f.claimed.Load()-f.asked() > int64(f.limit) { // others came at the same time
 			f.tell(m, "-NAK")
 			f.release()
 			return ""
@@ -1043,7 +1056,7 @@ func (f *feed) receive(m *nats.Msg) (problem string) {
 	}
 	a := l.current.Load()
 	n, err := strconv.ParseInt(m.Header.Get("Nats-Pending-Messages"), 10, 64) // which won't come
-	if status == "404" {
+	if status == "404" || status == "408" && err != nil {                     // nothing there, or what is there is for others that wait
 		n, err = a.open.Load(), nil
 	}
 	if err != nil || n < 0 {
@@ -1054,13 +1067,16 @@ func (f *feed) receive(m *nats.Msg) (problem string) {
 	if !l.empty.Load() {
 		f.claimed.Add(-n)
 	}
-	l.empty.Store(!f.direct() && a.open.Load() <= 0)
+	if a.open.Load() <= 0 && !f.direct() {
+		l.empty.Store(!l.empty.Load()) // not if it has waited: that is over
+		l.emptyAt = clock()
+	}
 	return ""
 }
 
 // worthAsking tells whether it is time to ask for more: not for each single one as long as others are on their way.
 func (f *feed) worthAsking(free int64) bool {
-	return free > 0 && (free >= int64(f.limit)/8 || f.asked(false) <= 0)
+	return free > 0 && (free >= int64(f.limit)/8 || f.asked() <= 0)
 }
 
 // take accounts for a message that came directly. It returns false for what the server says about a request.
@@ -1258,7 +1274,7 @@ func (f *feed) noteReturn(d *delivery) {
 		jetstream.MsgTTLHeader: {strconv.Itoa(returnTTL)},
 		jetstream.MsgIDHeader:  {f.returns(d) + "." + strconv.Itoa(d.attempt)},
 	}}
-	if failure := f.svc.storeLetter(&x, cancelGrace); failure != nil {
+	if failure := f.svc.storeLetter(&x, returnTimeout); failure != nil {
 		f.svc.log.Warn("an event that is given back loses an attempt", "endpoint", f.name, "correlation_id", d.id, "error", failure)
 	}
 }
@@ -1330,7 +1346,7 @@ func (f *feed) bury(r *request, failure *Error, attempts int) bool {
 	maps.Copy(x.header, own)
 	if messageSize(x.header, x.data)+64 > f.svc.conns[0].limit.Load() { // it is not from Publish, which leaves room
 		x.header, x.data = own, nil
-		own[headerReason] = []string{"(too large to be copied, see sequence " + strconv.FormatUint(d.sequence, 10) + " of " + eventStream + ") " + own[headerReason][0]}
+		own[headerReason] = []string{"(too large to be copied, see sequence " + strconv.FormatUint(d.sequence, 10) + " of " + f.stream.Name + ") " + own[headerReason][0]}
 	}
 	if !f.insist(r, "a dead letter can't be stored", func(context.Context) *Error { return f.svc.storeLetter(&x, 5*time.Second) }) {
 		return false

@@ -78,6 +78,16 @@ func (e *Error) Is(target error) bool {
 	return ok && t.Code == e.Code
 }
 
+// cut is e without what makes it too large to be stored.
+func (e *Error) cut() *Error {
+	out := *e
+	out.Message = out.Message[:min(len(out.Message), maxErrorText)]
+	if data, err := MsgPack.Marshal(&out); err == nil && len(data) > letterRoom {
+		out.Details, out.Cause = nil, nil
+	}
+	return &out
+}
+
 // Unwrap is the cause.
 func (e *Error) Unwrap() error {
 	if e.Cause == nil {
