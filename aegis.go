@@ -41,8 +41,8 @@
 //
 // # Shutdown
 //
-// [Service.Stop] takes no more work, lets the handlers that run finish, gives back to the server the events and commands that there is no
-// time for, and closes the connections. It leaves no goroutine behind but those of handlers that ignore their ctx.
+// [Service.Stop] takes no more work, lets the handlers that run finish, gives back to the server the events and commands that
+// there is no time for, and closes the connections. It leaves no goroutine behind but those of handlers that ignore their ctx.
 package aegis
 
 import (
@@ -261,8 +261,8 @@ func Concurrency(n int) HandlerOption {
 	}
 }
 
-// Attempts sets how often an event or a command is tried, 1 or more in all, until it is set aside as a dead letter. The default is 5
-// for events, 3 for commands.
+// Attempts sets how often an event or a command is tried, 1 or more in all, until it is set aside as a dead letter. The default
+// is 5 for events, 3 for commands.
 func Attempts(n int) HandlerOption {
 	return func(c *handlerConfig) {
 		c.check(c.kind != kindRPC, "Attempts(%d): a request is tried once; see Retry for its caller", n)
@@ -1164,8 +1164,8 @@ func (e *endpoint) gateLocked() {
 	}()
 }
 
-// dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to the source's done: whatever
-// the handler does, even if it panics or ends its goroutine.
+// dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to the source's done:
+// whatever the handler does, even if it panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
 	var data []byte
 	failure := errGoexit

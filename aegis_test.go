@@ -3701,8 +3701,8 @@ func TestKilledWorker(t *testing.T) {
 	fails(t, waitError(t, exit), aegis.ErrInternal, "2 times", "never finished")
 }
 
-// A worker that was paused for longer than its ack wait has lost its command: it learns of that, with or without reporting progress, and neither
-// overwrites the outcome nor acknowledges the message.
+// A worker that was paused for longer than its ack wait has lost its command: it learns of that, with or without reporting
+// progress, and neither overwrites the outcome nor acknowledges the message.
 func TestPausedWorker(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {

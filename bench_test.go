@@ -193,8 +193,8 @@ func BenchmarkPublishBatch(b *testing.B) {
 	})
 }
 
-// BenchmarkSubscribe compares Subscribe, which decodes, with the jetstream package's Consume that acknowledges each message. Both go
-// through the same events, which are stored before; the rate is that from the first to the last.
+// BenchmarkSubscribe compares Subscribe, which decodes, with the jetstream package's Consume that acknowledges each message.
+// Both go through the same events, which are stored before; the rate is that from the first to the last.
 func BenchmarkSubscribe(b *testing.B) {
 	srv := startServer(b, withJetStream(b))
 	js := manage(b, srv)
@@ -280,9 +280,9 @@ func BenchmarkPublishToHandler(b *testing.B) {
 	})
 }
 
-// BenchmarkCommand sends a command, which reports its progress once, and waits for its result. The baseline is what a command writes and
-// reads, done by one after the other with the jetstream package, without a worker, a queue or anyone who follows: create a key, publish
-// to a stream, read the key, update it three times.
+// BenchmarkCommand sends a command, which reports its progress once, and waits for its result. The baseline is what a command
+// writes and reads, done by one after the other with the jetstream package, without a worker, a queue or anyone who follows:
+// create a key, publish to a stream, read the key, update it three times.
 func BenchmarkCommand(b *testing.B) {
 	srv := startServer(b, withJetStream(b))
 	js := manage(b, srv)
@@ -327,8 +327,8 @@ func BenchmarkCommand(b *testing.B) {
 	}
 }
 
-// BenchmarkCommandsHeld has 1,000 commands at work at once, b.N times: the time until all are, and what they take in memory in one process
-// with the server and all who wait for them.
+// BenchmarkCommandsHeld has 1,000 commands at work at once, b.N times: the time until all are, and what they take in memory in
+// one process with the server and all who wait for them.
 func BenchmarkCommandsHeld(b *testing.B) {
 	const held = 1000
 	srv := startServer(b, withJetStream(b))

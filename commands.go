@@ -1,10 +1,11 @@
 package aegis
 
-// This file is tracked commands: work that is queued, handled by one instance at a time, reports its progress, can be cancelled, and has one
-// outcome, which is kept.
+// This file is tracked commands: work that is queued, handled by one instance at a time, reports its progress, can be
+// cancelled, and has one outcome, which is kept.
 //
-// The record of a command, in the bucket aegis_commands, is the truth; every change of it is a compare-and-set. The message in the work queue
-// AEGIS_COMMANDS carries its data, and wakes a worker up. The server republishes each change of a record to whoever follows it.
+// The record of a command, in the bucket aegis_commands, is the truth; every change of it is a compare-and-set. The message in
+// the work queue AEGIS_COMMANDS carries its data, and wakes a worker up. The server republishes each change of a record to
+// whoever follows it.
 
 import (
 	"bytes"
@@ -43,8 +44,8 @@ var levels = []struct {
 	suffix   string
 }{{Critical, ".critical"}, {High, ".high"}, {Normal, ""}, {Low, ".low"}}
 
-// AtPriority sets a command's priority. The default is [Normal]. Of the commands that wait for an instance, the more urgent ones start first, but
-// for one start in 16, so that none waits forever.
+// AtPriority sets a command's priority. The default is [Normal]. Of the commands that wait for an instance, the more urgent
+// ones start first, but for one start in 16, so that none waits forever.
 func AtPriority(p Priority) CallOption {
 	return func(c *callConfig) {
 		c.check(c.kind == kindCommand, "AtPriority(%d): only commands have one", p)
@@ -148,7 +149,8 @@ func recordKey(service, command, id string) string {
 	return service + "." + command + "." + id
 }
 
-// writeRecord replaces the record of this revision; 0 means that there is none. If that is not the latest any more, it returns what is.
+// writeRecord replaces the record of this revision; 0 means that there is none. If that is not the latest any more, it returns
+// what is.
 func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revision uint64, cfg *callConfig) (now *record, at uint64, failure *Error) {
 	rec.Nonce, rec.Time = rand.Text(), time.Now().UTC()
 	data, err := MsgPack.Marshal(rec)
@@ -225,15 +227,16 @@ func (s *Service) readRecord(ctx context.Context, c *conn, key string) (*record,
 
 // Sending.
 
-// SendCommand has a command executed by one instance of a service, and returns when that is certain: when the server has stored it. It is
-// queued until an instance takes it, also while none runs.
+// SendCommand has a command executed by one instance of a service, and returns when that is certain: when the server has stored
+// it. It is queued until an instance takes it, also while none runs.
 //
-// With [IdempotencyKey] the same command, sent again from anywhere, is executed once: the Job is one on the execution that there is, or on its
-// outcome, which is kept for a day. Without, each send is a command of its own. [AtPriority], [Retry] and [Sticky] apply; what is sent again
-// for want of a confirmation is the same command.
+// With [IdempotencyKey] the same command, sent again from anywhere, is executed once: the Job is one on the execution that
+// there is, or on its outcome, which is kept for a day. Without, each send is a command of its own. [AtPriority], [Retry] and
+// [Sticky] apply; what is sent again for want of a confirmation is the same command.
 //
-// Errors: [ErrInvalid] for a name or an option out of range, data that can't be encoded or is too large, or a key that was used with other data;
-// [ErrUnimplemented] if instances of the service run, but none handles the command; otherwise those of [Publish].
+// Errors: [ErrInvalid] for a name or an option out of range, data that can't be encoded or is too large, or a key that was used
+// with other data; [ErrUnimplemented] if instances of the service run, but none handles the command; otherwise those of
+// [Publish].
 func SendCommand[T, R any](ctx context.Context, s *Service, service, command string, data T, opts ...CallOption) (*Job[R], error) {
 	cfg := newCallConfig(kindCommand, opts)
 	if failure := checkCommand(service, command); failure != nil {
@@ -354,8 +357,9 @@ func Attach[R any](s *Service, service, command, id string) *Job[R] {
 	return &Job[R]{ID: id, svc: s, service: service, command: command}
 }
 
-// Updates yields the command's present state, then each change as it happens, and ends with the final one. Of changes that follow each other
-// fast some may be left out, but never the last. An error ends it: ctx's, or [ErrNotFound] if there is no such command, or no more.
+// Updates yields the command's present state, then each change as it happens, and ends with the final one. Of changes that
+// follow each other fast some may be left out, but never the last. An error ends it: ctx's, or [ErrNotFound] if there is no
+// such command, or no more.
 func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 	return func(yield func(Progress, error) bool) {
 		j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record, failure *Error) bool {
@@ -367,8 +371,8 @@ func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 	}
 }
 
-// Wait returns the command's result when it is completed. If it failed, the error is the handler's; if it was cancelled, [ErrCanceled]. It blocks
-// until then or until ctx ends. Other errors: [ErrNotFound] if there is no such command, or no more.
+// Wait returns the command's result when it is completed. If it failed, the error is the handler's; if it was cancelled,
+// [ErrCanceled]. It blocks until then or until ctx ends. Other errors: [ErrNotFound] if there is no such command, or no more.
 func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	var last *record
 	j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record, failure *Error) bool {
@@ -398,9 +402,9 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	return result, nil
 }
 
-// Cancel cancels the command: if it is queued, it never runs; if it runs, its handler's ctx ends, and what the handler returns counts no more. It
-// returns when that is certain. A command that has ended already is left as it is: then the error is [ErrInvalid], unless it was cancelled.
-// Others: [ErrNotFound], and those of [Publish].
+// Cancel cancels the command: if it is queued, it never runs; if it runs, its handler's ctx ends, and what the handler returns
+// counts no more. It returns when that is certain. A command that has ended already is left as it is: then the error is
+// [ErrInvalid], unless it was cancelled. Others: [ErrNotFound], and those of [Publish].
 func (j *Job[R]) Cancel(ctx context.Context) error {
 	if failure := j.svc.cancelCommand(ctx, j.service, j.command, j.ID); failure != nil {
 		return failure
@@ -520,15 +524,16 @@ func (s *Service) followOn(ctx context.Context, c *conn, sl *slot, key string, s
 
 // Handling.
 
-// HandleCommand executes a command: fn is called with its data, on a goroutine of the library, up to [Concurrency] at once in each instance. command
-// is [A-Za-z][A-Za-z0-9_]*. fn's ctx ends after [Deadline], when the command is cancelled, when another instance had to take over, or when
-// Stop's time is up.
+// HandleCommand executes a command: fn is called with its data, on a goroutine of the library, up to [Concurrency] at once in
+// each instance. command is [A-Za-z][A-Za-z0-9_]*. fn's ctx ends after [Deadline], when the command is cancelled, when another
+// instance had to take over, or when Stop's time is up.
 //
-// What is guaranteed: a command has one outcome, and once it has, fn is not called again. What isn't: that fn is called once. After an error it is
-// called again, after a pause ([Backoff]), up to [Attempts] times in all, a crash counting as one; and an instance that was given up, since it was paused
-// or cut off, may still be at it for a moment. So let effects elsewhere take Command.ID or Command.Fence. After the last attempt the command has
-// failed, and is set aside as a dead letter; data that can't be decoded into T fails at once. What Stop cuts short is queued again, and uses up no
-// attempt. The result must fit the server's max_payload.
+// What is guaranteed: a command has one outcome, and once it has, fn is not called again. What isn't: that fn is called once.
+// After an error it is called again, after a pause ([Backoff]), up to [Attempts] times in all, a crash counting as one; and an
+// instance that was given up, since it was paused or cut off, may still be at it for a moment. So let effects elsewhere take
+// Command.ID or Command.Fence. After the last attempt the command has failed, and is set aside as a dead letter; data that
+// can't be decoded into T fails at once. What Stop cuts short is queued again, and uses up no attempt. The result must fit the
+// server's max_payload.
 //
 // The errors are those of [Subscribe].
 func HandleCommand[T, R any](s *Service, command string, fn func(context.Context, *Command[T]) (R, error), opts ...HandlerOption) error {
@@ -794,9 +799,10 @@ func (x *run) check() bool {
 	return failure == nil
 }
 
-// Progress reports how far the command is, to those who follow it and, after a crash, to the next attempt. percent is 0 to 100. It doesn't block; message is
-// cut after 1,024 bytes; reports that follow each other within 0.1 s are combined into the last. The error tells that going on is of no use: [ErrCanceled] if the command was
-// cancelled, [ErrFenced] if another instance has taken over; or [ErrInvalid] for another percent.
+// Progress reports how far the command is, to those who follow it and, after a crash, to the next attempt. percent is 0 to 100.
+// It doesn't block; message is cut after 1,024 bytes; reports that follow each other within 0.1 s are combined into the last.
+// The error tells that going on is of no use: [ErrCanceled] if the command was cancelled, [ErrFenced] if another instance has
+// taken over; or [ErrInvalid] for another percent.
 func (c *Command[T]) Progress(percent float64, message string) error {
 	if !(percent >= 0 && percent <= 100) {
 		return newError(ErrInvalid, "Progress(%v): want 0 to 100", percent)
@@ -828,7 +834,8 @@ func (x *run) report(p Progress) *Error {
 	return nil
 }
 
-// writeProgress writes what is pending, with pauses, until there is nothing or the handler has returned: then the last write takes it along.
+// writeProgress writes what is pending, with pauses, until there is nothing or the handler has returned: then the last write
+// takes it along.
 func (x *run) writeProgress() {
 	for {
 		x.mu.Lock()

@@ -85,10 +85,11 @@ func EventVersion(v string) CallOption {
 	}
 }
 
-// IdempotencyKey sets the id of an event or a command, 1 to 256 printable ASCII characters without spaces. Of the commands of one service and name
-// that are sent with the same key only the first is executed, as long as its outcome is kept; see [SendCommand]. Of the events of one domain and type that are published
-// with the same key within the stream's duplicate window (2 minutes by default) only the first is stored; publishing another
-// then succeeds without effect. The events of a batch have the keys <k>-0, <k>-1 and so on.
+// IdempotencyKey sets the id of an event or a command, 1 to 256 printable ASCII characters without spaces. Of the commands of
+// one service and name that are sent with the same key only the first is executed, as long as its outcome is kept; see
+// [SendCommand]. Of the events of one domain and type that are published with the same key within the stream's duplicate window
+// (2 minutes by default) only the first is stored; publishing another then succeeds without effect. The events of a batch have
+// the keys <k>-0, <k>-1 and so on.
 func IdempotencyKey(k string) CallOption {
 	return func(c *callConfig) {
 		c.check(c.kind != kindRPC, "IdempotencyKey(%q): calls have none; see Idempotent", k)
@@ -627,8 +628,8 @@ const (
 	maxWaiting    = 1 << 12 // requests for events, of all instances
 )
 
-// A feed brings an endpoint what pull consumers of a stream have. It asks for as many messages as can be handled at once and no more,
-// so that what was delivered is what is handled, and the rest waits in the server.
+// A feed brings an endpoint what pull consumers of a stream have. It asks for as many messages as can be handled at once and no
+// more, so that what was delivered is what is handled, and the rest waits in the server.
 type feed struct {
 	*endpoint
 	cfg     handlerConfig
@@ -775,8 +776,8 @@ func (f *feed) provideLane(ctx context.Context, stream jetstream.Stream, l *lane
 	return have.AckWait, nil
 }
 
-// drain asks for no more. In a cluster it takes what was asked for until that expires: after an Unsubscribe, servers farther away go on
-// sending for a moment, to nobody, and each event lost like that would have used up an attempt.
+// drain asks for no more. In a cluster it takes what was asked for until that expires: after an Unsubscribe, servers farther
+// away go on sending for a moment, to nobody, and each event lost like that would have used up an attempt.
 func (f *feed) drain(ctx context.Context) {
 	f.mu.Lock()
 	f.drained = true
@@ -868,8 +869,8 @@ const askingOver = -1 << 40 // so that open stays negative
 // direct tells that messages go from the read loop right into the queue, since there is nothing to choose.
 func (f *feed) direct() bool { return len(f.lanes) == 1 }
 
-// pull asks for messages on c for a while, or until that gets nowhere or the feed is settled, and tells whether it went well. Not every
-// request that the server drops is told; those are forgotten when all others have come.
+// pull asks for messages on c for a while, or until that gets nowhere or the feed is settled, and tells whether it went well.
+// Not every request that the server drops is told; those are forgotten when all others have come.
 func (f *feed) pull(ctx context.Context, c *conn) bool {
 	drops := c.drops.Load()
 	defer f.hangUp()
@@ -955,9 +956,9 @@ func (f *feed) hangUp() {
 	}
 }
 
-// ask asks for what can be handled. If there are several lanes, it asks each what it has there and then, the urgent ones first, and
-// waits for the answer before it goes on to the next; only when all are empty it waits for the first message of any. One start in 16
-// goes to the other end, so that nothing waits forever.
+// ask asks for what can be handled. If there are several lanes, it asks each what it has there and then, the urgent ones first,
+// and waits for the answer before it goes on to the next; only when all are empty it waits for the first message of any. One
+// start in 16 goes to the other end, so that nothing waits forever.
 func (f *feed) ask(c *conn) error {
 	free := int64(f.limit) - f.claimed.Load()
 	if !f.worthAsking(free) {
@@ -1021,8 +1022,8 @@ type pullRequest struct {
 	NoWait  bool          `json:"no_wait,omitempty"`
 }
 
-// receive takes what came for fetch: what the server says about a request or, if there are several lanes, a message. It returns what
-// is wrong with a request.
+// receive takes what came for fetch: what the server says about a request or, if there are several lanes, a message. It returns
+// what is wrong with a request.
 func (f *feed) receive(m *nats.Msg) (problem string) {
 	var l *lane
 	for _, other := range f.lanes {
@@ -1432,8 +1433,8 @@ func letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 // Redrive has a dead letter handled again, with fresh attempts, by the consumer that failed it and no one else, and removes it. Its
 // Header and Data may have been mended. The event keeps its id, time and subject; its Sequence is new.
 //
-// Errors: [ErrNotFound] if the letter was redriven already or its consumer is no more, [ErrInvalid] if d is not from [Service.DeadLetters],
-// and those of [Publish].
+// Errors: [ErrNotFound] if the letter was redriven already or its consumer is no more, [ErrInvalid] if d is not from
+// [Service.DeadLetters], and those of [Publish].
 func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	if d.Sequence == 0 || d.Consumer == "" {
 		return notRun(newError(ErrInvalid, "Redrive: sequence %d, consumer %q: not a dead letter of DeadLetters", d.Sequence, d.Consumer))

@@ -424,7 +424,8 @@ func ExampleSendCommand() {
 	// {2} <nil>
 }
 
-// With a key, the same command is executed once, however often and from wherever it is sent. Its outcome can be had by the key alone.
+// With a key, the same command is executed once, however often and from wherever it is sent. Its outcome can be had by the key
+// alone.
 func ExampleAttach() {
 	url, stop := embeddedServer()
 	defer stop()
