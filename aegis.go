@@ -856,7 +856,14 @@ type source interface {
 }
 
 func (s *Service) handlerConfig(kind string, opts []HandlerOption) (handlerConfig, error) {
-	cfg := handlerConfig{kind: kind, concurrency: s.cfg.concurrency, attempts: 5, backoff: 500 * time.Millisecond, maxPause: time.Minute, deadline: 5 * time.Minute}
+	cfg := handlerConfig{
+		kind:        kind,
+		concurrency: s.cfg.concurrency,
+		attempts:    5,
+		backoff:     500 * time.Millisecond,
+		maxPause:    time.Minute,
+		deadline:    5 * time.Minute,
+	}
 	if kind == kindCommand {
 		cfg.attempts = 3
 	}
@@ -1164,6 +1171,11 @@ func (e *endpoint) gateLocked() {
 	}()
 }
 
+// logger is for what concerns one message.
+func (e *endpoint) logger(r *request) *slog.Logger {
+	return e.svc.log.With("kind", e.kind, "endpoint", e.name, "correlation_id", r.correlationID())
+}
+
 // dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to the source's done:
 // whatever the handler does, even if it panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
@@ -1172,7 +1184,7 @@ func (e *endpoint) dispatch(r *request) {
 	defer func() {
 		if p := recover(); p != nil {
 			failure = newError(ErrInternal, "panic in %s: %v", e.name, p)
-			e.svc.log.Error("handler panicked", "endpoint", e.name, "correlation_id", r.correlationID(), "error", p, "stack", string(debug.Stack()))
+			e.logger(r).Error("handler panicked", "error", p, "stack", string(debug.Stack()))
 		}
 		if failure == errGoexit {
 			failure = newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name)

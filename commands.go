@@ -101,15 +101,25 @@ const (
 
 func (s *Service) commandStream() jetstream.StreamConfig {
 	return jetstream.StreamConfig{
-		Name: commandStream, Subjects: []string{commandPrefix + "*.*", commandPrefix + "*.*.*"}, Retention: jetstream.WorkQueuePolicy, Replicas: s.cfg.replicas,
+		Name:      commandStream,
+		Subjects:  []string{commandPrefix + "*.*", commandPrefix + "*.*.*"},
+		Retention: jetstream.WorkQueuePolicy,
+		Replicas:  s.cfg.replicas,
 	}
 }
 
 // recordStream is the bucket, whose changes are republished.
 func (s *Service) recordStream() jetstream.StreamConfig {
 	return jetstream.StreamConfig{
-		Name: "KV_" + recordBucket, Subjects: []string{recordPrefix + ">"}, MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew, AllowRollup: true,
-		DenyDelete: true, AllowMsgTTL: true, Replicas: s.cfg.replicas, RePublish: &jetstream.RePublish{Source: recordPrefix + ">", Destination: updatePrefix + ">"},
+		Name:              "KV_" + recordBucket,
+		Subjects:          []string{recordPrefix + ">"},
+		MaxMsgsPerSubject: 1,
+		Discard:           jetstream.DiscardNew,
+		AllowRollup:       true,
+		DenyDelete:        true,
+		AllowMsgTTL:       true,
+		Replicas:          s.cfg.replicas,
+		RePublish:         &jetstream.RePublish{Source: recordPrefix + ">", Destination: updatePrefix + ">"},
 	}
 }
 
@@ -650,7 +660,14 @@ func (ex *executions) serve(j job, now time.Time) {
 		in:       m,
 		id:       id,
 		deadline: now.Add(ex.cfg.deadline),
-		delivery: &delivery{id: id, subject: m.Subject, consumer: meta.Consumer, time: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)},
+		delivery: &delivery{
+			id:       id,
+			subject:  m.Subject,
+			consumer: meta.Consumer,
+			time:     meta.Timestamp,
+			sequence: meta.Sequence.Stream,
+			attempt:  int(meta.NumDelivered),
+		},
 		run:      x,
 	}
 	ex.mu.Lock()
@@ -718,7 +735,7 @@ func (x *run) claim() bool {
 			return true
 		}
 	}
-	ex.svc.log.Warn("a command can't be claimed", "endpoint", ex.name, "correlation_id", x.r.correlationID(), "error", failure)
+	ex.logger(x.r).Warn("a command can't be claimed", "error", failure)
 	ex.tell(x.r.in, nakAfter(backoff(x.r.delivery.attempt, fetchTick, 5*time.Second)))
 	return false
 }
@@ -848,7 +865,7 @@ func (x *run) writeProgress() {
 		ctx, cancel := context.WithTimeout(x.ex.svc.base, 5*time.Second)
 		x.turn.Lock()
 		if failure := x.write(ctx); failure != nil {
-			x.ex.svc.log.Warn("progress was not written", "endpoint", x.ex.name, "correlation_id", x.r.correlationID(), "error", failure)
+			x.ex.logger(x.r).Warn("progress was not written", "error", failure)
 		}
 		x.turn.Unlock()
 		cancel()
@@ -907,7 +924,7 @@ func (x *run) finish(data []byte, failure *Error) {
 	default:
 		x.rec.State = retrying
 		pause := backoff(x.rec.Failures, x.ex.cfg.backoff, x.ex.cfg.maxPause)
-		svc.log.Warn("an attempt failed", "kind", x.ex.kind, "endpoint", x.ex.name, "correlation_id", r.correlationID(), "error", failure, "attempt", x.rec.Attempt, "pause", pause)
+		x.ex.logger(r).Warn("an attempt failed", "error", failure, "attempt", x.rec.Attempt, "pause", pause)
 		x.conclude(nakAfter(pause))
 	}
 }
@@ -939,7 +956,7 @@ func (x *run) concede(failure *Error) {
 		x.ex.tell(x.r.in, "+ACK")
 		return
 	}
-	x.ex.svc.log.Warn("what became of a command was not stored", "endpoint", x.ex.name, "correlation_id", x.r.correlationID(), "error", failure)
+	x.ex.logger(x.r).Warn("what became of a command was not stored", "error", failure)
 }
 
 // fail sets the command aside. First the dead letter, then the outcome: after a crash in between both are done again.

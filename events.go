@@ -1250,7 +1250,7 @@ func (f *feed) tell(m *nats.Msg, what string) {
 // retry has the event delivered again after a pause.
 func (f *feed) retry(r *request, failure *Error) {
 	pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
-	f.svc.log.Warn("an attempt failed", "kind", f.kind, "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempt", r.delivery.attempt, "pause", pause)
+	f.logger(r).Warn("an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
 	f.tell(r.in, nakAfter(pause))
 }
 
@@ -1311,7 +1311,7 @@ func (f *feed) insist(r *request, problem string, do func(ctx context.Context) *
 		if failure == nil {
 			return true
 		}
-		f.svc.log.Error(problem, "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure)
+		f.logger(r).Error(problem, "error", failure)
 		if !sleep(f.svc.base, backoff(n, fetchTick, 5*time.Second)) {
 			return false
 		}
@@ -1352,7 +1352,7 @@ func (f *feed) bury(r *request, failure *Error, attempts int) bool {
 	if !f.insist(r, "a dead letter can't be stored", func(context.Context) *Error { return f.svc.storeLetter(&x, 5*time.Second) }) {
 		return false
 	}
-	f.svc.log.Error("set aside as a dead letter", "kind", f.kind, "endpoint", f.name, "correlation_id", r.correlationID(), "error", failure, "attempts", attempts)
+	f.logger(r).Error("set aside as a dead letter", "error", failure, "attempts", attempts)
 	return true
 }
 
