@@ -668,7 +668,7 @@ func (ex *executions) serve(j job, now time.Time) {
 			sequence: meta.Sequence.Stream,
 			attempt:  int(meta.NumDelivered),
 		},
-		run:      x,
+		run: x,
 	}
 	ex.mu.Lock()
 	busy := ex.runs[x.key] != nil
