@@ -3652,6 +3652,28 @@ func TestInvalidCommands(t *testing.T) {
 	fails(t, err, aegis.ErrUnavailable, "JetStream")
 }
 
+func TestCommandStreamsThatCannotBeUsed(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		words  []string
+		config jetstream.StreamConfig
+	}{
+		"bucket": {[]string{"KV_aegis_commands", "republish", "aegis.jobs.>"}, jetstream.StreamConfig{Name: "KV_aegis_commands", Subjects: []string{"$KV.aegis_commands.>"}, AllowMsgTTL: true}},
+		"queue":  {[]string{"AEGIS_COMMANDS", "workqueue"}, jetstream.StreamConfig{Name: "AEGIS_COMMANDS", Subjects: []string{"commands.>"}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			if _, err := manage(t, srv).CreateStream(t.Context(), c.config); err != nil {
+				t.Fatal(err)
+			}
+			svc := newService(t, srv, "risk")
+			handleCommand(t, svc, "work", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil })
+			fails(t, svc.Start(t.Context()), aegis.ErrInvalid, c.words...)
+		})
+	}
+}
+
 func TestKilledWorker(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
