@@ -1033,22 +1033,27 @@ func (f *feed) receive(m *nats.Msg) (problem string) {
 	}
 	status := m.Header.Get("Status")
 	if m.Reply != "" || status == "" { // a message
-		if l == nil || l.empty.Load() || l.current.Load().open.Add(-1) < 0 {
+		waited := l != nil && l.empty.Load()
+		if l == nil || waited || l.current.Load().open.Add(-1) < 0 {
 			f.claimed.Add(1)
 		}
 		if l != nil {
 			l.current.Load().came.Store(true)
-			if l.empty.Load() {
+			if waited {
 				l.current.Load().open.Store(0)
 				l.empty.Store(false)
 			}
 		}
-		f.starts++
-		if f.claimed.Load()-f.asked() > int64(f.limit) { // others came at the same time
+		room := int64(f.limit)
+		if !waited { // else what is asked for comes first: it is more urgent
+			room += f.asked()
+		}
+		if f.claimed.Load() > room { // others came at the same time
 			f.tell(m, "-NAK")
 			f.release()
 			return ""
 		}
+		f.starts++
 		f.queue <- m // never blocks for long: there is room for all that may run
 		return ""
 	}
