@@ -914,8 +914,8 @@ func (f *feed) pull(ctx context.Context, c *conn) bool {
 // asked is how many messages were asked for and haven't come, but for those that empty lanes wait for.
 func (f *feed) asked() (n int64) {
 	for _, l := range f.lanes {
-		if !l.empty.Load() {
-			n += max(l.current.Load().open.Load(), 0)
+		if a := l.current.Load(); a != nil && !l.empty.Load() {
+			n += max(a.open.Load(), 0)
 		}
 	}
 	return n
