@@ -73,20 +73,39 @@ type Service struct {
 	cfg      config
 	log      *slog.Logger
 	conns    []*conn
-	next     atomic.Uint32 // the connection that the last call took
-	breakers breakers
+	next     atomic.Uint32    // the connection that the last call took
+	breakers lookup[*breaker] // by service
 	cancels  cancels
-	handled  sync.Map // commands that are known to be handled, see handles
 
+	elections   lookup[*watch[claim]] // by <service>.<group>
+	directories lookup[*directory]    // by service
+	exclusive   *candidate            // for the exclusive handlers; nil without any
+	acting      atomic.Int32          // functions of Lead that run
+	campaigns   sync.WaitGroup        // candidates
+
+	since   time.Time          // when it was started
+	unwell  atomic.Bool        // a health check fails
+	judging sync.Mutex         // one judge at a time
+	news    chan struct{}      // to beat: the entry has changed
+	enlist  chan chan struct{} // to beat: write it now, and close this
+	gone    context.Context    // ends beat
+	goAway  context.CancelFunc
+	beating sync.WaitGroup // beat
+
+	quitting context.Context // ends when Stop begins
+	quit     context.CancelFunc
 	base     context.Context // parent of every handler's ctx: ends when Stop's time is up
 	cancel   context.CancelFunc
-	draining atomic.Bool   // requests that wait are refused
-	done     chan struct{} // closed when Stop is through
+	tasks    sync.WaitGroup // goroutines that end with base
+	draining atomic.Bool    // requests that wait are refused
+	done     chan struct{}  // closed when Stop is through
 
-	mu        sync.Mutex // guards the rest
-	state     state
-	endpoints map[string]*endpoint // by subject
-	own       []*nats.Subscription // those that belong to no endpoint, and end with Stop's beginning
+	mu         sync.Mutex // guards the rest
+	state      state
+	endpoints  map[string]*endpoint // by kind and name
+	candidates map[*candidate]bool
+	enrolled   bool                 // the registry may have an entry
+	own        []*nats.Subscription // those that belong to no endpoint, and end with Stop's beginning
 }
 
 type state int
@@ -111,6 +130,10 @@ type config struct {
 	concurrency int
 	replicas    int
 	breaker     BreakerPolicy
+	failover    FailoverPolicy
+	heartbeat   time.Duration
+	metadata    map[string]string
+	checks      []*healthCheck
 	middleware  []Middleware
 	err         error // of the first option that was out of range
 }
@@ -242,6 +265,7 @@ type handlerConfig struct {
 	deadline           time.Duration
 	durable            string
 	broadcast, replays bool
+	exclusive          bool
 	err                error // of the first option that was out of range
 }
 
@@ -310,6 +334,8 @@ func New(name string, opts ...Option) (*Service, error) {
 		timeout:     5 * time.Second,
 		concurrency: 1024,
 		replicas:    1,
+		failover:    Balanced,
+		heartbeat:   10 * time.Second,
 	}
 	if env := os.Getenv("NATS_URL"); env != "" {
 		WithURL(strings.Split(env, ",")...)(&cfg)
@@ -336,14 +362,19 @@ func New(name string, opts ...Option) (*Service, error) {
 		cfg.logger = slog.Default()
 	}
 	s := &Service{
-		name:      name,
-		id:        id,
-		cfg:       cfg,
-		log:       cfg.logger.With("service", name, "instance", id),
-		endpoints: map[string]*endpoint{},
-		done:      make(chan struct{}),
+		name:       name,
+		id:         id,
+		cfg:        cfg,
+		log:        cfg.logger.With("service", name, "instance", id),
+		endpoints:  map[string]*endpoint{},
+		candidates: map[*candidate]bool{},
+		news:       make(chan struct{}, 1),
+		enlist:     make(chan chan struct{}),
+		done:       make(chan struct{}),
 	}
+	s.quitting, s.quit = context.WithCancel(context.Background())
 	s.base, s.cancel = context.WithCancel(context.Background())
+	s.gone, s.goAway = context.WithCancel(context.Background())
 	for range cfg.pool {
 		c, err := s.connect()
 		if err != nil {
@@ -369,21 +400,27 @@ func (s *Service) Conn() *nats.Conn {
 	return s.conns[0].nc
 }
 
-// Start begins to serve: it makes what [Subscribe] needs on the server and subscribes. When it returns, every server of the pool
-// knows the handlers; more may be added later. It fails with [ErrClosed] after Stop, [ErrInvalid] if the service was started
-// already or a stream or consumer that exists can't be used, [ErrUnavailable] if the server, or its JetStream, can't be reached.
-// A service whose Start failed can only be stopped.
+// Start begins to serve: it runs the health checks once, makes what [Subscribe] needs on the server, subscribes, and enters the
+// instance into the registry. When it returns, every server of the pool knows the handlers; more may be added later. An instance
+// with [Exclusive] handlers then campaigns to lead, which takes the Lease of its policy ([WithFailover]) where nobody led before.
+//
+// It fails with [ErrClosed] after Stop, [ErrInvalid] if the service was started already or a stream, bucket or consumer that exists
+// can't be used, [ErrUnavailable] if the server can't be reached, or its JetStream, where handlers need it. (Without JetStream the
+// instance serves plain RPC, but isn't in the registry.) A service whose Start failed can only be stopped.
 func (s *Service) Start(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state != created {
 		defer s.mu.Unlock()
 		return s.stateErrorLocked("Start")
 	}
-	s.state = started
-	endpoints := slices.Collect(maps.Values(s.endpoints))
+	s.state, s.since = started, time.Now()
 	s.mu.Unlock()
 
-	for _, e := range endpoints {
+	select {
+	case <-s.checkHealth():
+	case <-ctx.Done():
+	}
+	for _, e := range s.handlers() {
 		if err := e.open(ctx); err != nil {
 			return err
 		}
@@ -391,7 +428,19 @@ func (s *Service) Start(ctx context.Context) error {
 	if err := s.subscribeOwn(); err != nil {
 		return err
 	}
-	return s.flush(ctx)
+	if err := s.flush(ctx); err != nil {
+		return err
+	}
+	if failure := s.enroll(ctx); failure != nil {
+		return failure
+	}
+	return nil
+}
+
+func (s *Service) handlers() []*endpoint {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.endpoints))
 }
 
 func (s *Service) stateErrorLocked(verb string) error {
@@ -425,8 +474,9 @@ const (
 	returnTimeout = 5 * time.Second        // to note what is given back, before that
 )
 
-// Stop takes no more requests, waits until those that have arrived are answered, flushes, and closes the connections; calls
-// that still wait for an answer then fail with [ErrClosed]. When ctx ends before that, requests that haven't begun are
+// Stop takes no more requests, waits until those that have arrived are answered, releases the leadership, leaves the registry,
+// flushes, and closes the connections; calls that still wait for an answer then fail with [ErrClosed]. The functions of
+// [Service.Lead] are told at its beginning. When ctx ends before that, requests that haven't begun are
 // refused, events are given back without using up an attempt, the ctx of the handlers that run ends, and Stop returns 0.2 s
 // later with [ErrTimeout] saying how many are left; what is given back may take it up to 5 s more, and 2 s in a cluster. While the
 // server can't be reached it closes what is local and returns [ErrUnavailable]. A second Stop waits for the first and returns
@@ -449,6 +499,8 @@ func (s *Service) Stop(ctx context.Context) error {
 
 	defer close(s.done)
 	defer s.close()
+	s.quit()
+	poke(s.news) // STOPPING
 	for _, sub := range own {
 		_ = sub.Unsubscribe() // fails only on a closed connection
 	}
@@ -476,12 +528,13 @@ func (s *Service) Stop(ctx context.Context) error {
 			all.Go(func() { e.finish(ctx) })
 		}
 		all.Wait()
+		s.campaigns.Wait() // an exclusive handler must have come to its end before
 	}()
 	var late error
 	select {
 	case <-finished:
 	case <-ctx.Done():
-		running := 0
+		running := int(s.acting.Load())
 		for _, e := range endpoints {
 			running += e.running()
 		}
@@ -501,6 +554,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		defer cancel()
 		ctx = flushCtx
 	}
+	s.leave(ctx)
 	for _, c := range s.conns {
 		if err := c.flush(ctx); err != nil {
 			lost = err
@@ -522,9 +576,12 @@ func (s *Service) close() {
 		c.disconnected()
 		closing.Go(c.nc.Close)
 	}
+	s.quit()
+	s.goAway()
 	closed := make(chan struct{})
 	go func() {
 		closing.Wait()
+		s.tasks.Wait()
 		close(closed)
 	}()
 	select {
@@ -798,6 +855,8 @@ type Message struct {
 type endpoint struct {
 	svc                 *Service
 	source              source
+	lease               *candidate // of an exclusive handler, else nil
+	sharing             sync.Mutex // one call of share at a time
 	kind, name, subject string
 	run                 HandlerFunc
 	limit, resident     int
@@ -846,6 +905,7 @@ const (
 // A source brings messages into an endpoint's queue.
 type source interface {
 	open(ctx context.Context) error // begins, unless drain was called
+	share(on bool) error            // takes part in what the service's instances share, or does no more
 	drain(ctx context.Context)      // asks for no more; what is under way still comes, until the connections are flushed
 	cut(c *conn)                    // gives up what was to come by a connection that is down
 	interrupt()                     // is called before the ctx of what is being handled ends
@@ -874,9 +934,9 @@ func (s *Service) handlerConfig(kind string, opts []HandlerOption) (handlerConfi
 }
 
 // register adds a handler, wrapped in the service's middleware, and opens it if the service is serving.
-func (s *Service) register(e *endpoint, concurrency int) error {
+func (s *Service) register(e *endpoint, cfg handlerConfig) error {
 	e.svc = s
-	e.limit = concurrency
+	e.limit = cfg.concurrency
 	e.resident = min(e.limit, runtime.GOMAXPROCS(0))
 	e.workers = map[*worker]bool{}
 	e.average.Store(2 * slowHandler) // until it is known better
@@ -902,6 +962,12 @@ func (s *Service) register(e *endpoint, concurrency int) error {
 		}
 		return newError(ErrInvalid, "%s has a handler already", e.subject)
 	}
+	if cfg.exclusive {
+		if s.exclusive == nil {
+			s.exclusive = s.newCandidate(defaultGroup, s.cfg.failover)
+		}
+		e.lease = s.exclusive
+	}
 	s.endpoints[key] = e
 	serving := s.state == started
 	s.mu.Unlock()
@@ -913,7 +979,9 @@ func (s *Service) register(e *endpoint, concurrency int) error {
 	defer cancel()
 	err := e.open(ctx)
 	if err == nil {
-		return s.flush(ctx)
+		err = s.flush(ctx)
+		s.reportNow(ctx)
+		return err
 	}
 	s.mu.Lock()
 	stopped := s.state == stopping // which sees to it
@@ -928,7 +996,46 @@ func (s *Service) register(e *endpoint, concurrency int) error {
 
 func (e *endpoint) open(ctx context.Context) error {
 	e.hire(e.resident)
-	return e.source.open(ctx)
+	if e.lease != nil {
+		if err := e.svc.runForLeader(ctx); err != nil {
+			return err
+		}
+	}
+	if err := e.source.open(ctx); err != nil {
+		return err
+	}
+	return e.share()
+}
+
+// share has the endpoint take part in what the service's instances share, if the instance is well and, for an exclusive handler, the
+// leader. It is called whenever that may have changed.
+func (e *endpoint) share() error {
+	e.sharing.Lock()
+	defer e.sharing.Unlock()
+	return e.source.share(!e.svc.unwell.Load() && (e.lease == nil || e.lease.term.Load().holds()))
+}
+
+func (s *Service) share() {
+	for _, e := range s.handlers() {
+		if err := e.share(); err != nil {
+			e.svc.log.Error("an endpoint isn't served", "kind", e.kind, "endpoint", e.name, "error", err)
+		}
+	}
+}
+
+// admit gives a request its ctx. It is not ok if the handler is exclusive and this instance doesn't lead, or is about to resign and
+// the request is one for it alone.
+func (e *endpoint) admit(r *request) (ok bool) {
+	r.Context = e.svc.base
+	if e.lease == nil {
+		return true
+	}
+	t := e.lease.term.Load()
+	if !t.holds() || t.resigned.Err() != nil && r.msg.Subject != e.subject {
+		return false
+	}
+	r.Context, r.term = t, t
+	return true
 }
 
 // finish waits until all that has arrived is handled.
@@ -993,6 +1100,8 @@ func (e *endpoint) running() int {
 	defer e.mu.Unlock()
 	return len(e.workers) - int(e.idle.Load())
 }
+
+func (e *endpoint) busy() bool { return len(e.queue) > 0 || len(e.waiting) > 0 || e.running() > 0 }
 
 func (e *endpoint) work(w *worker) {
 	done := false
@@ -1189,6 +1298,11 @@ func (e *endpoint) dispatch(r *request) {
 		if failure == errGoexit {
 			failure = newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name)
 		}
+		if r.fenced = r.ran && r.term != nil && !r.term.holds(); r.fenced {
+			f := newError(ErrFenced, "%s lost the leadership, of term %d, while %s ran: its effect may or may not stand", e.svc.id, r.term.number, e.name)
+			f.Cause = failure
+			failure = f
+		}
 		if failure != nil {
 			f := *failure
 			f.Source, f.NotRun = e.svc.name, !r.ran
@@ -1221,6 +1335,8 @@ type request struct {
 	ran             bool      // the handler was called
 	delivery        *delivery // nil for a request
 	run             *run      // of a command
+	term            *term     // that an exclusive handler was called in
+	fenced          bool      // the term was over when it returned
 
 	mu     sync.Mutex // guards timed and cancel
 	timed  context.Context

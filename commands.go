@@ -110,17 +110,10 @@ func (s *Service) commandStream() jetstream.StreamConfig {
 
 // recordStream is the bucket, whose changes are republished.
 func (s *Service) recordStream() jetstream.StreamConfig {
-	return jetstream.StreamConfig{
-		Name:              "KV_" + recordBucket,
-		Subjects:          []string{recordPrefix + ">"},
-		MaxMsgsPerSubject: 1,
-		Discard:           jetstream.DiscardNew,
-		AllowRollup:       true,
-		DenyDelete:        true,
-		AllowMsgTTL:       true,
-		Replicas:          s.cfg.replicas,
-		RePublish:         &jetstream.RePublish{Source: recordPrefix + ">", Destination: updatePrefix + ">"},
-	}
+	config := s.bucket(recordBucket)
+	config.AllowMsgTTL = true
+	config.RePublish = &jetstream.RePublish{Source: recordPrefix + ">", Destination: updatePrefix + ">"}
+	return config
 }
 
 // A record is all that is known of a command but its data.
@@ -191,48 +184,15 @@ func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revi
 
 // readRecord asks the bucket's leader for the latest record, nil if there is none; on a certain connection, if c is not nil.
 func (s *Service) readRecord(ctx context.Context, c *conn, key string) (*record, uint64, *Error) {
-	ask, _ := json.Marshal(map[string]string{"last_by_subj": recordPrefix + key}) // a string: it can't fail
-	x := &exchange{subject: "$JS.API.STREAM.MSG.GET.KV_" + recordBucket, data: ask, limit: s.cfg.timeout}
-	if deadline, ok := ctx.Deadline(); ok {
-		x.limit = min(x.limit, time.Until(deadline))
-	}
-	x.until = clock() + x.limit
-	var answer *nats.Msg
-	var failure *Error
-	if c == nil {
-		answer, failure = s.request(ctx, x)
-	} else {
-		answer, failure = s.requestOn(ctx, c, x)
-	}
-	if failure == errNobody {
-		return nil, 0, notRun(newError(ErrUnavailable, "no JetStream: run nats-server with -js, and enable it for the account"))
-	}
-	if failure != nil {
-		return nil, 0, failure
-	}
-	var got struct {
-		Message struct {
-			Sequence uint64 `json:"seq"`
-			Data     []byte `json:"data"`
-		} `json:"message"`
-		Error *jetstream.APIError `json:"error"`
-	}
-	if err := json.Unmarshal(answer.Data, &got); err != nil {
-		return nil, 0, newError(ErrInternal, "reading the record of %s: %v", key, err)
-	}
-	switch {
-	case got.Error != nil && got.Error.Code == 404:
-		return nil, 0, nil
-	case got.Error != nil:
-		return nil, 0, jetStreamError(got.Error, "the record of "+key)
-	case len(got.Message.Data) == 0: // deleted by someone else
-		return nil, got.Message.Sequence, nil
+	data, revision, failure := s.readKey(ctx, c, recordBucket, key)
+	if failure != nil || data == nil {
+		return nil, revision, failure
 	}
 	rec := &record{}
-	if err := MsgPack.Unmarshal(got.Message.Data, rec); err != nil {
+	if err := MsgPack.Unmarshal(data, rec); err != nil {
 		return nil, 0, newError(ErrInternal, "the record of %s can't be read: %v", key, err)
 	}
-	return rec, got.Message.Sequence, nil
+	return rec, revision, nil
 }
 
 // Sending.
@@ -294,7 +254,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if len(copyHeader(header)) < len(header) {
 		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q", service, command, slices.Collect(maps.Keys(header))))
 	}
-	if !s.handles(service, subject) {
+	if running, sv, failure := s.serving(ctx, service, subject); failure == nil && len(running) > 0 && sv == nil {
 		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
 	}
 	rec := &record{State: queued, Priority: cfg.priority, Source: s.name, Digest: digest(header, data)}
@@ -587,7 +547,7 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 	ex := &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), runs: map[string]*run{}, owner: rand.Text()}
 	ex.look = ex.checkAll
 	e.source = ex
-	return s.register(e, min(cfg.concurrency, queueSize))
+	return s.register(e, cfg)
 }
 
 // executions is where an endpoint's commands come from.
@@ -648,13 +608,8 @@ func (ex *executions) serve(j job, now time.Time) {
 		ex.tell(m, "+TERM")
 		return
 	}
-	if ex.svc.draining.Load() {
-		ex.tell(m, "-NAK")
-		return
-	}
 	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id, over: make(chan struct{})}
 	x.r = &request{
-		Context:  ex.svc.base,
 		svc:      ex.svc,
 		msg:      Message{Kind: ex.kind, Subject: m.Subject, Source: m.Header.Get(headerSource), Header: m.Header, Data: m.Data},
 		in:       m,
@@ -669,6 +624,10 @@ func (ex *executions) serve(j job, now time.Time) {
 			attempt:  int(meta.NumDelivered),
 		},
 		run: x,
+	}
+	if ex.svc.draining.Load() || !ex.admit(x.r) {
+		ex.tell(m, ex.returned())
+		return
 	}
 	ex.mu.Lock()
 	busy := ex.runs[x.key] != nil
@@ -900,7 +859,7 @@ func (x *run) finish(data []byte, failure *Error) {
 			failure = newError(ErrInternal, "the result of the command %s has %d bytes, more than %d: the server's max_payload, less %d", x.ex.name, len(data), limit, letterRoom)
 		}
 	}
-	stopped := svc.base.Err() != nil
+	stopped := svc.base.Err() != nil || r.fenced
 	if failure != nil {
 		failure = failure.cut()
 		failure.Source = svc.name
@@ -985,7 +944,7 @@ func (x *run) giveBack() {
 			return
 		}
 	}
-	x.ex.tell(x.r.in, "-NAK")
+	x.ex.tell(x.r.in, x.ex.returned())
 }
 
 // interrupt gives all commands back in their records; their messages follow when their handlers return.

@@ -602,6 +602,9 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 	if err != nil {
 		return err
 	}
+	if cfg.broadcast && cfg.exclusive {
+		return newError(ErrInvalid, "events %q: Broadcast() is for all instances, Exclusive() for one: choose", pattern)
+	}
 	e := &endpoint{kind: kindEvent, name: orDefault(cfg.durable, pattern), subject: eventPrefix + pattern, run: run}
 	// The name of the consumer, in which . * > can't be.
 	name := s.name + "~" + orDefault(cfg.durable, strings.NewReplacer(".", "~", "*", "+", ">", "#").Replace(pattern))
@@ -620,7 +623,7 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 		l.config.MaxAckPending = 1
 	}
 	e.source = &subscription{newFeed(e, cfg, s.eventStream(), l)}
-	return s.register(e, min(cfg.concurrency, queueSize))
+	return s.register(e, cfg)
 }
 
 const (
@@ -639,7 +642,8 @@ type feed struct {
 	ackWait atomic.Int64           // the shortest
 	inbound chan *nats.Msg         // from the server to fetch: what doesn't go right into the queue
 	starts  int                    // since a start of the least urgent, or all lanes were empty
-	wake    chan struct{}          // more can be asked for
+	on      atomic.Bool            // see share
+	wake    chan struct{}          // more can be asked for, or on has changed
 	settled chan struct{}          // nothing more will come
 	keeping sync.WaitGroup         // keepAlive
 	look    func()                 // is called when it does, unless it is nil
@@ -680,7 +684,7 @@ func newLane(consumer, subject string) *lane {
 func newFeed(e *endpoint, cfg handlerConfig, stream jetstream.StreamConfig, lanes ...*lane) *feed {
 	return &feed{
 		endpoint: e, cfg: cfg, stream: stream, lanes: lanes,
-		inbound: make(chan *nats.Msg, min(cfg.concurrency, queueSize)+64),
+		inbound: make(chan *nats.Msg, cfg.concurrency+64),
 		wake:    make(chan struct{}, 1),
 		settled: make(chan struct{}),
 	}
@@ -705,6 +709,14 @@ func (f *feed) open(ctx context.Context) error {
 	ctx, f.cancel = context.WithCancel(f.svc.base)
 	f.busy.Go(func() { f.fetch(ctx) })
 	f.keeping.Go(f.keepAlive)
+	return nil
+}
+
+// share begins or ends the asking. What was asked for still comes.
+func (f *feed) share(on bool) error {
+	if f.on.Swap(on) != on {
+		poke(f.wake)
+	}
 	return nil
 }
 
@@ -834,6 +846,12 @@ const (
 // fetch brings events until the feed is closed.
 func (f *feed) fetch(ctx context.Context) {
 	for trouble := 0; ; {
+		for ctx.Err() == nil && !f.on.Load() {
+			select {
+			case <-f.wake:
+			case <-ctx.Done():
+			}
+		}
 		c := f.svc.pick()
 		if c != nil && f.pull(ctx, c) {
 			trouble = 0
@@ -882,7 +900,7 @@ func (f *feed) pull(ctx context.Context, c *conn) bool {
 	defer tick.Stop()
 	for {
 		now := clock()
-		over := now-begun > fetchSession || ctx.Err() != nil
+		over := now-begun > fetchSession || ctx.Err() != nil || !f.on.Load()
 		if !over && f.ask(c) != nil {
 			return false
 		}
@@ -1107,10 +1125,7 @@ func (f *feed) take(m *nats.Msg) bool {
 
 func (f *feed) release() {
 	if f.worthAsking(int64(f.limit) - f.claimed.Add(-1)) {
-		select {
-		case f.wake <- struct{}{}:
-		default: // it is told already
-		}
+		poke(f.wake)
 	}
 }
 
@@ -1189,7 +1204,6 @@ func (f *subscription) serve(j job, now time.Time) {
 		return
 	}
 	r := &request{
-		Context:  f.svc.base,
 		svc:      f.svc,
 		msg:      Message{Kind: f.kind, Subject: d.subject, Source: m.Header.Get(headerSource), Header: m.Header, Data: m.Data},
 		in:       m,
@@ -1197,9 +1211,8 @@ func (f *subscription) serve(j job, now time.Time) {
 		deadline: now.Add(f.cfg.deadline),
 		delivery: d,
 	}
-	if f.svc.draining.Load() {
-		f.noteReturn(d)
-		f.tell(m, "-NAK")
+	if f.svc.draining.Load() || !f.admit(r) {
+		f.giveBack(r)
 		return
 	}
 	if d.attempt > f.cfg.attempts {
@@ -1223,6 +1236,8 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 		f.tell(r.in, "+ACK")
 	case f.svc.base.Err() != nil: // it was told to end, see interrupt
 		f.tell(r.in, "-NAK")
+	case r.fenced:
+		f.giveBack(r)
 	case r.undecodable:
 		f.setAside(r, failure, r.delivery.attempt)
 	case r.delivery.attempt < f.cfg.attempts:
@@ -1234,6 +1249,12 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 			f.retry(r, failure)
 		}
 	}
+}
+
+// giveBack lets another instance have the event, as if it hadn't been delivered.
+func (f *subscription) giveBack(r *request) {
+	f.noteReturn(r.delivery)
+	f.tell(r.in, f.returned())
 }
 
 // setAside stores a dead letter, and only then acknowledges the event.
@@ -1257,6 +1278,14 @@ func (f *feed) retry(r *request, failure *Error) {
 	pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
 	f.logger(r).Warn("an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
 	f.tell(r.in, nakAfter(pause))
+}
+
+// returned hands a message back. If this instance isn't to have it, since it doesn't lead, what it has asked for expires first.
+func (f *feed) returned() string {
+	if f.lease != nil && f.svc.quitting.Err() == nil {
+		return nakAfter(fetchExpiry)
+	}
+	return "-NAK"
 }
 
 func nakAfter(pause time.Duration) string {

@@ -1,17 +1,864 @@
 package aegis
 
-// This file is how services find out about each other: what a running instance tells about itself over the $SRV subjects of
-// NATS services (ADR-32), and why nobody answers a call.
+// This file is how services find out about each other. Each running instance has an entry in the bucket aegis_registry, which it
+// refreshes with each heartbeat and which expires after three (Instance). Whoever calls a service keeps a local copy of the entries
+// (Discover, Watch), from which it chooses (Balance), and which tells why nobody answers. At the end: the buckets as such, the local
+// copies of their keys, which elections use too, and the $SRV subjects of NATS services.
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
+	"iter"
+	"maps"
+	"math/rand/v2"
+	"reflect"
 	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nats-io/nats.go/micro"
 )
+
+// An Instance is what a running instance of a service tells about itself. Maps and slices in it are shared, and must not be changed.
+type Instance struct {
+	Service  string            `json:"service"`
+	ID       string            `json:"id"`
+	Version  string            `json:"version"`
+	Status   string            `json:"status"` // ACTIVE; STANDBY: another one leads; UNHEALTHY: a health check fails; STOPPING
+	Metadata map[string]string `json:"metadata,omitempty"`
+
+	Endpoints []Endpoint `json:"endpoints,omitempty"` // by Kind, then Name
+	Load      int        `json:"load"`                // handlers running when it was written
+	Started   time.Time  `json:"started"`
+	Seen      time.Time  `json:"-"` // when the server stored it
+}
+
+// An Endpoint is a handler of an [Instance].
+type Endpoint struct {
+	Kind      string `json:"kind"` // "rpc", "event" or "command"
+	Name      string `json:"name"`
+	Subject   string `json:"subject"`
+	Exclusive bool   `json:"exclusive,omitempty"`
+}
+
+// The states of an instance.
+const (
+	active    = "ACTIVE"
+	standby   = "STANDBY"
+	unhealthy = "UNHEALTHY"
+	leaving   = "STOPPING"
+)
+
+// WithHeartbeat sets how often the instance refreshes its entry in the registry, and runs its health checks: at least 1 s. The
+// default is 10 s. The entry of an instance that crashed expires after three heartbeats, in whole seconds, rounded down.
+func WithHeartbeat(interval time.Duration) Option {
+	return func(c *config) {
+		c.check(interval >= time.Second, "WithHeartbeat(%v): want 1 s or more, since NATS counts in whole seconds", interval)
+		c.heartbeat = interval
+	}
+}
+
+// WithMetadata adds to what the instance tells about itself in the registry. The entry has to fit the server's max_payload.
+func WithMetadata(md map[string]string) Option {
+	return func(c *config) { c.metadata = maps.Clone(md) }
+}
+
+// WithHealthCheck adds a check of the instance's health, which runs at Start and with each heartbeat, and fails when it returns an
+// error, or not within a heartbeat; its ctx ends then. While any fails the instance is UNHEALTHY: it gives up the leadership,
+// takes no calls, events and commands but those addressed to it, and is not chosen by [Balance]. An empty or repeated name is invalid.
+func WithHealthCheck(name string, fn func(context.Context) error) Option {
+	return func(c *config) {
+		known := slices.ContainsFunc(c.checks, func(h *healthCheck) bool { return h.name == name })
+		c.check(name != "" && !known && fn != nil, "WithHealthCheck(%q): want a name of its own, and a function", name)
+		c.checks = append(c.checks, &healthCheck{name: name, fn: fn})
+	}
+}
+
+// A Strategy says which instance a call goes to; see [Balance].
+type Strategy int
+
+const (
+	RoundRobin  Strategy = iota // each in turn
+	Random                      // any
+	LeastLoaded                 // of two random ones that with fewer handlers running and fewer calls from here
+)
+
+// Balance addresses the call to an instance chosen by a strategy, where by default NATS chooses at random. An instance that is
+// UNHEALTHY or STOPPING is not chosen, one that doesn't listen any more is skipped at once, and calls of an [Exclusive] handler go
+// to the leader. The first such call of a service asks the registry, and fails as [Service.Discover] does.
+func Balance(strategy Strategy) CallOption {
+	return func(c *callConfig) {
+		c.check(c.kind == kindRPC, "Balance(%d): only calls are addressed to an instance", strategy)
+		c.check(strategy >= RoundRobin && strategy <= LeastLoaded, "Balance(%d): want RoundRobin, Random or LeastLoaded", strategy)
+		c.balanced, c.strategy = true, strategy
+	}
+}
+
+const (
+	registryBucket = "aegis_registry"
+	registryPrefix = "$KV." + registryBucket + "."
+	markerTTL      = time.Hour // of what tells that an entry expired
+)
+
+func (s *Service) registryStream() jetstream.StreamConfig {
+	config := s.bucket(registryBucket)
+	config.AllowMsgTTL, config.SubjectDeleteMarkerTTL = true, markerTTL
+	return config
+}
+
+// Discovery.
+
+// Discover lists the instances of a service, by id; none if there is no such service. The first call for a service asks the server,
+// until ctx ends or for [WithTimeout]. Later ones answer from a copy that is kept up to date; while there is no connection, it stays
+// as it is. Errors: [ErrInvalid] for a name that is out of range, [ErrUnavailable] without connection or JetStream at first,
+// [ErrTimeout], [ErrCanceled], [ErrClosed].
+func (s *Service) Discover(ctx context.Context, service string) ([]Instance, error) {
+	d, failure := s.discover(ctx, service)
+	if failure != nil {
+		return nil, failure
+	}
+	return slices.Clone(d.view().instances), nil
+}
+
+// Watch yields the instances of a service as [Service.Discover] lists them, then again whenever one comes or goes, or its status,
+// metadata, or endpoints change. It ends when ctx ends; or with an error, of Discover's, if it can't begin or the service is stopped.
+func (s *Service) Watch(ctx context.Context, service string) iter.Seq2[[]Instance, error] {
+	return func(yield func([]Instance, error) bool) {
+		d, failure := s.discover(ctx, service)
+		if failure != nil {
+			yield(nil, failure)
+			return
+		}
+		var last []Instance
+		for first := true; ; first = false {
+			news := d.news()
+			now := d.view().instances
+			if (first || !slices.EqualFunc(last, now, sameButSeen)) && !yield(slices.Clone(now), nil) {
+				return
+			}
+			last = now
+			select {
+			case <-news:
+			case <-ctx.Done():
+				return
+			case <-s.base.Done():
+				yield(nil, newError(ErrClosed, "service %s was stopped", s.name))
+				return
+			}
+		}
+	}
+}
+
+// sameButSeen tells that a and b differ in nothing but what each heartbeat changes.
+func sameButSeen(a, b Instance) bool {
+	a.Load, a.Seen = b.Load, b.Seen
+	return reflect.DeepEqual(a, b)
+}
+
+// discover is the directory of a service, filled.
+func (s *Service) discover(ctx context.Context, service string) (*directory, *Error) {
+	if !isName(service, maxService) {
+		return nil, notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
+	}
+	d := s.directories.get(service, func() *directory {
+		return &directory{watch: newWatch(s, registryBucket, service+".*", func(key string, i *Instance) bool {
+			return i.Service == service && i.Service+"."+i.ID == key && isToken(i.ID, maxInstance)
+		})}
+	})
+	return d, d.wait(ctx)
+}
+
+// A directory is the local copy of a service's entries, and what follows from them.
+type directory struct {
+	*watch[Instance]
+	turn   atomic.Uint32 // of RoundRobin
+	latest atomic.Pointer[view]
+}
+
+// A view is what a directory shows at a moment.
+type view struct {
+	version   uint64 // of the watch
+	instances []Instance
+	served    map[string]*served // by subject
+}
+
+// served is what listens on a subject.
+type served struct {
+	exclusive bool
+	by        []*peer // those that may be chosen
+}
+
+// A peer is an instance that may be called.
+type peer struct {
+	id    string
+	load  int
+	calls *atomic.Int64 // from here, running
+}
+
+// view is made anew after each change, when somebody looks.
+func (d *directory) view() *view {
+	last := d.latest.Load()
+	version := d.version.Load()
+	if last != nil && last.version == version {
+		return last
+	}
+	calls := map[string]*atomic.Int64{}
+	if last != nil {
+		for _, sv := range last.served {
+			for _, p := range sv.by {
+				calls[p.id] = p.calls
+			}
+		}
+	}
+	v := &view{version: version, instances: []Instance{}, served: map[string]*served{}}
+	for _, e := range d.all() {
+		e.value.Seen = e.created
+		v.instances = append(v.instances, e.value)
+	}
+	slices.SortFunc(v.instances, func(a, b Instance) int { return cmp.Compare(a.ID, b.ID) })
+	for _, i := range v.instances {
+		p := &peer{i.ID, i.Load, orDefault(calls[i.ID], &atomic.Int64{})}
+		for _, e := range i.Endpoints {
+			sv := v.served[e.Subject]
+			if sv == nil {
+				sv = &served{}
+				v.served[e.Subject] = sv
+			}
+			sv.exclusive = sv.exclusive || e.Exclusive
+			if i.Status != unhealthy && i.Status != leaving {
+				sv.by = append(sv.by, p)
+			}
+		}
+	}
+	d.latest.Store(v)
+	return v
+}
+
+// choose is the peer that a call on a subject goes to, nil if there is none but those to skip.
+func (d *directory) choose(by []*peer, strategy Strategy, skip []*peer) *peer {
+	if len(skip) > 0 {
+		by = slices.DeleteFunc(slices.Clone(by), func(p *peer) bool { return slices.Contains(skip, p) })
+	}
+	if len(by) == 0 {
+		return nil
+	}
+	switch strategy {
+	case RoundRobin:
+		return by[d.turn.Add(1)%uint32(len(by))]
+	case LeastLoaded:
+		a, b := by[rand.IntN(len(by))], by[rand.IntN(len(by))]
+		if a.calls.Load()+int64(a.load) > b.calls.Load()+int64(b.load) {
+			return b
+		}
+		return a
+	}
+	return by[rand.IntN(len(by))]
+}
+
+// requestAny sends a call to an instance chosen by a strategy, and to the next one if that doesn't listen any more.
+func (s *Service) requestAny(ctx context.Context, x *exchange, service string, strategy Strategy) (*nats.Msg, *Error) {
+	d, failure := s.discover(ctx, service)
+	if failure != nil {
+		return nil, notRun(failure)
+	}
+	shared := x.subject
+	defer func() { x.subject = shared }()
+	sv := d.view().served[shared]
+	if sv == nil || sv.exclusive {
+		return s.request(ctx, x) // the leader alone listens
+	}
+	var skip []*peer
+	for {
+		p := d.choose(sv.by, strategy, skip)
+		if p == nil {
+			x.subject = shared
+			return s.request(ctx, x)
+		}
+		x.subject = shared + "." + p.id
+		p.calls.Add(1)
+		answer, failure := s.request(ctx, x)
+		p.calls.Add(-1)
+		if failure != errNobody {
+			return answer, failure
+		}
+		skip = append(skip, p)
+	}
+}
+
+const whyTimeout = 500 * time.Millisecond
+
+// whyNobody tells why the call that x stands for, of an instance perhaps, found no one who listens.
+func (s *Service) whyNobody(ctx context.Context, x *exchange, service, instance string) *Error {
+	ctx, cancel := context.WithTimeout(ctx, whyTimeout)
+	defer cancel()
+	who, subject, where := service, x.subject, x.subject
+	if instance != "" {
+		who, where = "instance "+instance+" of "+service, subject+"."+instance
+	}
+	running, sv, failure := s.serving(ctx, service, subject)
+	switch {
+	case failure != nil:
+		running, sv = s.askServing(ctx, service, instance, subject)
+	case instance != "":
+		running = slices.DeleteFunc(slices.Clone(running), func(i Instance) bool { return i.ID != instance })
+	}
+	switch {
+	case len(running) == 0:
+		return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is not running", where, who))
+	case sv == nil:
+		return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", running[0].ID, running[0].Version, subject))
+	case sv.exclusive && instance == "":
+		return notRun(newError(ErrNotActive, "nobody listens on %s: no instance of %s leads for now", subject, service))
+	}
+	return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is starting or stopping, or has crashed", where, who))
+}
+
+// serving tells which instances of a service run, and which serve a subject. That none does it says only after it has asked anew.
+func (s *Service) serving(ctx context.Context, service, subject string) (running []Instance, sv *served, failure *Error) {
+	d, failure := s.discover(ctx, service)
+	if failure != nil {
+		return nil, nil, failure
+	}
+	v := d.view()
+	if len(v.instances) > 0 && v.served[subject] == nil {
+		if failure := d.refresh(ctx); failure != nil {
+			return nil, nil, failure
+		}
+		v = d.view()
+	}
+	return v.instances, v.served[subject], nil
+}
+
+// Registration.
+
+// A healthCheck is one of WithHealthCheck.
+type healthCheck struct {
+	name    string
+	fn      func(context.Context) error
+	running atomic.Bool
+	failure atomic.Pointer[Error] // nil while it succeeds
+}
+
+// checkHealth begins all checks but those that still run, which fail. The channel is closed when all are through.
+func (s *Service) checkHealth() <-chan struct{} {
+	var all sync.WaitGroup
+	for _, h := range s.cfg.checks {
+		if !h.running.CompareAndSwap(false, true) {
+			h.failure.Store(newError(ErrTimeout, "it has not returned for %v", s.cfg.heartbeat))
+			s.judge()
+			continue
+		}
+		run := func() {
+			defer all.Done()
+			defer s.judge()
+			defer h.running.Store(false)
+			defer func() {
+				if p := recover(); p != nil {
+					h.failure.Store(newError(ErrInternal, "panic: %v", p))
+				}
+			}()
+			ctx, cancel := context.WithTimeout(s.base, s.cfg.heartbeat)
+			defer cancel()
+			h.failure.Store(asError(h.fn(ctx)))
+		}
+		all.Add(1)
+		s.tasks.Go(run)
+	}
+	through := make(chan struct{})
+	s.tasks.Go(func() {
+		all.Wait()
+		close(through)
+	})
+	return through
+}
+
+// judge notes whether the instance is well, and what follows from that.
+func (s *Service) judge() {
+	s.judging.Lock()
+	defer s.judging.Unlock()
+	unwell := false
+	for _, h := range s.cfg.checks {
+		if failure := h.failure.Load(); failure != nil {
+			unwell = true
+			if !s.unwell.Load() {
+				s.log.Warn("a health check fails", "check", h.name, "error", failure)
+			}
+		}
+	}
+	if s.unwell.Swap(unwell) == unwell {
+		return
+	}
+	if !unwell {
+		s.log.Info("all health checks succeed again")
+	}
+	s.mu.Lock()
+	for c := range s.candidates {
+		poke(c.nudge)
+	}
+	s.mu.Unlock()
+	s.changed()
+}
+
+// changed is called when the instance has become a leader or none, or well or unwell.
+func (s *Service) changed() {
+	s.share()
+	poke(s.news)
+}
+
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default: // it is told already
+	}
+}
+
+// instance is this one's entry.
+func (s *Service) instance() Instance {
+	i := Instance{
+		Service: s.name, ID: s.id, Version: s.cfg.version, Status: active, Metadata: s.cfg.metadata,
+		Endpoints: []Endpoint{},
+		Started:   s.since,
+	}
+	exclusive := false
+	for _, e := range s.handlers() {
+		exclusive = exclusive || e.lease != nil
+		i.Endpoints = append(i.Endpoints, Endpoint{e.kind, e.name, e.subject, e.lease != nil})
+		i.Load += e.running()
+	}
+	slices.SortFunc(i.Endpoints, func(a, b Endpoint) int {
+		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name))
+	})
+	switch {
+	case s.quitting.Err() != nil:
+		i.Status = leaving
+	case s.unwell.Load():
+		i.Status = unhealthy
+	case exclusive && !s.IsLeader():
+		i.Status = standby
+	}
+	return i
+}
+
+// report writes the entry, and announces it to those that listen.
+func (s *Service) report(ctx context.Context, verb string) *Error {
+	data, _ := json.Marshal(s.instance()) // it can't fail: what a user put in is strings
+	x := &exchange{subject: registryPrefix + s.name + "." + s.id, data: data, header: nats.Header{}}
+	ttl := 3 * s.cfg.heartbeat
+	if verb == "unregister" { // the entry gives way to a marker, which goes too
+		x.data, ttl = nil, markerTTL
+		x.header["KV-Operation"], x.header["Nats-Rollup"] = []string{"PURGE"}, []string{"sub"}
+	}
+	x.header[jetstream.MsgTTLHeader] = []string{strconv.Itoa(int(ttl / time.Second))}
+	x.limit = min(s.cfg.timeout, s.cfg.heartbeat)
+	if deadline, ok := ctx.Deadline(); ok {
+		x.limit = min(x.limit, time.Until(deadline))
+	}
+	x.until = clock() + x.limit
+	_, failure := s.store(ctx, x, s.registryStream())
+	if c := s.pick(); c != nil {
+		_ = c.nc.Publish("service."+s.name+"."+verb, data) // to whom it may concern
+	}
+	return failure
+}
+
+// enroll enters the instance into the registry, and keeps it there until leave. Without JetStream it does without.
+func (s *Service) enroll(ctx context.Context) *Error {
+	failure := s.patiently(ctx, func(ctx context.Context) *Error {
+		if _, failure := s.provide(ctx, s.registryStream(), registryPrefix+">"); failure != nil {
+			return failure
+		}
+		return s.report(ctx, "register")
+	})
+	if failure != nil && failure.Code != ErrUnavailable.Code {
+		return failure
+	}
+	s.mu.Lock()
+	s.enrolled = true
+	s.mu.Unlock()
+	s.beating.Go(func() { s.beat(failure) })
+	return nil
+}
+
+// beat refreshes the entry with each heartbeat, and when it changes.
+func (s *Service) beat(failure *Error) {
+	tick := time.NewTicker(s.cfg.heartbeat)
+	defer tick.Stop()
+	for {
+		if failure != nil {
+			s.log.Warn("the registry can't be reached: others don't see this instance", "error", failure)
+		}
+		verb := "heartbeat"
+		var told chan struct{}
+		select {
+		case <-tick.C:
+			s.checkHealth()
+		case <-s.news:
+		case told = <-s.enlist:
+			verb = "register"
+		case <-s.gone.Done():
+			return
+		}
+		failure = s.report(s.gone, verb)
+		if told != nil {
+			close(told)
+		}
+	}
+}
+
+// reportNow returns when the entry tells of all there is now, or ctx ends.
+func (s *Service) reportNow(ctx context.Context) {
+	told := make(chan struct{})
+	select {
+	case s.enlist <- told:
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case <-told:
+	case <-ctx.Done():
+	}
+}
+
+// leave takes the entry out of the registry, if it may be there.
+func (s *Service) leave(ctx context.Context) {
+	s.mu.Lock()
+	enrolled := s.enrolled
+	s.mu.Unlock()
+	s.goAway()
+	s.beating.Wait()
+	if enrolled {
+		_ = s.report(ctx, "unregister") // else it expires
+	}
+}
+
+// Buckets, and local copies of what is in them.
+
+// bucket is the stream of a key-value bucket.
+func (s *Service) bucket(name string) jetstream.StreamConfig {
+	return jetstream.StreamConfig{
+		Name:              "KV_" + name,
+		Subjects:          []string{"$KV." + name + ".>"},
+		MaxMsgsPerSubject: 1,
+		Discard:           jetstream.DiscardNew,
+		AllowRollup:       true,
+		DenyDelete:        true,
+		AllowDirect:       true,
+		Replicas:          s.cfg.replicas,
+	}
+}
+
+// readKey asks a bucket's leader for the latest value of a key, nil if there is none; on a certain connection, if c is not nil. It
+// waits until ctx ends, but for WithTimeout at most.
+func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (value []byte, revision uint64, failure *Error) {
+	ask, _ := json.Marshal(map[string]string{"last_by_subj": "$KV." + bucket + "." + key}) // a string: it can't fail
+	x := &exchange{subject: "$JS.API.STREAM.MSG.GET.KV_" + bucket, data: ask, limit: s.cfg.timeout}
+	if deadline, ok := ctx.Deadline(); ok {
+		x.limit = min(x.limit, time.Until(deadline))
+	}
+	x.until = clock() + x.limit
+	var answer *nats.Msg
+	if c == nil {
+		answer, failure = s.request(ctx, x)
+	} else {
+		answer, failure = s.requestOn(ctx, c, x)
+	}
+	if failure == errNobody {
+		failure = notRun(newError(ErrUnavailable, "no JetStream: run nats-server with -js, and enable it for the account"))
+	}
+	if failure != nil {
+		return nil, 0, failure
+	}
+	var got struct {
+		Message struct {
+			Sequence uint64 `json:"seq"`
+			Data     []byte `json:"data"`
+		} `json:"message"`
+		Error *jetstream.APIError `json:"error"`
+	}
+	if err := json.Unmarshal(answer.Data, &got); err != nil {
+		return nil, 0, newError(ErrInternal, "reading %s of %s: %v", key, bucket, err)
+	}
+	switch {
+	case got.Error != nil && got.Error.Code == 404:
+		return nil, 0, nil
+	case got.Error != nil:
+		return nil, 0, jetStreamError(got.Error, "the key "+key+" of "+bucket)
+	case len(got.Message.Data) == 0: // deleted
+		return nil, got.Message.Sequence, nil
+	}
+	return got.Message.Data, got.Message.Sequence, nil
+}
+
+// A watch is a local copy of some keys of a bucket. It survives reconnects: then it is filled anew, aside, and replaced when that is
+// complete; until then it stays as it is.
+type watch[T any] struct {
+	svc            *Service
+	bucket, filter string
+	sane           func(key string, v *T) bool // what isn't is left out
+	version        atomic.Uint64               // counts changes
+	again          chan struct{}               // tells it to begin anew
+
+	mu      sync.Mutex // guards the rest
+	entries map[string]entry[T]
+	begun   uint64 // how often it was begun to be filled
+	filled  uint64 // which of these was the last to succeed
+	failure *Error // of the latest attempt to fill it
+	changed chan struct{}
+}
+
+type entry[T any] struct {
+	value    T
+	revision uint64
+	created  time.Time     // by the server's clock
+	seen     time.Duration // by the clock
+}
+
+const watchSilence = 15 * time.Second // after which it begins anew: there is a heartbeat or a renewal before that
+
+// newWatch follows the keys that match filter until the service is stopped.
+func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bool) *watch[T] {
+	w := &watch[T]{svc: s, bucket: bucket, filter: filter, sane: sane, again: make(chan struct{}, 1), changed: make(chan struct{})}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.state == stopping {
+		w.failure = newError(ErrClosed, "service %s was stopped", s.name)
+		return w
+	}
+	s.tasks.Go(func() {
+		for s.base.Err() == nil {
+			if failure := w.follow(s.base); failure != nil {
+				w.fail(failure)
+			}
+			select {
+			case <-w.again:
+			case <-time.After(fetchTick / 2):
+			case <-s.base.Done():
+			}
+		}
+		w.fail(newError(ErrClosed, "service %s was stopped", s.name))
+	})
+	return w
+}
+
+// follow keeps the copy up to date until the connection drops, nothing comes any more, or it is told to begin anew.
+func (w *watch[T]) follow(ctx context.Context) *Error {
+	c := w.svc.pick()
+	if c == nil {
+		return w.svc.disconnectedError()
+	}
+	drops := c.drops.Load()
+	w.mu.Lock()
+	w.begun++
+	turn := w.begun
+	w.mu.Unlock()
+	js, err := jetstream.New(c.nc)
+	if err != nil {
+		return asError(err)
+	}
+	ctx, cancel := context.WithCancel(ctx) // ends the watcher
+	defer cancel()
+	beginning := time.AfterFunc(whyTimeout*4, cancel)
+	kv, err := js.KeyValue(ctx, w.bucket)
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		w.fill(map[string]entry[T]{}, turn)
+		return nil
+	}
+	var watcher jetstream.KeyWatcher
+	if err == nil {
+		watcher, err = kv.Watch(ctx, w.filter)
+	}
+	if !beginning.Stop() && err == nil {
+		err = context.DeadlineExceeded
+	}
+	if err != nil {
+		if errors.Is(err, context.Canceled) {
+			err = context.DeadlineExceeded
+		}
+		return jetStreamError(err, "the bucket "+w.bucket)
+	}
+	defer func() {
+		cancel()
+		go func() { // until it has noticed; it may be held up by what nobody takes
+			for range watcher.Updates() {
+			}
+		}()
+	}()
+	fresh := map[string]entry[T]{} // until it is complete
+	silence := clock()
+	tick := time.NewTicker(fetchTick)
+	defer tick.Stop()
+	for {
+		select {
+		case e, ok := <-watcher.Updates():
+			silence = clock()
+			switch {
+			case !ok:
+				return nil
+			case e == nil:
+				w.fill(fresh, turn)
+				fresh = nil
+			default:
+				w.apply(fresh, e)
+			}
+		case <-w.again:
+			poke(w.again) // for what called this
+			return nil
+		case <-tick.C:
+			if c.drops.Load() != drops || clock()-silence > watchSilence {
+				poke(w.again)
+				return nil
+			}
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// apply notes a change, in fresh until that is nil.
+func (w *watch[T]) apply(fresh map[string]entry[T], e jetstream.KeyValueEntry) {
+	now := entry[T]{revision: e.Revision(), created: e.Created(), seen: clock()}
+	gone := e.Operation() != jetstream.KeyValuePut
+	if !gone {
+		if err := json.Unmarshal(e.Value(), &now.value); err != nil || !w.sane(e.Key(), &now.value) {
+			w.svc.log.Warn("an entry is not from aegis, and left out", "bucket", w.bucket, "key", e.Key(), "revision", now.revision, "error", err)
+			gone = true
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	into := fresh
+	if fresh == nil {
+		into = w.entries
+		w.changedLocked()
+	}
+	if gone {
+		delete(into, e.Key())
+	} else {
+		into[e.Key()] = now
+	}
+}
+
+func (w *watch[T]) fill(fresh map[string]entry[T], turn uint64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for key, e := range fresh {
+		if old, ok := w.entries[key]; ok && old.revision == e.revision {
+			e.seen = old.seen
+			fresh[key] = e
+		}
+	}
+	w.entries, w.failure, w.filled = fresh, nil, turn
+	w.changedLocked()
+}
+
+func (w *watch[T]) changedLocked() {
+	w.version.Add(1)
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+// fail notes why it can't be filled.
+func (w *watch[T]) fail(failure *Error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.failure = failure
+	w.changedLocked()
+}
+
+// news is closed at the next change.
+func (w *watch[T]) news() <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.changed
+}
+
+func (w *watch[T]) get(key string) (entry[T], bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	e, ok := w.entries[key]
+	return e, ok
+}
+
+func (w *watch[T]) all() []entry[T] {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Collect(maps.Values(w.entries))
+}
+
+// wait waits until it was filled once, and fails if that can't be.
+func (w *watch[T]) wait(ctx context.Context) *Error { return w.waitFor(ctx, 1) }
+
+// refresh fills it anew.
+func (w *watch[T]) refresh(ctx context.Context) *Error {
+	w.mu.Lock()
+	turn := w.begun + 1
+	w.failure = nil
+	w.mu.Unlock()
+	poke(w.again)
+	return w.waitFor(ctx, turn)
+}
+
+func (w *watch[T]) restart() { poke(w.again) }
+
+// waitFor waits until it was filled in that turn, or a later one.
+func (w *watch[T]) waitFor(ctx context.Context, turn uint64) *Error {
+	for limited := false; ; {
+		w.mu.Lock()
+		filled, failure, news := w.filled, w.failure, w.changed
+		w.mu.Unlock()
+		switch {
+		case filled >= turn:
+			return nil
+		case failure != nil && failure.Code != ErrTimeout.Code:
+			return notRun(newError(failure, "%s", failure.Message))
+		}
+		if _, ok := ctx.Deadline(); !ok && !limited {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, w.svc.cfg.timeout)
+			defer cancel()
+			limited = true
+		}
+		select {
+		case <-news:
+		case <-ctx.Done():
+			return notRun(newError(asError(ctx.Err()), "the bucket %s: %v", w.bucket, ctx.Err()))
+		}
+	}
+}
+
+// A lookup is a map that is filled as it is asked.
+type lookup[T any] struct {
+	mu sync.RWMutex // guards of
+	of map[string]T
+}
+
+func (l *lookup[T]) get(key string, make func() T) T {
+	l.mu.RLock()
+	v, ok := l.of[key]
+	l.mu.RUnlock()
+	if ok {
+		return v
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if v, ok := l.of[key]; ok {
+		return v
+	}
+	if l.of == nil {
+		l.of = map[string]T{}
+	}
+	v = make()
+	l.of[key] = v
+	return v
+}
+
+// The subjects of NATS services: https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-32.md
 
 // answerInfo answers $SRV.INFO.
 func (s *Service) answerInfo(m *nats.Msg) {
@@ -20,81 +867,44 @@ func (s *Service) answerInfo(m *nats.Msg) {
 		Type:            micro.InfoResponseType,
 		Endpoints:       []micro.EndpointInfo{},
 	}
-	s.mu.Lock()
-	for _, e := range s.endpoints {
+	for _, e := range s.handlers() {
 		if e.kind == kindEvent {
 			continue
 		}
-		info.Endpoints = append(info.Endpoints, micro.EndpointInfo{Name: e.name, Subject: e.subject, QueueGroup: s.name, Metadata: map[string]string{}})
+		about := map[string]string{}
+		if e.lease != nil {
+			about["exclusive"] = "true"
+		}
+		info.Endpoints = append(info.Endpoints, micro.EndpointInfo{Name: e.name, Subject: e.subject, QueueGroup: s.name, Metadata: about})
 	}
-	s.mu.Unlock()
 	data, _ := json.Marshal(info) // strings only: it can't fail
 	if err := m.Respond(data); err != nil {
 		s.log.Warn("an answer was lost", "endpoint", m.Subject, "error", err)
 	}
 }
 
-const whyTimeout = 500 * time.Millisecond
-
-// whyNobody tells why the call that x stands for found no one who listens, by asking the service's instances for what they
-// serve.
-func (s *Service) whyNobody(ctx context.Context, x *exchange, service, instance string) *Error {
-	ask, who := exchange{subject: "$SRV.INFO." + service, limit: min(x.limit, whyTimeout)}, service
-	ask.until = clock() + ask.limit
-	served := x.subject
+// askServing asks an instance of a service, any if none is given, whether it serves a subject: where there is no registry.
+func (s *Service) askServing(ctx context.Context, service, instance, subject string) (running []Instance, sv *served) {
+	ask := exchange{subject: "$SRV.INFO." + service, limit: whyTimeout}
 	if instance != "" {
 		ask.subject += "." + instance
-		who = "instance " + instance + " of " + service
-		served = served[:len(served)-len(instance)-1]
 	}
+	if deadline, ok := ctx.Deadline(); ok {
+		ask.limit = min(ask.limit, time.Until(deadline))
+	}
+	ask.until = clock() + ask.limit
 	answer, failure := s.request(ctx, &ask)
 	if failure != nil {
-		return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is not running", x.subject, who))
+		return nil, nil
 	}
 	var info micro.Info
-	if err := json.Unmarshal(answer.Data, &info); err != nil ||
-		slices.ContainsFunc(info.Endpoints, func(e micro.EndpointInfo) bool { return e.Subject == served }) {
-		return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is starting or stopping", x.subject, who))
+	if err := json.Unmarshal(answer.Data, &info); err != nil {
+		return nil, nil
 	}
-	return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", info.ID, info.Version, served))
-}
-
-// handles tells whether a running instance of the service has a handler for the subject; ok if none runs, so that it may come.
-func (s *Service) handles(service, subject string) (ok bool) {
-	known := service + " " + subject
-	if _, ok := s.handled.Load(known); ok {
-		return true
-	}
-	c := s.pick()
-	if c == nil {
-		return true // what comes next finds out
-	}
-	sl, failure := c.newSlot(c.newInbox()+".", 64)
-	if failure != nil {
-		return true
-	}
-	defer c.endSlot(sl)
-	if c.nc.PublishRequest("$SRV.INFO."+service, sl.prefix+"info", nil) != nil {
-		return true
-	}
-	answered := false
-	for end := time.After(whyTimeout); ; {
-		select {
-		case m := <-sl.answers:
-			if m == nil || isNobody(m) {
-				return true
-			}
-			var info micro.Info
-			if json.Unmarshal(m.Data, &info) != nil {
-				continue
-			}
-			if slices.ContainsFunc(info.Endpoints, func(e micro.EndpointInfo) bool { return e.Subject == subject }) {
-				s.handled.Store(known, true)
-				return true
-			}
-			answered = true
-		case <-end:
-			return !answered
+	for _, e := range info.Endpoints {
+		if e.Subject == subject {
+			sv = &served{exclusive: e.Metadata["exclusive"] != ""}
 		}
 	}
+	return []Instance{{ID: info.ID, Version: info.Version}}, sv
 }

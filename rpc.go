@@ -296,7 +296,7 @@ func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) e
 	overloaded := notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, cfg.concurrency))
 	overloaded.Source = s.name
 	e.refuse = func(m *nats.Msg) { e.source.(*subjects).answer(m, nil, nil, overloaded) }
-	return s.register(e, cfg.concurrency)
+	return s.register(e, cfg)
 }
 
 func isMethod(s string) bool { return isName(s, 128) && !strings.Contains(s, "-") }
@@ -325,39 +325,69 @@ type subjects struct {
 	*endpoint
 	byConn atomic.Pointer[map[*nats.Subscription]*conn]
 
-	mu      sync.Mutex // guards the rest
-	subs    []*nats.Subscription
-	drained bool // subscribe no more
+	mu          sync.Mutex // guards the rest
+	own, shared []*nats.Subscription
+	drained     bool // subscribe no more
 }
 
 func (q *subjects) open(context.Context) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	return q.subscribeLocked(&q.own, q.subject+"."+q.svc.id)
+}
+
+func (q *subjects) share(on bool) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	switch {
+	case on && len(q.shared) == 0 && !q.drained:
+		return q.subscribeLocked(&q.shared, q.subject)
+	case !on:
+		q.endLocked(q.shared)
+		q.shared = nil
+	}
+	return nil
+}
+
+func (q *subjects) subscribeLocked(to *[]*nats.Subscription, subject string) error {
 	byConn := map[*nats.Subscription]*conn{}
-	for _, c := range q.svc.conns {
-		for _, subject := range []string{q.subject, q.subject + "." + q.svc.id} {
-			if q.drained {
-				return newError(ErrClosed, "service %s was stopped", q.svc.name)
-			}
-			sub, err := c.nc.ChanQueueSubscribe(subject, q.svc.name, q.queue)
-			if err != nil {
-				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
-			}
-			q.subs = append(q.subs, sub)
-			byConn[sub] = c
+	if known := q.byConn.Load(); known != nil {
+		for _, sub := range q.own {
+			byConn[sub] = (*known)[sub]
 		}
+	}
+	for _, c := range q.svc.conns {
+		if q.drained {
+			return newError(ErrClosed, "service %s was stopped", q.svc.name)
+		}
+		sub, err := c.nc.ChanQueueSubscribe(subject, q.svc.name, q.queue)
+		if err != nil {
+			return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
+		}
+		*to = append(*to, sub)
+		byConn[sub] = c
 	}
 	q.byConn.Store(&byConn)
 	return nil
+}
+
+// endLocked ends subscriptions, after what the server has sent already. One whose connection is down would only come back with it.
+func (q *subjects) endLocked(subs []*nats.Subscription) {
+	for _, sub := range subs {
+		if c := (*q.byConn.Load())[sub]; c.up.Load() {
+			_ = sub.Drain() // fails only on a closed connection
+		} else {
+			_ = sub.Unsubscribe() // likewise
+		}
+	}
 }
 
 func (q *subjects) drain(context.Context) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.drained = true
-	for _, sub := range q.subs {
-		_ = sub.Drain() // fails only on a closed connection
-	}
+	q.endLocked(q.own)
+	q.endLocked(q.shared)
 }
 
 // cut ends the subscriptions on c, so that they don't come back when it does.
@@ -381,12 +411,11 @@ func (q *subjects) forget(context.Context) {}
 func (q *subjects) serve(j job, now time.Time) {
 	m := j.msg
 	r := &request{
-		Context: q.svc.base,
-		svc:     q.svc,
-		msg:     Message{Kind: q.kind, Subject: m.Subject, Header: m.Header, Data: m.Data},
-		in:      m,
-		reply:   m.Reply,
-		from:    parseAddress(m.Reply),
+		svc:   q.svc,
+		msg:   Message{Kind: q.kind, Subject: m.Subject, Header: m.Header, Data: m.Data},
+		in:    m,
+		reply: m.Reply,
+		from:  parseAddress(m.Reply),
 	}
 	r.msg.Source = r.from.service
 	if m.Reply == "" {
@@ -398,6 +427,8 @@ func (q *subjects) serve(j job, now time.Time) {
 		q.expired.Add(1)
 	case q.svc.draining.Load():
 		q.answer(m, nil, nil, &Error{Code: ErrUnavailable.Code, Message: "instance " + q.svc.id + " is stopping", Source: q.svc.name, NotRun: true})
+	case !q.admit(r):
+		q.answer(m, nil, nil, q.lease.notActive())
 	default:
 		q.dispatch(r)
 	}
@@ -468,6 +499,8 @@ type CallOption func(*callConfig)
 type callConfig struct {
 	kind               string // of message
 	sticky, idempotent bool
+	balanced           bool
+	strategy           Strategy
 	retry              *RetryPolicy
 	instance           string
 	version, key       string
@@ -519,8 +552,10 @@ func Retry(p RetryPolicy) CallOption {
 	}
 }
 
-// Sticky keeps at a call that did not reach a handler, as [Retry] does, but until ctx ends: through a restart of the service,
-// say. Its pauses are of 10 ms at first and at most 200 ms, unless Retry sets others.
+// Sticky follows the instance that leads a service with [Exclusive] handlers: it addresses that one directly. It keeps at a call that
+// did not reach a handler, as [Retry] does, but until ctx ends: through a failover or a restart of the service, say. Its pauses are
+// of 10 ms at first and at most 200 ms, unless Retry sets others. Only a call that may have run fails, when its leader dies, unless
+// it is [Idempotent] too.
 func Sticky() CallOption { return func(c *callConfig) { c.sticky = true } }
 
 // Idempotent is the caller's word that it does no harm if the handler runs twice. The call is then also sent again when an
@@ -600,14 +635,11 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 		return nil, cfg.err
 	}
 	x := exchange{subject: "rpc." + service + "." + method, data: data}
-	if cfg.instance != "" {
-		x.subject += "." + cfg.instance
-	}
 	x.header, x.correlation = headersFor(ctx)
 	if label := contentType(s.cfg.codec, data); label != "" {
 		x.header = withHeader(x.header, headerContentType, label)
 	}
-	breaker := s.breakers.get(service, s.cfg.breaker)
+	breaker := s.breaker(service)
 	return s.persist(ctx, &x, cfg, buf, func() (*nats.Msg, *Error, bool) {
 		return s.attempt(ctx, &x, breaker, service, cfg)
 	})
@@ -669,7 +701,7 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 	if left > 0 {
 		return nil, notRun(newError(ErrCircuitOpen, "%s failed %d times in a row; next attempt in %v", service, b.policy.Failures, left)), true
 	}
-	answer, failure = s.request(ctx, x)
+	answer, instance, failure := s.address(ctx, x, service, cfg)
 	answered := failure == nil
 	if answered {
 		failure = decodeError(answer)
@@ -680,7 +712,7 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 	}
 	nobody := failure == errNobody
 	if nobody {
-		failure = s.whyNobody(ctx, x, service, cfg.instance)
+		failure = s.whyNobody(ctx, x, service, instance)
 	}
 	if x.sent && failure.Code == ErrCanceled.Code && !answered {
 		s.sendCancel(service, x.reply)
@@ -698,6 +730,26 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 		b.report(probe, neither)
 	}
 	return nil, failure, unreached || missing && cfg.idempotent
+}
+
+// address sends the call once, to a certain instance if its options say so.
+func (s *Service) address(ctx context.Context, x *exchange, service string, cfg *callConfig) (answer *nats.Msg, instance string, failure *Error) {
+	instance = cfg.instance
+	if instance == "" && cfg.sticky {
+		instance = s.leaderOf(ctx, service)
+	}
+	switch {
+	case instance != "":
+		to := *x
+		to.subject += "." + instance
+		answer, failure = s.request(ctx, &to)
+		x.reply, x.sent = to.reply, to.sent
+	case cfg.balanced:
+		answer, failure = s.requestAny(ctx, x, service, cfg.strategy)
+	default:
+		answer, failure = s.request(ctx, x)
+	}
+	return answer, instance, failure
 }
 
 // passing are the codes of what may have passed by itself in a moment.
@@ -1055,31 +1107,12 @@ type BreakerPolicy struct {
 	Cooldown time.Duration // default 5 s
 }
 
-type breakers struct {
-	mu sync.RWMutex // guards of
-	of map[string]*breaker
-}
-
-// get is the breaker before a service; nil, which lets all through, if p is zero.
-func (bs *breakers) get(service string, p BreakerPolicy) *breaker {
-	if p.Failures == 0 {
+// breaker is the one before a service; nil, which lets all through, without WithBreaker.
+func (s *Service) breaker(service string) *breaker {
+	if s.cfg.breaker.Failures == 0 {
 		return nil
 	}
-	bs.mu.RLock()
-	b := bs.of[service]
-	bs.mu.RUnlock()
-	if b != nil {
-		return b
-	}
-	bs.mu.Lock()
-	defer bs.mu.Unlock()
-	if bs.of == nil {
-		bs.of = map[string]*breaker{}
-	}
-	if bs.of[service] == nil {
-		bs.of[service] = &breaker{policy: p}
-	}
-	return bs.of[service]
+	return s.breakers.get(service, func() *breaker { return &breaker{policy: s.cfg.breaker} })
 }
 
 type breaker struct {
