@@ -3,9 +3,11 @@ package aegis_test
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -1292,13 +1294,59 @@ func TestStalledConnection(t *testing.T) {
 	}
 }
 
-// A proxy stands between clients and a server, and can stop to carry anything.
+// A proxy stands between clients and a server, and can hold up what goes either way, or cut the connections.
 type proxy struct {
 	address string
-	stalled chan struct{}
+
+	mu    sync.Mutex // guards the rest
+	held  map[way]chan struct{}
+	conns []net.Conn
 }
 
-func (p *proxy) stall() { close(p.stalled) }
+type way int
+
+const (
+	toServer way = iota
+	toClient
+)
+
+// hold keeps what goes these ways until heal.
+func (p *proxy) hold(ways ...way) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, w := range ways {
+		if p.held[w] == nil {
+			p.held[w] = make(chan struct{})
+		}
+	}
+}
+
+func (p *proxy) stall() { p.hold(toServer, toClient) }
+
+func (p *proxy) heal() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for w, healed := range p.held {
+		close(healed)
+		delete(p.held, w)
+	}
+}
+
+// cut closes all connections; with what is held.
+func (p *proxy) cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.conns {
+		c.Close()
+	}
+	p.conns = nil
+}
+
+func (p *proxy) holding(w way) chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.held[w]
+}
 
 func startProxy(tb testing.TB, srv *server.Server) *proxy {
 	tb.Helper()
@@ -1306,20 +1354,17 @@ func startProxy(tb testing.TB, srv *server.Server) *proxy {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	p := &proxy{address: l.Addr().String(), stalled: make(chan struct{})}
-	ended := make(chan struct{})
-	tb.Cleanup(func() { close(ended); l.Close() })
-	carry := func(to, from net.Conn) {
+	p := &proxy{address: l.Addr().String(), held: map[way]chan struct{}{}}
+	target := srv.Addr().String()
+	tb.Cleanup(func() { l.Close(); p.cut(); p.heal() })
+	carry := func(to, from net.Conn, w way) {
 		defer to.Close()
 		defer from.Close()
 		buf := make([]byte, 32<<10)
 		for {
 			n, err := from.Read(buf)
-			select {
-			case <-p.stalled:
-				<-ended
-				return
-			default:
+			for healed := p.holding(w); healed != nil; healed = p.holding(w) {
+				<-healed
 			}
 			if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
 				return
@@ -1332,13 +1377,16 @@ func startProxy(tb testing.TB, srv *server.Server) *proxy {
 			if err != nil {
 				return
 			}
-			out, err := net.Dial("tcp", srv.Addr().String())
+			out, err := net.Dial("tcp", target)
 			if err != nil {
 				in.Close()
 				continue
 			}
-			go carry(out, in)
-			go carry(in, out)
+			p.mu.Lock()
+			p.conns = append(p.conns, in, out)
+			p.mu.Unlock()
+			go carry(out, in, toServer)
+			go carry(in, out, toClient)
 		}
 	}()
 	return p
@@ -2861,7 +2909,8 @@ func TestPublishBatchNotRun(t *testing.T) {
 // A process is this test's binary, run once more in a role of runChild's.
 type process struct {
 	*exec.Cmd
-	lines chan string // that it prints
+	lines chan string   // that it prints
+	told  <-chan string // what startLeader leaves of them
 	input io.WriteCloser
 }
 
@@ -2913,12 +2962,23 @@ func (p *process) line(tb testing.TB) (line string, ok bool) {
 // runChild plays a role; it ends when its standard input does.
 func runChild(role string) int {
 	name := "risk"
-	if role == "senders" {
+	opts := []aegis.Option{aegis.WithLogger(slog.New(slog.DiscardHandler))}
+	switch role {
+	case "senders":
 		name = "shop"
+	case "crashing":
+		opts = append(opts, aegis.WithID("crashing"))
+	case "leader":
+		opts = append(opts, aegis.WithID("risk-"+strconv.Itoa(os.Getpid())), aegis.WithFailover(policies[os.Getenv("AEGIS_TEST_POLICY")]), aegis.WithHeartbeat(time.Second))
 	}
-	svc, err := aegis.New(name, aegis.WithLogger(slog.New(slog.DiscardHandler)))
+	svc, err := aegis.New(name, opts...)
 	if err == nil {
 		switch role {
+		case "crashing":
+			err = aegis.Handle(svc, "who", func(context.Context, bool) (string, error) { return "crashing", nil })
+		case "leader": // tells when it leads, and serves exclusively
+			err = handleExclusively(svc)
+			go reign(context.Background(), svc, func(r reignOf) { fmt.Println("reign", r.from, r.to) })
 		case "idle":
 			err = aegis.Handle(svc, "create_order", createOrder)
 		case "events": // prints each event; SLEEP and EXIT are what it does with one that says so
@@ -3940,4 +4000,1365 @@ func TestOddCommands(t *testing.T) {
 	_, err = aegis.SendCommand[int, int](aegis.WithHeader(t.Context(), "bad key", "x"), client, "risk", "work", 1, aegis.IdempotencyKey("bad"))
 	fails(t, err, aegis.ErrInvalid, "bad key")
 	fails(t, waitError(t, aegis.Attach[int](client, "risk", "work", "bad")), aegis.ErrNotFound) // nothing is left behind
+}
+
+// Election.
+
+var full = flag.Bool("full", false, "kill 20 leaders per failover policy")
+
+var policies = map[string]aegis.FailoverPolicy{"Aggressive": aegis.Aggressive, "Balanced": aegis.Balanced, "Conservative": aegis.Conservative}
+
+// A reignOf is a time in which an instance believed, without a break, that it leads.
+type reignOf struct {
+	who      string
+	term     uint64 // 0 if unknown
+	from, to int64  // by the machine's clock, which all its processes share
+}
+
+// reign looks all the time whether s leads, and reports each reign at its end.
+func reign(ctx context.Context, s *aegis.Service, report func(reignOf)) {
+	for ctx.Err() == nil {
+		r := reignOf{who: s.ID()}
+		for ctx.Err() == nil {
+			before := time.Now().UnixNano()
+			if !s.IsLeader() {
+				break
+			}
+			if r.to = before; r.from == 0 {
+				r.from = time.Now().UnixNano()
+			}
+			time.Sleep(200 * time.Microsecond)
+		}
+		if r.from != 0 && r.to > r.from {
+			report(r)
+		}
+		time.Sleep(200 * time.Microsecond)
+	}
+}
+
+// checkReigns fails the test if two overlap, or a term went back.
+func checkReigns(tb testing.TB, reigns []reignOf) {
+	tb.Helper()
+	slices.SortFunc(reigns, func(a, b reignOf) int { return cmp.Compare(a.from, b.from) })
+	for i := 1; i < len(reigns); i++ {
+		a, b := reigns[i-1], reigns[i]
+		if b.from < a.to {
+			tb.Errorf("%s and %s both led for %v", a.who, b.who, time.Duration(a.to-b.from))
+		}
+		if a.term != 0 && b.term != 0 && b.term <= a.term {
+			tb.Errorf("term %d of %s came after %d of %s", b.term, b.who, a.term, a.who)
+		}
+	}
+}
+
+// A contest is instances of one service that campaign, watched.
+type contest struct {
+	reigns  journal[reignOf]
+	stop    context.CancelFunc
+	members []*aegis.Service
+	all     sync.WaitGroup
+}
+
+// compete has them campaign until the test ends, or stop and wait.
+func compete(tb testing.TB, p aegis.FailoverPolicy, members ...*aegis.Service) *contest {
+	ctx, cancel := context.WithCancel(context.Background())
+	c := &contest{stop: cancel, members: members}
+	for _, s := range members {
+		c.all.Go(func() {
+			err := s.Lead(ctx, "default", p, func(ctx context.Context, term uint64) error {
+				if aegis.Term(ctx) != term {
+					tb.Errorf("Term is %d in term %d", aegis.Term(ctx), term)
+				}
+				r := reignOf{who: s.ID(), term: term}
+				for {
+					before := time.Now().UnixNano()
+					if !s.IsLeader() {
+						break
+					}
+					if r.to = before; r.from == 0 {
+						r.from = time.Now().UnixNano()
+					}
+					if ctx.Err() != nil {
+						break
+					}
+					time.Sleep(200 * time.Microsecond)
+				}
+				if r.from != 0 && r.to > r.from {
+					c.reigns.add(r)
+				}
+				<-ctx.Done()
+				return ctx.Err()
+			})
+			if !errors.Is(err, aegis.ErrCanceled) && !errors.Is(err, aegis.ErrClosed) {
+				tb.Errorf("Lead of %s: %v", s.ID(), err)
+			}
+		})
+	}
+	tb.Cleanup(func() { cancel(); c.all.Wait() })
+	return c
+}
+
+// finish ends the campaigns, and checks what was seen.
+func (c *contest) finish(tb testing.TB) []reignOf {
+	tb.Helper()
+	c.stop()
+	c.all.Wait()
+	reigns := c.reigns.all()
+	checkReigns(tb, reigns)
+	return reigns
+}
+
+// leader waits until one of the members leads that isn't among the others.
+func (c *contest) leader(tb testing.TB, others ...*aegis.Service) *aegis.Service {
+	tb.Helper()
+	var leader *aegis.Service
+	eventually(tb, "somebody leads", func() bool {
+		i := slices.IndexFunc(c.members, func(s *aegis.Service) bool { return s.IsLeader() && !slices.Contains(others, s) })
+		if i >= 0 {
+			leader = c.members[i]
+		}
+		return i >= 0
+	})
+	return leader
+}
+
+// brisk is a policy for tests in which time matters less than how it goes on a busy machine.
+var brisk = aegis.FailoverPolicy{Lease: 1500 * time.Millisecond, Valid: time.Second, Renew: 200 * time.Millisecond, Timeout: 200 * time.Millisecond}
+
+func TestExclusive(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var instances []*aegis.Service
+	var ran journal[string] // who ran what
+	add := func() *aegis.Service {
+		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
+		handle(t, s, "who", func(ctx context.Context, _ int) (string, error) {
+			if aegis.Term(ctx) == 0 || !s.IsLeader() {
+				t.Error("it runs without leading")
+			}
+			return s.ID(), nil
+		}, aegis.Exclusive())
+		handle(t, s, "any", func(ctx context.Context, _ int) (uint64, error) { return aegis.Term(ctx), nil })
+		subscribe(t, s, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+			ran.add(fmt.Sprint("event ", e.Data, " ", e.Attempt, " ", s.ID()))
+			return nil
+		}, aegis.Exclusive(), aegis.Attempts(1))
+		handleCommand(t, s, "work", func(_ context.Context, c *aegis.Command[int]) (string, error) { return s.ID(), nil }, aegis.Exclusive())
+		start(t, s)
+		instances = append(instances, s)
+		return s
+	}
+	first := add()
+	_, err := call[int, string](client, "risk", "who", 1)
+	if e := fails(t, err, aegis.ErrNotActive, "risk"); !e.NotRun {
+		t.Error("it may have run?")
+	}
+	_, err = first.Leader(t.Context())
+	fails(t, err, aegis.ErrNotFound, "risk")
+	add()
+	add()
+	for round := range 3 {
+		var leader *aegis.Service
+		eventually(t, "one leads", func() bool {
+			id, err := client.Discover(t.Context(), "risk")
+			if err != nil {
+				t.Fatal(err)
+			}
+			states := map[string]int{}
+			for _, i := range id {
+				states[i.Status]++
+			}
+			if states["ACTIVE"] != 1 || states["STANDBY"] != 2-round || len(id) != 3-round {
+				return false
+			}
+			i := slices.IndexFunc(instances, (*aegis.Service).IsLeader)
+			if i >= 0 {
+				leader = instances[i]
+			}
+			return i >= 0
+		})
+		for range 20 {
+			for _, opts := range [][]aegis.CallOption{nil, {aegis.Sticky()}, {aegis.Balance(aegis.RoundRobin)}} {
+				if who, err := call[int, string](client, "risk", "who", 1, opts...); who != leader.ID() || err != nil {
+					t.Errorf("got %s, %v; %s leads", who, err, leader.ID())
+				}
+			}
+			if term, err := call[int, uint64](client, "risk", "any", 1); term != 0 || err != nil {
+				t.Error(term, err)
+			}
+		}
+		for _, s := range instances {
+			if id, err := s.Leader(t.Context()); id != leader.ID() || err != nil {
+				t.Errorf("%s says that %q leads: %v", s.ID(), id, err)
+			}
+			who, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance(s.ID()))
+			if s == leader {
+				if who != s.ID() || err != nil {
+					t.Error(who, err)
+				}
+			} else if e := fails(t, err, aegis.ErrNotActive, leader.ID()); e.Details["leader"] != leader.ID() || !e.NotRun {
+				t.Errorf("got %+v", e)
+			}
+		}
+		n := len(ran.all())
+		for i := range 20 {
+			publish(t, client, "order", "created", i)
+		}
+		for _, got := range ran.wait(t, n+20)[n:] {
+			if !strings.HasSuffix(got, " 1 "+leader.ID()) {
+				t.Errorf("got %q, but %s leads", got, leader.ID())
+			}
+		}
+		for range 5 {
+			if who := wait(t, send[int, string](t, client, "risk", "work", 1)); who != leader.ID() {
+				t.Errorf("%s worked, but %s leads", who, leader.ID())
+			}
+		}
+		if round < 2 {
+			if err := leader.Stop(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			instances = slices.DeleteFunc(instances, func(s *aegis.Service) bool { return s == leader })
+		}
+	}
+}
+
+// A graceful stop of the leader under load: no caller that is Sticky sees an error, no call runs twice, and it is quick.
+func TestHandOver(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var ran, failures atomic.Int64
+	add := func() *aegis.Service {
+		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
+		handle(t, s, "m", func(ctx context.Context, v string) (string, error) { ran.Add(1); return v, nil }, aegis.Exclusive())
+		start(t, s)
+		return s
+	}
+	leader := add()
+	eventually(t, "it leads", leader.IsLeader)
+	stop := hammer(t, client, 8, "risk", "m", func(err error) { failures.Add(1); t.Error(err) }, aegis.Sticky())
+	for range 10 {
+		next := add()
+		n := ran.Load()
+		eventually(t, "calls are made", func() bool { return ran.Load() > n+100 })
+		if err := leader.Stop(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the next one leads", next.IsLeader)
+		leader = next
+	}
+	if calls := stop(); calls != ran.Load() {
+		t.Errorf("%d calls were answered, %d ran, %d failed", calls, ran.Load(), failures.Load())
+	}
+}
+
+// Losing the leadership in the middle: the answer is FENCED, events and commands are handled by the next leader.
+func TestFenced(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var terms journal[uint64]
+	s := newService(t, srv, "risk", aegis.WithFailover(brisk))
+	var lose atomic.Bool
+	lose.Store(true)
+	held := func(ctx context.Context) error {
+		terms.add(aegis.Term(ctx))
+		if lose.Load() {
+			<-ctx.Done()
+		}
+		return nil // though it was told to end
+	}
+	handle(t, s, "m", func(ctx context.Context, _ int) (int, error) { return 1, held(ctx) }, aegis.Exclusive())
+	subscribe(t, s, "order.*", func(ctx context.Context, e aegis.Event[int]) error { return held(ctx) }, aegis.Exclusive(), aegis.Attempts(1))
+	handleCommand(t, s, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) { return c.Attempt, held(ctx) }, aegis.Exclusive(), aegis.Attempts(1))
+	start(t, s)
+	eventually(t, "it leads", s.IsLeader)
+	publish(t, client, "order", "created", 1)
+	j := send[int, int](t, client, "risk", "work", 1)
+	answer := make(chan error, 1)
+	go func() {
+		_, err := call[int, int](client, "risk", "m", 1, aegis.Sticky(), aegis.Retry(aegis.RetryPolicy{}))
+		answer <- err
+	}()
+	before := terms.wait(t, 3)
+	kv, err := manage(t, srv).KeyValue(t.Context(), "aegis_leaders")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := kv.Purge(t.Context(), "risk.default"); err != nil {
+		t.Fatal(err)
+	}
+	if e := fails(t, <-answer, aegis.ErrFenced, "leadership"); e.NotRun || e.Source != "risk" {
+		t.Errorf("got %+v", e)
+	}
+	if s.IsLeader() {
+		t.Error("it still leads")
+	}
+	_, err = call[int, int](client, "risk", "m", 1, aegis.ToInstance(s.ID()))
+	fails(t, err, aegis.ErrNotActive)
+	lose.Store(false)
+	if r := wait(t, j); r != 1 {
+		t.Errorf("attempt %d", r)
+	}
+	for _, term := range terms.wait(t, 5)[3:] {
+		if term <= before[0] {
+			t.Errorf("term %d after %d", term, before[0])
+		}
+	}
+	if letters := deadLetters(t, s); len(letters) > 0 {
+		t.Errorf("dead letters %+v", letters)
+	}
+}
+
+func TestLead(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	a, b := newService(t, srv, "risk"), newService(t, srv, "risk")
+	never := func(context.Context, uint64) error { t.Error("it leads"); return nil }
+	fails(t, a.Lead(t.Context(), "no group", brisk, never), aegis.ErrInvalid, "no group")
+	fails(t, a.Lead(t.Context(), "g", aegis.FailoverPolicy{}, never), aegis.ErrInvalid, "Lease")
+	fails(t, a.Lead(t.Context(), "g", brisk, nil), aegis.ErrInvalid, "nil")
+	_, err := aegis.New("risk", aegis.WithURL(srv.ClientURL()), aegis.WithFailover(aegis.FailoverPolicy{Lease: 1, Valid: 2, Renew: 1, Timeout: 1}))
+	fails(t, err, aegis.ErrInvalid, "WithFailover")
+	promptly(t, func() {
+		fails(t, newService(t, startServer(t), "risk").Lead(t.Context(), "g", brisk, never), aegis.ErrUnavailable, "JetStream")
+	})
+
+	// Several groups at once, each with a leader of its own.
+	var leads sync.WaitGroup
+	ctx, cancel := context.WithCancel(t.Context())
+	for _, group := range []string{"scheduler", "reaper"} {
+		var now, calls atomic.Int32
+		for _, s := range []*aegis.Service{a, b} {
+			leads.Go(func() {
+				err := s.Lead(ctx, group, brisk, func(ctx context.Context, term uint64) error {
+					if now.Add(1) > 1 || term == 0 {
+						t.Errorf("%d lead %s", now.Load(), group)
+					}
+					defer now.Add(-1)
+					calls.Add(1)
+					<-ctx.Done()
+					return errors.New("not this one")
+				})
+				if !errors.Is(err, aegis.ErrCanceled) || !errors.Is(err, context.Canceled) {
+					t.Errorf("got %v", err)
+				}
+			})
+		}
+		eventually(t, group+" is led", func() bool { return calls.Load() > 0 })
+	}
+	if a.IsLeader() || b.IsLeader() {
+		t.Error("that is another group")
+	}
+	cancel()
+	leads.Wait()
+
+	// What fn returns while it leads is what Lead returns, and the next one has it at once.
+	mine := errors.New("mine")
+	if err := a.Lead(t.Context(), "g", brisk, func(context.Context, uint64) error { return mine }); err != mine {
+		t.Errorf("got %v", err)
+	}
+	begin := time.Now()
+	if err := b.Lead(t.Context(), "g", aegis.Conservative, func(context.Context, uint64) error { return nil }); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took > aegis.Conservative.Lease/2 {
+		t.Errorf("a lease that was released was taken after %v", took)
+	}
+	ctx, cancel = context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	fails(t, b.Lead(ctx, "another", brisk, never), aegis.ErrTimeout)
+
+	// Stop ends it, and waits for fn.
+	leading, result := make(chan struct{}), make(chan error, 1)
+	var ended atomic.Bool
+	go func() {
+		result <- a.Lead(t.Context(), "g", brisk, func(ctx context.Context, _ uint64) error {
+			close(leading)
+			<-ctx.Done()
+			time.Sleep(20 * time.Millisecond)
+			ended.Store(true)
+			return nil
+		})
+	}()
+	<-leading
+	if err := a.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if !ended.Load() {
+		t.Error("Stop did not wait")
+	}
+	fails(t, <-result, aegis.ErrClosed, "risk")
+	fails(t, a.Lead(t.Context(), "g", brisk, never), aegis.ErrClosed)
+	begin = time.Now()
+	if err := b.Lead(t.Context(), "g", aegis.Conservative, func(context.Context, uint64) error { return nil }); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took > aegis.Conservative.Lease/2 {
+		t.Errorf("the next one had to wait for %v", took)
+	}
+}
+
+// A leader that is cut off, either way or both, stops to lead before the next one begins. Once healed there is still one.
+func TestPartition(t *testing.T) {
+	t.Parallel()
+	for name, ways := range map[string][]way{"to server": {toServer}, "to client": {toClient}, "both": {toServer, toClient}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			proxies := map[*aegis.Service]*proxy{}
+			var members []*aegis.Service
+			for range 3 {
+				p := startProxy(t, srv)
+				s := newService(t, srv, "risk", aegis.WithURL("nats://"+p.address))
+				proxies[s] = p
+				members = append(members, s)
+			}
+			c := compete(t, brisk, members...)
+			last := c.leader(t)
+			for range 2 {
+				proxies[last].hold(ways...)
+				next := c.leader(t, last)
+				if last.IsLeader() {
+					t.Error("two lead")
+				}
+				proxies[last].heal()
+				time.Sleep(brisk.Lease / 4) // for what was held up to do its harm
+				last = next
+			}
+			if n := len(c.finish(t)); n < 2 {
+				t.Errorf("%d reigns", n)
+			}
+		})
+	}
+}
+
+// A renewal whose confirmation is lost was made all the same: the leader finds out, and goes on in the same term.
+func TestLostConfirmationOfRenewal(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	p := startProxy(t, srv)
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
+	s := newService(t, srv, "risk", aegis.WithURL("nats://"+p.address), reconnect)
+	patient := aegis.FailoverPolicy{Lease: 6 * time.Second, Valid: 5 * time.Second, Renew: 100 * time.Millisecond, Timeout: 200 * time.Millisecond}
+	seed := newService(t, srv, "risk") // lest the test waits for a lease
+	if err := seed.Lead(t.Context(), "default", brisk, func(context.Context, uint64) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	c := compete(t, patient, s)
+	c.leader(t)
+	kv, err := manage(t, srv).KeyValue(t.Context(), "aegis_leaders")
+	if err != nil {
+		t.Fatal(err)
+	}
+	revision := func() uint64 {
+		e, err := kv.Get(t.Context(), "risk.default")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return e.Revision()
+	}
+	for range 3 {
+		was := revision()
+		p.hold(toClient)
+		eventually(t, "a renewal is stored", func() bool { return revision() > was })
+		time.Sleep(patient.Timeout) // until it is given up
+		p.cut()
+		p.heal()
+		was = revision()
+		eventually(t, "renewals go on", func() bool { return revision() > was+1 })
+	}
+	if !s.IsLeader() {
+		t.Error("it leads no more")
+	}
+	if reigns := c.finish(t); len(reigns) != 1 {
+		t.Errorf("%d reigns: %v", len(reigns), reigns)
+	}
+}
+
+// Whatever becomes of the key, there is one leader at a time, and terms rise.
+func TestLeadersKeyIsLost(t *testing.T) {
+	t.Parallel()
+	for name, harm := range map[string]func(t *testing.T, js jetstream.JetStream){
+		"purged":  func(t *testing.T, js jetstream.JetStream) { purgeLeader(t, js, jetstream.KeyValue.Purge) },
+		"deleted": func(t *testing.T, js jetstream.JetStream) { purgeLeader(t, js, jetstream.KeyValue.Delete) },
+		"bucket deleted": func(t *testing.T, js jetstream.JetStream) {
+			if err := js.DeleteKeyValue(t.Context(), "aegis_leaders"); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"garbage": func(t *testing.T, js jetstream.JetStream) {
+			kv, err := js.KeyValue(t.Context(), "aegis_leaders")
+			if err == nil {
+				_, err = kv.Put(t.Context(), "risk.default", []byte(`{"term":18446744073709551615,"nonce":"x","lease":-5}`))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			c := compete(t, brisk, newService(t, srv, "risk"), newService(t, srv, "risk"), newService(t, srv, "risk"))
+			for range 2 {
+				leader := c.leader(t)
+				n := len(c.reigns.all())
+				harm(t, manage(t, srv))
+				eventually(t, "it leads no more", func() bool { return !leader.IsLeader() || len(c.reigns.all()) > n })
+				c.leader(t)
+			}
+			if n := len(c.finish(t)); n < 3 {
+				t.Errorf("%d reigns", n)
+			}
+		})
+	}
+}
+
+func purgeLeader(t *testing.T, js jetstream.JetStream, how func(jetstream.KeyValue, context.Context, string, ...jetstream.KVDeleteOpt) error) {
+	t.Helper()
+	kv, err := js.KeyValue(t.Context(), "aegis_leaders")
+	if err == nil {
+		err = how(kv, t.Context(), "risk.default")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestElectionThroughServerRestart(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
+	c := compete(t, brisk, newService(t, srv, "risk", reconnect), newService(t, srv, "risk", reconnect), newService(t, srv, "risk", reconnect))
+	samePort := onPort(srv)
+	for range 2 {
+		c.leader(t)
+		srv.Shutdown()
+		srv.WaitForShutdown()
+		eventually(t, "nobody leads", func() bool { return !slices.ContainsFunc(c.members, (*aegis.Service).IsLeader) })
+		srv = startServer(t, samePort, store)
+		c.leader(t)
+	}
+	if n := len(c.finish(t)); n < 3 {
+		t.Errorf("%d reigns", n)
+	}
+}
+
+func TestElectionInACluster(t *testing.T) {
+	t.Parallel()
+	servers := startCluster(t, 3)
+	var urls []string
+	for _, s := range servers {
+		urls = append(urls, s.ClientURL())
+	}
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 20 * time.Millisecond }))
+	var members []*aegis.Service
+	for range 3 {
+		members = append(members, newService(t, servers[0], "risk", aegis.WithURL(urls...), aegis.WithReplicas(3), reconnect))
+	}
+	c := compete(t, aegis.Balanced, members...)
+	c.leader(t)
+	leads := func(s *server.Server) bool { return s.Running() && s.JetStreamIsStreamLeader("$G", "KV_aegis_leaders") }
+	eventually(t, "the bucket has a leader", func() bool { return slices.ContainsFunc(servers, leads) })
+
+	// A follower: nothing changes.
+	before := len(c.reigns.all())
+	follower := slices.IndexFunc(servers, func(s *server.Server) bool { return !leads(s) })
+	servers[follower].Shutdown()
+	for end := time.Now().Add(2 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if n := slices.IndexFunc(members, (*aegis.Service).IsLeader); n < 0 {
+			t.Fatal("nobody leads since a follower is away")
+		}
+	}
+	if n := len(c.reigns.all()); n != before {
+		t.Errorf("%d reigns ended with a follower", n-before)
+	}
+
+	// The other follower, too: there is no quorum, and nobody leads.
+	leader := slices.IndexFunc(servers, leads)
+	other := 3 - follower - leader
+	servers[other].Shutdown()
+	eventually(t, "nobody leads without a quorum", func() bool { return !slices.ContainsFunc(members, (*aegis.Service).IsLeader) })
+	for end := time.Now().Add(2 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if slices.ContainsFunc(members, (*aegis.Service).IsLeader) {
+			t.Fatal("somebody leads without a quorum")
+		}
+	}
+	c.finish(t)
+}
+
+// Losing the server that leads the bucket: nobody leads until the cluster has another, then one.
+func TestElectionWithoutTheStreamLeader(t *testing.T) {
+	t.Parallel()
+	servers := startCluster(t, 3)
+	var urls []string
+	for _, s := range servers {
+		urls = append(urls, s.ClientURL())
+	}
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 20 * time.Millisecond }))
+	c := compete(t, aegis.Balanced, newService(t, servers[0], "risk", aegis.WithURL(urls...), aegis.WithReplicas(3), reconnect),
+		newService(t, servers[0], "risk", aegis.WithURL(urls...), aegis.WithReplicas(3), reconnect))
+	c.leader(t)
+	leads := func(s *server.Server) bool { return s.Running() && s.JetStreamIsStreamLeader("$G", "KV_aegis_leaders") }
+	i := -1
+	eventually(t, "the bucket has a leader", func() bool { i = slices.IndexFunc(servers, leads); return i >= 0 })
+	n := len(c.reigns.all())
+	servers[i].Shutdown()
+	servers[i].WaitForShutdown()
+	eventually(t, "the cluster has another leader", func() bool { return slices.ContainsFunc(servers, leads) })
+	c.leader(t)
+	if got := len(c.reigns.all()) - n; got > 1 {
+		t.Errorf("%d reigns ended", got)
+	}
+	c.finish(t)
+}
+
+// startLeader runs a child that campaigns with a policy, and collects what it says of its reigns.
+func startLeader(tb testing.TB, srv *server.Server, policy string, reigns *journal[reignOf]) *process {
+	tb.Helper()
+	p := startProcess(tb, "leader", srv, "AEGIS_TEST_POLICY="+policy)
+	ready := make(chan struct{})
+	told := make(chan string, 1000)
+	go func() {
+		defer close(told)
+		for line := range p.lines {
+			r := reignOf{who: strconv.Itoa(p.Process.Pid)}
+			switch n, _ := fmt.Sscan(strings.TrimPrefix(line, "reign "), &r.from, &r.to); {
+			case line == "ready":
+				close(ready)
+			case n == 2:
+				reigns.add(r)
+			default:
+				told <- line
+			}
+		}
+	}()
+	p.told = told
+	select {
+	case <-ready:
+	case <-time.After(20 * time.Second):
+		tb.Fatal("the child isn't ready")
+	}
+	return p
+}
+
+// The time from a leader's kill -9 to the first answer of the next one, as a caller sees it who is Sticky and Idempotent, and who sees
+// no error. Callers who are only Sticky lose nothing but the calls that may have run.
+func TestFailover(t *testing.T) { // not beside others, since it measures
+	for policy, want := range map[string]struct {
+		kills, all int
+		from, to   time.Duration
+	}{
+		"Aggressive":   {4, 20, 0, 2 * time.Second},
+		"Balanced":     {1, 20, 2 * time.Second, 5 * time.Second},
+		"Conservative": {1, 20, 5 * time.Second, 10 * time.Second},
+	} {
+		t.Run(policy, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			client := newService(t, srv, "shop")
+			var reigns journal[reignOf]
+			children := map[string]*process{}
+			ask := func(opts ...aegis.CallOption) (term uint64, id string, err error) {
+				ctx, cancel := context.WithTimeout(t.Context(), want.to+2*time.Second)
+				defer cancel()
+				answer, err := aegis.Call[int, string](ctx, client, "risk", "who", 1, opts...)
+				if err == nil {
+					_, err = fmt.Sscan(answer, &term, &id)
+				}
+				return term, id, err
+			}
+			pid := func(id string) string { return id[strings.LastIndex(id, "-")+1:] }
+			add := func() {
+				p := startLeader(t, srv, policy, &reigns)
+				children[strconv.Itoa(p.Process.Pid)] = p
+			}
+			add()
+			add()
+			kills := want.kills
+			if *full {
+				kills = want.all
+			}
+			var took []time.Duration
+			var lost atomic.Int32 // calls that may have run
+			var answered [4]atomic.Int32
+			done := make(chan struct{})
+			var others sync.WaitGroup
+			for i := range 4 { // half of them are only Sticky
+				others.Go(func() {
+					opts := []aegis.CallOption{aegis.Sticky(), aegis.Idempotent()}[:1+i%2]
+					for {
+						select {
+						case <-done:
+							return
+						default:
+						}
+						if _, _, err := ask(opts...); err != nil {
+							var e *aegis.Error
+							if i%2 == 1 || !errors.As(err, &e) || e.NotRun {
+								t.Errorf("%d options: %v", len(opts), err)
+							}
+							lost.Add(1)
+						} else {
+							answered[i].Add(1)
+						}
+					}
+				})
+			}
+			term, id, err := ask(aegis.Sticky(), aegis.Idempotent())
+			for range kills {
+				if err != nil {
+					t.Fatal(err)
+				}
+				for i := range answered { // lest one waits for the second leader in a row
+					n := answered[i].Load()
+					eventually(t, "each gets an answer", func() bool { return answered[i].Load() > n })
+				}
+				leader := children[pid(id)]
+				begin := time.Now()
+				if err := leader.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+				var next uint64
+				next, id, err = ask(aegis.Sticky(), aegis.Idempotent())
+				for err == nil && next == term { // it had answered already
+					next, id, err = ask(aegis.Sticky(), aegis.Idempotent())
+				}
+				took = append(took, time.Since(begin))
+				if next < term {
+					t.Errorf("term %d after %d", next, term)
+				}
+				term = next
+				add()
+			}
+			close(done)
+			others.Wait()
+			if n := int(lost.Load()); n > 2*kills { // two callers have one call each under way
+				t.Errorf("%d calls were lost with %d leaders", n, kills)
+			}
+			slices.Sort(took)
+			if took[0] < want.from || took[len(took)-1] > want.to {
+				t.Errorf("%v: want %v to %v", took, want.from, want.to)
+			}
+			t.Logf("%d kills: %v to %v, median %v", len(took), took[0], took[len(took)-1], took[len(took)/2])
+			for _, p := range children {
+				_ = p.input.Close() // it stops, unless it was killed
+				for range p.told {
+				}
+			}
+			checkReigns(t, reigns.all())
+		})
+	}
+}
+
+// A leader that is paused for longer than its lease: the next one takes over; when it goes on, it answers NOT_ACTIVE, and what it
+// was about to write is refused by a store that checks terms.
+func TestPausedLeader(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client, store := newService(t, srv, "shop"), newService(t, srv, "store")
+	var highest atomic.Uint64
+	refused := errors.New("stale term")
+	handle(t, store, "write", func(_ context.Context, term uint64) (string, error) {
+		for {
+			was := highest.Load()
+			if term < was {
+				return "", refused
+			}
+			if highest.CompareAndSwap(was, term) {
+				return "written", nil
+			}
+		}
+	})
+	start(t, store)
+	var reigns journal[reignOf]
+	a, b := startLeader(t, srv, "Aggressive", &reigns), startLeader(t, srv, "Aggressive", &reigns)
+	who := func() (term uint64, id string) {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		answer, err := aegis.Call[int, string](ctx, client, "risk", "who", 1, aegis.Sticky(), aegis.Idempotent())
+		if err == nil {
+			_, err = fmt.Sscan(answer, &term, &id)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return term, id
+	}
+	for range 3 {
+		term, id := who()
+		leader := a
+		if !strings.HasSuffix(id, "-"+strconv.Itoa(a.Process.Pid)) {
+			leader = b
+		}
+		writing := make(chan error, 1)
+		go func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			_, err := aegis.Call[int, string](ctx, client, "risk", "write", 1, aegis.Sticky())
+			writing <- err
+		}()
+		if line := <-leader.told; line != "writing" {
+			t.Fatal(line)
+		}
+		if err := leader.Process.Signal(syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		next, other := who()
+		for next == term { // it answered before it stopped
+			next, other = who()
+		}
+		if next < term || other == id {
+			t.Errorf("term %d of %s after %d of %s", next, other, term, id)
+		}
+		if _, err := call[uint64, string](client, "store", "write", next); err != nil {
+			t.Error(err)
+		}
+		if err := leader.Process.Signal(syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		_, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance(id))
+		if e := fails(t, err, aegis.ErrNotActive, other); e.Details["leader"] != other {
+			t.Errorf("got %+v", e)
+		}
+		if line := <-leader.told; !strings.Contains(line, refused.Error()) {
+			t.Errorf("the one that was paused says %q", line)
+		}
+		if e := fails(t, <-writing, aegis.ErrFenced, refused.Error()); e.NotRun {
+			t.Error("it did run")
+		}
+	}
+	for _, p := range []*process{a, b} {
+		_ = p.input.Close()
+		for range p.told {
+		}
+	}
+	checkReigns(t, reigns.all())
+}
+
+// handleExclusively adds what children in the role of a leader serve: who answers in which term; and write, which is slow, and then
+// writes to the store that the service "store" is.
+func handleExclusively(svc *aegis.Service) error {
+	err := aegis.Handle(svc, "who", func(ctx context.Context, _ int) (string, error) {
+		return fmt.Sprint(aegis.Term(ctx), " ", svc.ID()), nil
+	}, aegis.Exclusive())
+	if err != nil {
+		return err
+	}
+	return aegis.Handle(svc, "write", func(ctx context.Context, _ int) (string, error) {
+		fmt.Println("writing")
+		<-ctx.Done()
+		_, err := aegis.Call[uint64, string](context.Background(), svc, "store", "write", aegis.Term(ctx))
+		fmt.Println("store:", err)
+		return "", err
+	}, aegis.Exclusive())
+}
+
+// Registry.
+
+// instances is what s discovers, as id and status.
+func instances(tb testing.TB, s *aegis.Service, service string) (all []string) {
+	tb.Helper()
+	list, err := s.Discover(context.Background(), service)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for _, i := range list {
+		all = append(all, i.ID+" "+i.Status)
+	}
+	return all
+}
+
+func TestDiscover(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	var announced journal[string]
+	if _, err := nc.Subscribe("service.risk.*", func(m *nats.Msg) {
+		var i aegis.Instance
+		if m.Subject != "service.risk.unregister" {
+			if err := json.Unmarshal(m.Data, &i); err != nil || i.Service != "risk" {
+				t.Errorf("%s: %q", m.Subject, m.Data)
+			}
+		}
+		announced.add(strings.TrimPrefix(m.Subject, "service.risk.") + " " + i.ID)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	client := newService(t, srv, "shop")
+	if list, err := client.Discover(t.Context(), "risk"); list == nil || len(list) != 0 || err != nil {
+		t.Errorf("got %v, %v", list, err)
+	}
+	_, err = client.Discover(t.Context(), "no service")
+	fails(t, err, aegis.ErrInvalid, "no service")
+	promptly(t, func() {
+		_, err = newService(t, startServer(t), "shop").Discover(t.Context(), "risk")
+		fails(t, err, aegis.ErrUnavailable, "JetStream")
+	})
+	_, err = aegis.New("risk", aegis.WithURL(srv.ClientURL()), aegis.WithHeartbeat(time.Millisecond))
+	fails(t, err, aegis.ErrInvalid, "WithHeartbeat(1ms)")
+
+	var seen journal[string]
+	watching := make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		defer close(watching)
+		for list, err := range client.Watch(ctx, "risk") {
+			if err != nil {
+				t.Error(err)
+			}
+			var ids []string
+			for _, i := range list {
+				ids = append(ids, i.ID+" "+i.Status+" "+strconv.Itoa(len(i.Endpoints)))
+			}
+			seen.add(strings.Join(ids, ", "))
+		}
+	}()
+	seen.wait(t, 1)
+	before := time.Now().Add(-time.Second)
+	a := newService(t, srv, "risk", aegis.WithID("a"), aegis.WithVersion("1.2.3"), aegis.WithMetadata(map[string]string{"zone": "z1"}), aegis.WithHeartbeat(time.Second))
+	handle(t, a, "m", echo)
+	subscribe(t, a, "order.*", func(context.Context, aegis.Event[int]) error { return nil })
+	handleCommand(t, a, "work", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil }, aegis.Exclusive())
+	start(t, a)
+	seen.wait(t, 2)
+	list, err := client.Discover(t.Context(), "risk")
+	if err != nil || len(list) != 1 {
+		t.Fatal(list, err)
+	}
+	got := list[0]
+	want := []aegis.Endpoint{{"command", "work", "commands.risk.work", true}, {"event", "order.*", "events.order.*", false}, {"rpc", "m", "rpc.risk.m", false}}
+	if got.Service != "risk" || got.ID != "a" || got.Version != "1.2.3" || got.Metadata["zone"] != "z1" || !slices.Equal(got.Endpoints, want) ||
+		got.Started.Before(before) || got.Seen.Before(got.Started) || got.Status != "STANDBY" {
+		t.Errorf("got %+v", got)
+	}
+	handle(t, a, "later", echo)
+	eventually(t, "the new method shows", func() bool { return strings.HasSuffix(seen.all()[len(seen.all())-1], " 4") })
+	b := newService(t, srv, "risk", aegis.WithID("b"), aegis.WithHeartbeat(time.Second))
+	start(t, b)
+	eventually(t, "both show", func() bool { return len(instances(t, client, "risk")) == 2 })
+	eventually(t, "a leads", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "b ACTIVE"}) })
+	heartbeats := func() (n int) {
+		for _, line := range announced.all() {
+			if line == "heartbeat b" {
+				n++
+			}
+		}
+		return n
+	}
+	n := len(seen.all())
+	eventually(t, "b's heart beats", func() bool { return heartbeats() >= 2 })
+	if all := seen.all(); len(all) != n {
+		t.Errorf("Watch yields at heartbeats: %q", all)
+	}
+	entry := func() aegis.Instance { list, _ := client.Discover(t.Context(), "risk"); return list[len(list)-1] }
+	first := entry()
+	eventually(t, "it is seen again", func() bool { return entry().Seen.After(first.Seen) })
+	if err := b.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	eventually(t, "it is gone", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
+	if took := time.Since(begin); took > 500*time.Millisecond {
+		t.Errorf("it was gone %v after it stopped", took)
+	}
+	if err := a.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "all are gone", func() bool { return len(instances(t, client, "risk")) == 0 })
+	cancel()
+	<-watching
+	eventually(t, "all was announced", func() bool {
+		all := announced.all()
+		n := 0
+		for _, line := range all {
+			if line == "unregister " {
+				n++
+			}
+		}
+		return slices.Contains(all, "register a") && slices.Contains(all, "register b") && n == 2
+	})
+	if err := client.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	_, err = client.Discover(t.Context(), "another")
+	fails(t, err, aegis.ErrClosed)
+}
+
+func TestCrashedInstanceExpires(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var reigns journal[reignOf]
+	p := startLeader(t, srv, "Aggressive", &reigns) // its heart beats each second
+	eventually(t, "it shows", func() bool { return len(instances(t, client, "risk")) == 1 })
+	time.Sleep(1500 * time.Millisecond) // so that its entry has been refreshed
+	if err := p.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	eventually(t, "it is gone", func() bool { return len(instances(t, client, "risk")) == 0 })
+	if took := time.Since(begin); took < 1500*time.Millisecond || took > 4*time.Second {
+		t.Errorf("it was gone after %v, want 2 to 4 s", took)
+	}
+}
+
+// Whoever was cut off for longer than entries live keeps what it knew, and shows the truth within a second when it is back.
+func TestDiscoverAfterBeingCutOff(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	p := startProxy(t, srv)
+	reconnected := make(chan struct{}, 10)
+	client := newService(t, srv, "shop", aegis.WithURL("nats://"+p.address), aegis.WithPool(1), aegis.WithNATS(
+		nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }),
+		nats.ReconnectHandler(func(*nats.Conn) { reconnected <- struct{}{} }),
+	))
+	add := func(id string) *aegis.Service {
+		s := newService(t, srv, "risk", aegis.WithID(id), aegis.WithHeartbeat(time.Second))
+		start(t, s)
+		return s
+	}
+	add("a")
+	var reigns journal[reignOf]
+	crashing := startLeader(t, srv, "Aggressive", &reigns)
+	stopping := add("c")
+	eventually(t, "all show", func() bool { return len(instances(t, client, "risk")) == 3 })
+	p.hold(toServer, toClient)
+	p.cut()
+	if err := crashing.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := stopping.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	add("d")
+	other := newService(t, srv, "ops")
+	eventually(t, "the crashed one has expired", func() bool { return len(instances(t, other, "risk")) == 2 })
+	if got := instances(t, client, "risk"); len(got) != 3 {
+		t.Errorf("while cut off: %q", got)
+	}
+	p.heal()
+	<-reconnected
+	begin := time.Now()
+	eventually(t, "it shows the truth", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "d ACTIVE"}) })
+	if took := time.Since(begin); took > time.Second {
+		t.Errorf("it took %v", took)
+	}
+}
+
+func TestThousandInstances(t *testing.T) { // not beside others, since it takes the whole machine
+	const n = 1000
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	if got := instances(t, client, "risk"); len(got) != 0 {
+		t.Fatal(got)
+	}
+	var all [n]*aegis.Service
+	var starting sync.WaitGroup
+	for p := range 8 {
+		starting.Go(func() {
+			for i := p; i < n; i += 8 {
+				all[i] = newService(t, srv, "risk", aegis.WithPool(1))
+				handle(t, all[i], "who", func(context.Context, int) (string, error) { return all[i].ID(), nil })
+				start(t, all[i])
+			}
+		})
+	}
+	starting.Wait()
+	eventually(t, "all show", func() bool { return len(instances(t, client, "risk")) == n })
+	answered := map[string]bool{}
+	for range n {
+		who, err := call[int, string](client, "risk", "who", 1, aegis.Balance(aegis.RoundRobin))
+		if err != nil {
+			t.Fatal(err)
+		}
+		answered[who] = true
+	}
+	if len(answered) < n*9/10 { // heartbeats make the list anew, in the same order
+		t.Errorf("%d instances were called in turn", len(answered))
+	}
+	for p := range 8 {
+		starting.Go(func() {
+			for i := p; i < n; i += 8 {
+				if i%10 != 0 {
+					if err := all[i].Stop(context.Background()); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	starting.Wait()
+	eventually(t, "a tenth is left", func() bool { return len(instances(t, client, "risk")) == n/10 })
+}
+
+func TestMalformedEntries(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	var logged safeBuffer
+	client := newService(t, srv, "shop", aegis.WithLogger(slog.New(slog.NewTextHandler(&logged, nil))))
+	svc := newService(t, srv, "risk", aegis.WithID("a"))
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	kv, err := manage(t, srv).KeyValue(t.Context(), "aegis_registry")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for key, value := range map[string]string{
+		"risk.x1": "garbage", "risk.x2": `{"service":"risk","id":"a"}`, "risk.x3": `[` + strings.Repeat("[", 20000), "risk.x4": `{"service":"other","id":"x4"}`,
+		"risk.x5": `{"service":"risk","id":"x5","endpoints":{}}`,
+	} {
+		if _, err := kv.Put(t.Context(), key, []byte(value)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "it is logged", func() bool {
+			if got := instances(t, client, "risk"); !slices.Equal(got, []string{"a ACTIVE"}) {
+				t.Fatal(got)
+			}
+			return strings.Contains(logged.String(), "key="+key)
+		})
+	}
+	if _, err := call[string, string](client, "risk", "m", "", aegis.Balance(aegis.Random)); err != nil {
+		t.Error(err)
+	}
+}
+
+// A safeBuffer may be written to by several goroutines.
+type safeBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *safeBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *safeBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+func TestBalance(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var all []*aegis.Service
+	busy := make(chan struct{})
+	var held [3]atomic.Int32
+	for i := range 3 {
+		s := newService(t, srv, "risk", aegis.WithID(strconv.Itoa(i)))
+		handle(t, s, "who", func(ctx context.Context, hold bool) (string, error) {
+			if hold {
+				held[i].Add(1)
+				<-busy
+			}
+			return s.ID(), nil
+		})
+		if i == 0 {
+			handle(t, s, "only0", func(context.Context, int) (string, error) { return s.ID(), nil })
+		}
+		start(t, s)
+		all = append(all, s)
+	}
+	count := func(n int, opts ...aegis.CallOption) map[string]int {
+		t.Helper()
+		by := map[string]int{}
+		for range n {
+			who, err := call[bool, string](client, "risk", "who", false, opts...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			by[who]++
+		}
+		return by
+	}
+	eventually(t, "all show", func() bool { return len(instances(t, client, "risk")) == 3 })
+	if by := count(30, aegis.Balance(aegis.RoundRobin)); by["0"] != 10 || by["1"] != 10 || by["2"] != 10 {
+		t.Errorf("round robin: %v", by)
+	}
+	if by := count(300, aegis.Balance(aegis.Random)); by["0"] < 50 || by["1"] < 50 || by["2"] < 50 {
+		t.Errorf("random: %v", by)
+	}
+	for range 5 {
+		if who, err := call[int, string](client, "risk", "only0", 1, aegis.Balance(aegis.RoundRobin)); who != "0" || err != nil {
+			t.Error(who, err)
+		}
+	}
+	_, err := call[int, string](client, "risk", "none", 1, aegis.Balance(aegis.RoundRobin))
+	fails(t, err, aegis.ErrUnimplemented, "rpc.risk.none")
+	_, err = call[bool, string](client, "risk", "who", false, aegis.Balance(7))
+	fails(t, err, aegis.ErrInvalid, "Balance(7)")
+
+	// Least loaded: calls that hang are spread evenly.
+	var hanging sync.WaitGroup
+	total := func() int32 { return held[0].Load() + held[1].Load() + held[2].Load() }
+	for i := range int32(30) {
+		hanging.Go(func() { _, _ = call[bool, string](client, "risk", "who", true, aegis.Balance(aegis.LeastLoaded)) })
+		eventually(t, "it hangs", func() bool { return total() == i+1 })
+	}
+	for i := range held {
+		if n := held[i].Load(); n < 7 || n > 13 {
+			t.Errorf("%d calls hang on instance %d", n, i)
+		}
+	}
+	close(busy)
+	hanging.Wait()
+
+	// One that has crashed is skipped at once, though the registry doesn't know yet.
+	crashed := startProcess(t, "crashing", srv)
+	if line, _ := crashed.line(t); line != "ready" {
+		t.Fatal(line)
+	}
+	eventually(t, "it shows", func() bool { return len(instances(t, client, "risk")) == 4 })
+	if err := crashed.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the server knows", func() bool {
+		_, err := call[bool, string](client, "risk", "who", false, aegis.ToInstance("crashing"))
+		return errors.Is(err, aegis.ErrUnavailable)
+	})
+	promptly(t, func() {
+		for _, s := range []aegis.Strategy{aegis.RoundRobin, aegis.Random, aegis.LeastLoaded} {
+			if by := count(100, aegis.Balance(s)); by["0"]+by["1"]+by["2"] != 100 {
+				t.Errorf("strategy %d: %v", s, by)
+			}
+		}
+	})
+	for _, s := range all {
+		if err := s.Stop(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err = call[bool, string](client, "risk", "who", false, aegis.Balance(aegis.RoundRobin))
+	fails(t, err, aegis.ErrUnavailable, "risk")
+}
+
+// An unwell instance gives the leadership up, takes part in nothing that is shared, isn't chosen, and answers when it is addressed.
+func TestHealth(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var sick atomic.Bool
+	var panics atomic.Bool
+	add := func(id string, opts ...aegis.Option) *aegis.Service {
+		s := newService(t, srv, "risk", append(opts, aegis.WithID(id), aegis.WithFailover(brisk), aegis.WithHeartbeat(time.Second))...)
+		handle(t, s, "who", func(context.Context, int) (string, error) { return id, nil })
+		handle(t, s, "leader", func(context.Context, int) (string, error) { return id, nil }, aegis.Exclusive())
+		subscribe(t, s, "order.*", func(_ context.Context, e aegis.Event[func(string)]) error { return nil })
+		handleCommand(t, s, "work", func(context.Context, *aegis.Command[int]) (string, error) { return id, nil })
+		start(t, s)
+		return s
+	}
+	a := add("a", aegis.WithHealthCheck("database", func(ctx context.Context) error {
+		if panics.Load() {
+			panic("ouch")
+		}
+		if sick.Load() {
+			return errors.New("no database")
+		}
+		return nil
+	}))
+	eventually(t, "a leads", a.IsLeader)
+	b := add("b", aegis.WithHealthCheck("fine", func(context.Context) error { return nil }))
+	eventually(t, "both show", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "b STANDBY"}) })
+	for round := range 2 {
+		sick.Store(round == 0)
+		panics.Store(round == 1)
+		eventually(t, "a is unwell, and b leads", func() bool {
+			return slices.Equal(instances(t, client, "risk"), []string{"a UNHEALTHY", "b ACTIVE"}) && b.IsLeader() && !a.IsLeader()
+		})
+		eventually(t, "nobody but b gets calls", func() bool {
+			for range 20 {
+				if who, err := call[int, string](client, "risk", "who", 1); who != "b" || err != nil {
+					return false
+				}
+			}
+			return true
+		})
+		for range 20 {
+			if who, err := call[int, string](client, "risk", "who", 1, aegis.Balance(aegis.RoundRobin)); who != "b" || err != nil {
+				t.Error(who, err)
+			}
+			if who, err := call[int, string](client, "risk", "leader", 1, aegis.Sticky()); who != "b" || err != nil {
+				t.Error(who, err)
+			}
+			if who, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance("a")); who != "a" || err != nil {
+				t.Error(who, err)
+			}
+		}
+		_, err := call[int, string](client, "risk", "leader", 1, aegis.ToInstance("a"))
+		fails(t, err, aegis.ErrNotActive, "b")
+		eventually(t, "nobody but b gets commands, once what a has asked for is over", func() bool {
+			for range 20 {
+				if who := wait(t, send[int, string](t, client, "risk", "work", 1)); who != "b" {
+					return false
+				}
+			}
+			return true
+		})
+		sick.Store(false)
+		panics.Store(false)
+		eventually(t, "a is well again", func() bool {
+			return slices.Equal(instances(t, client, "risk"), []string{"a STANDBY", "b ACTIVE"})
+		})
+		eventually(t, "a gets calls", func() bool { who, err := call[int, string](client, "risk", "who", 1); return who == "a" && err == nil })
+		eventually(t, "a gets commands", func() bool { return wait(t, send[int, string](t, client, "risk", "work", 1)) == "a" })
+		if round == 0 {
+			if err := b.Stop(t.Context()); err != nil { // gives the leadership back
+				t.Fatal(err)
+			}
+			eventually(t, "a leads again", a.IsLeader)
+			b = add("b")
+			eventually(t, "b is back", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "b STANDBY"}) })
+		}
+	}
+	_, err := aegis.New("risk", aegis.WithURL(srv.ClientURL()), aegis.WithHealthCheck("", nil))
+	fails(t, err, aegis.ErrInvalid, "WithHealthCheck")
+}
+
+// A health check that hangs counts as failed; it holds nothing else up.
+func TestHangingHealthCheck(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var hangs atomic.Bool
+	release := make(chan struct{})
+	s := newService(t, srv, "risk", aegis.WithID("a"), aegis.WithHeartbeat(time.Second), aegis.WithHealthCheck("hangs", func(ctx context.Context) error {
+		if hangs.Load() {
+			<-release // whatever ctx says
+		}
+		return nil
+	}))
+	start(t, s)
+	eventually(t, "it is well", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
+	hangs.Store(true)
+	eventually(t, "it is unwell", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a UNHEALTHY"}) })
+	hangs.Store(false)
+	close(release)
+	eventually(t, "it is well again", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
+}
+
+func TestRegistryThatCannotBeUsed(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	if _, err := manage(t, srv).CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: "aegis_registry"}); err != nil {
+		t.Fatal(err)
+	}
+	svc := newService(t, srv, "risk")
+	handle(t, svc, "m", echo)
+	fails(t, svc.Start(t.Context()), aegis.ErrInvalid, "KV_aegis_registry", "allow_msg_ttl")
 }

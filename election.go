@@ -562,7 +562,14 @@ func (s *Service) lead(t *term) {
 func (c *candidate) notActive() *Error {
 	e := notRun(newError(ErrNotActive, "instance %s of %s stands by", c.svc.id, c.svc.name))
 	e.Source = c.svc.name
-	if leader := c.svc.leaderOf(ended, c.svc.name); leader != "" && leader != c.svc.id {
+	leader := c.svc.leaderOf(ended, c.svc.name)
+	if leader == c.svc.id { // not any more; it may have been paused, and not know yet
+		leader = ""
+		if now, _, failure := c.read(); failure == nil && now != nil && now.leads() && now.Holder != c.svc.id {
+			leader = now.Holder
+		}
+	}
+	if leader != "" {
 		e.Message += ": " + leader + " leads"
 		e.Details = map[string]string{"leader": leader}
 	}

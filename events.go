@@ -455,6 +455,8 @@ func (s *Service) provide(ctx context.Context, want jetstream.StreamConfig, subj
 		fix = "it has to republish " + want.RePublish.Source + " to " + want.RePublish.Destination
 	case want.AllowMsgTTL && !have.AllowMsgTTL:
 		fix = "set allow_msg_ttl"
+	case want.SubjectDeleteMarkerTTL > 0 && have.SubjectDeleteMarkerTTL == 0:
+		fix = "set subject_delete_marker_ttl, such as 1h, so that others learn of what expires"
 	case !takes(stream, subject):
 		fix = "it takes no " + subject + ": add " + want.Subjects[0] + " to its subjects"
 	}
