@@ -1,5 +1,5 @@
 // Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors and retries; durable
-// events on JetStream, with dead letters; and tracked commands, with one outcome each.
+// events on JetStream, with dead letters; tracked commands, with one outcome each; leader election and discovery.
 //
 // # Usage
 //
@@ -32,6 +32,8 @@
 // A command has one outcome, which is stored, and once it has, its handler is not called again. Until then it may be called more
 // than once, after an error or a crash: see [HandleCommand].
 //
+// An [Exclusive] handler runs in one instance only, the leader. There is never more than one; [Term] is its fencing token.
+//
 // # Concurrency
 //
 // All functions and methods may be called from several goroutines at once. Handlers run concurrently, each method's up to its
@@ -42,7 +44,7 @@
 // # Shutdown
 //
 // [Service.Stop] takes no more work, lets the handlers that run finish, gives back to the server the events and commands that
-// there is no time for, and closes the connections. It leaves no goroutine behind but those of handlers that ignore their ctx.
+// there is no time for, hands the leadership over, leaves the registry, and closes the connections. It leaves no goroutine behind but those of handlers that ignore their ctx.
 package aegis
 
 import (

@@ -374,6 +374,128 @@ func BenchmarkCommandsHeld(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
+// BenchmarkDiscover lists a service of 100 instances from the local copy, beside copying such a list.
+func BenchmarkDiscover(b *testing.B) {
+	const instances = 100
+	srv := startServer(b, withJetStream(b))
+	for range instances {
+		s := newService(b, srv, "svc", aegis.WithPool(1), aegis.WithHeartbeat(time.Hour))
+		handle(b, s, "m", echo)
+		start(b, s)
+	}
+	client := newService(b, srv, "client")
+	ctx := context.Background()
+	list := func() []aegis.Instance {
+		all, err := client.Discover(ctx, "svc")
+		if err != nil {
+			b.Fatal(err)
+		}
+		return all
+	}
+	eventually(b, "all show", func() bool { return len(list()) == instances })
+	all := list()
+	var copied []aegis.Instance
+	var over []float64
+	per := func(fn func()) time.Duration {
+		const n = 2000
+		begin := time.Now()
+		for range n {
+			fn()
+		}
+		return time.Since(begin) / n
+	}
+	for b.Loop() {
+		discover := per(func() { copied = list() })
+		copying := per(func() { copied = slices.Clone(all) })
+		over = append(over, float64(discover-copying)/float64(time.Microsecond))
+	}
+	b.ReportMetric(median(over, func(f float64) float64 { return f }), "µs-beyond-the-copy")
+	b.ReportMetric(testing.AllocsPerRun(1000, func() { copied = list() }), "allocs/op")
+	_ = copied
+}
+
+// BenchmarkBalancedCall compares a call that is addressed to one of three instances with one that NATS addresses, and
+// BenchmarkExclusiveCall one of an exclusive handler with one of a plain handler: raw is the plain one here.
+func BenchmarkBalancedCall(b *testing.B) {
+	srv := startServer(b, withJetStream(b))
+	for range 3 {
+		s := newService(b, srv, "svc")
+		handle(b, s, "m", echo)
+		start(b, s)
+	}
+	client := newService(b, srv, "client")
+	eventually(b, "all show", func() bool { return len(instances(b, client, "svc")) == 3 })
+	for _, callers := range []int{1, 256} {
+		for name, strategy := range map[string]aegis.Strategy{"round-robin": aegis.RoundRobin, "random": aegis.Random, "least-loaded": aegis.LeastLoaded} {
+			b.Run(fmt.Sprintf("callers=%d/%s", callers, name), func(b *testing.B) {
+				versus(b, callers, benchCall(client, "m", aegis.Balance(strategy)), benchCall(client, "m"))
+			})
+		}
+	}
+}
+
+func BenchmarkExclusiveCall(b *testing.B) {
+	srv := startServer(b, withJetStream(b))
+	svc, client := newService(b, srv, "svc", aegis.WithFailover(aegis.Aggressive)), newService(b, srv, "client")
+	handle(b, svc, "m", echo)
+	handle(b, svc, "exclusive", echo, aegis.Exclusive())
+	start(b, svc)
+	eventually(b, "it leads", svc.IsLeader)
+	for _, callers := range []int{1, 256} {
+		b.Run(fmt.Sprintf("callers=%d/plain", callers), func(b *testing.B) {
+			versus(b, callers, benchCall(client, "exclusive"), benchCall(client, "m"))
+		})
+		b.Run(fmt.Sprintf("callers=%d/sticky", callers), func(b *testing.B) {
+			versus(b, callers, benchCall(client, "exclusive", aegis.Sticky()), benchCall(client, "m"))
+		})
+	}
+}
+
+func benchCall(client *aegis.Service, method string, opts ...aegis.CallOption) func() error {
+	return func() error {
+		_, err := aegis.Call[string, string](context.Background(), client, "svc", method, "hello", opts...)
+		return err
+	}
+}
+
+// BenchmarkHandOver stops the leader, gracefully, b.N times under load: from then until the next one has answered a call.
+func BenchmarkHandOver(b *testing.B) {
+	srv := startServer(b, withJetStream(b))
+	client := newService(b, srv, "client")
+	add := func() *aegis.Service {
+		s := newService(b, srv, "svc", aegis.WithFailover(aegis.Aggressive))
+		handle(b, s, "who", func(context.Context, string) (string, error) { return s.ID(), nil }, aegis.Exclusive())
+		start(b, s)
+		return s
+	}
+	leader := add()
+	eventually(b, "it leads", leader.IsLeader)
+	var gaps []time.Duration
+	for b.Loop() {
+		b.StopTimer()
+		next := add()
+		eventually(b, "it stands by", func() bool { id, err := next.Leader(context.Background()); return id == leader.ID() && err == nil })
+		b.StartTimer()
+		begin := time.Now()
+		stopped := make(chan error, 1)
+		go func() { stopped <- leader.Stop(context.Background()) }()
+		for id := ""; id != next.ID(); {
+			var err error
+			if id, err = aegis.Call[string, string](context.Background(), client, "svc", "who", "", aegis.Sticky()); err != nil {
+				b.Fatal(err)
+			}
+		}
+		gaps = append(gaps, time.Since(begin))
+		if err := <-stopped; err != nil {
+			b.Fatal(err)
+		}
+		leader = next
+	}
+	slices.Sort(gaps)
+	b.ReportMetric(float64(gaps[len(gaps)/2])/1e6, "p50-ms")
+	b.ReportMetric(float64(gaps[len(gaps)*99/100])/1e6, "p99-ms")
+}
+
 func rawConn(b *testing.B, url string) *nats.Conn {
 	nc, err := nats.Connect(url)
 	if err != nil {

@@ -497,3 +497,142 @@ func ExampleJob_Cancel() {
 	fmt.Println(errors.Is(err, aegis.ErrCanceled), err)
 	// Output: true CANCELED: the command b1 of backtests.run was cancelled
 }
+
+// Of two instances one is active; when it stops, the other takes over, and a caller who is Sticky doesn't notice. (After a crash that
+// takes as long as the policy says, and a call that was running fails unless it is Idempotent.)
+func ExampleExclusive() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+
+	var terms []uint64
+	instance := func(id string) *aegis.Service {
+		s, err := aegis.New("matching", aegis.WithURL(url), aegis.WithID(id), aegis.WithFailover(aegis.Aggressive))
+		if err != nil {
+			log.Fatal(err)
+		}
+		err = aegis.Handle(s, "match", func(ctx context.Context, order string) (string, error) {
+			terms = append(terms, aegis.Term(ctx)) // a store would take it along, and refuse a lower one
+			return order + " matched by " + id, nil
+		}, aegis.Exclusive())
+		if err != nil {
+			log.Fatal(err)
+		}
+		if err := s.Start(ctx); err != nil {
+			log.Fatal(err)
+		}
+		return s
+	}
+	client, err := aegis.New("client", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Stop(ctx)
+
+	a := instance("a")
+	fmt.Println(aegis.Call[string, string](ctx, client, "matching", "match", "order 1", aegis.Sticky()))
+	b := instance("b")
+	defer b.Stop(ctx)
+	_, err = aegis.Call[string, string](ctx, client, "matching", "match", "order 2", aegis.ToInstance("b"))
+	fmt.Println(err, errors.Is(err, aegis.ErrNotActive))
+	if err := a.Stop(ctx); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(aegis.Call[string, string](ctx, client, "matching", "match", "order 2", aegis.Sticky()))
+	leader, err := b.Leader(ctx)
+	fmt.Println(leader, b.IsLeader(), terms[1] > terms[0], err)
+	// Output:
+	// order 1 matched by a <nil>
+	// matching: NOT_ACTIVE: instance b of matching stands by: a leads true
+	// order 2 matched by b <nil>
+	// b true true <nil>
+}
+
+// Work that one instance does for all, here a scheduler: whichever is elected runs it, until it stops or dies.
+func ExampleService_Lead() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("reports", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+
+	runs := 0
+	err = svc.Lead(ctx, "scheduler", aegis.Aggressive, func(ctx context.Context, term uint64) error {
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for runs < 3 {
+			select {
+			case <-tick.C:
+				runs++
+				fmt.Println("run", runs, "of a leader:", term == aegis.Term(ctx))
+			case <-ctx.Done(): // another one leads now, or ours is told to end
+				return ctx.Err()
+			}
+		}
+		return nil // this one has done its work, and gives the leadership back
+	})
+	fmt.Println(err)
+	// Output:
+	// run 1 of a leader: true
+	// run 2 of a leader: true
+	// run 3 of a leader: true
+	// <nil>
+}
+
+// The instances of a service, and strategies by which one of them is chosen for a call.
+func ExampleService_Discover() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	for _, zone := range []string{"east", "west"} {
+		s, err := aegis.New("prices", aegis.WithURL(url), aegis.WithID("prices-"+zone), aegis.WithVersion("1.2.0"),
+			aegis.WithMetadata(map[string]string{"zone": zone}))
+		if err != nil {
+			log.Fatal(err)
+		}
+		defer s.Stop(ctx)
+		err = aegis.Handle(s, "quote", func(_ context.Context, sku string) (string, error) { return sku + " from " + zone, nil })
+		if err != nil {
+			log.Fatal(err)
+		}
+		if err := s.Start(ctx); err != nil {
+			log.Fatal(err)
+		}
+	}
+	client, err := aegis.New("client", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Stop(ctx)
+
+	list, err := client.Discover(ctx, "prices")
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, i := range list {
+		fmt.Println(i.ID, i.Version, i.Status, i.Metadata["zone"], i.Endpoints[0].Subject)
+	}
+	calls := map[string]int{}
+	for _, strategy := range []aegis.Strategy{aegis.RoundRobin, aegis.Random, aegis.LeastLoaded} {
+		for range 10 {
+			quote, err := aegis.Call[string, string](ctx, client, "prices", "quote", "AAPL", aegis.Balance(strategy))
+			if err != nil {
+				log.Fatal(err)
+			}
+			if strategy == aegis.RoundRobin {
+				calls[quote]++
+			}
+		}
+	}
+	fmt.Println(calls)
+	// Output:
+	// prices-east 1.2.0 ACTIVE east rpc.prices.quote
+	// prices-west 1.2.0 ACTIVE west rpc.prices.quote
+	// map[AAPL from east:5 AAPL from west:5]
+}
