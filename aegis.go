@@ -420,6 +420,8 @@ func (s *Service) Start(ctx context.Context) error {
 
 	select {
 	case <-s.checkHealth():
+	case <-time.After(s.cfg.heartbeat):
+		s.checkHealth() // what hangs has failed
 	case <-ctx.Done():
 	}
 	for _, e := range s.handlers() {
@@ -436,7 +438,18 @@ func (s *Service) Start(ctx context.Context) error {
 	if failure := s.enroll(ctx); failure != nil {
 		return failure
 	}
-	return nil
+	return s.runForLeader(ctx)
+}
+
+// task runs fn on a goroutine that Stop waits for, unless that has begun. fn ends when base does.
+func (s *Service) task(fn func()) (ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.state == stopping {
+		return false
+	}
+	s.tasks.Go(fn)
+	return true
 }
 
 func (s *Service) handlers() []*endpoint {
@@ -583,6 +596,7 @@ func (s *Service) close() {
 	closed := make(chan struct{})
 	go func() {
 		closing.Wait()
+		s.beating.Wait()
 		s.tasks.Wait()
 		close(closed)
 	}()
@@ -983,7 +997,7 @@ func (s *Service) register(e *endpoint, cfg handlerConfig) error {
 	if err == nil {
 		err = s.flush(ctx)
 		s.reportNow(ctx)
-		return err
+		return errors.Join(err, s.runForLeader(ctx))
 	}
 	s.mu.Lock()
 	stopped := s.state == stopping // which sees to it
@@ -998,11 +1012,6 @@ func (s *Service) register(e *endpoint, cfg handlerConfig) error {
 
 func (e *endpoint) open(ctx context.Context) error {
 	e.hire(e.resident)
-	if e.lease != nil {
-		if err := e.svc.runForLeader(ctx); err != nil {
-			return err
-		}
-	}
 	if err := e.source.open(ctx); err != nil {
 		return err
 	}
@@ -1300,7 +1309,8 @@ func (e *endpoint) dispatch(r *request) {
 		if failure == errGoexit {
 			failure = newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name)
 		}
-		if r.fenced = r.ran && r.term != nil && !r.term.holds(); r.fenced {
+		if r.ran && r.lost() {
+			r.fenced = true
 			f := newError(ErrFenced, "%s lost the leadership, of term %d, while %s ran: its effect may or may not stand", e.svc.id, r.term.number, e.name)
 			f.Cause = failure
 			failure = f
@@ -1313,9 +1323,16 @@ func (e *endpoint) dispatch(r *request) {
 		r.end()
 		e.source.done(r, data, failure)
 	}()
+	if r.lost() { // since it was admitted
+		r.fenced, failure = true, e.lease.notActive()
+		return
+	}
 	data, err := e.run(r, &r.msg)
 	failure = asError(err)
 }
+
+// lost tells that the handler is exclusive, and its term over.
+func (r *request) lost() bool { return r.term != nil && !r.term.holds() }
 
 var errGoexit = &Error{} // stands until the handler returns
 

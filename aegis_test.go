@@ -1297,10 +1297,19 @@ func TestStalledConnection(t *testing.T) {
 // A proxy stands between clients and a server, and can hold up what goes either way, or cut the connections.
 type proxy struct {
 	address string
+	ended   chan struct{}
 
-	mu    sync.Mutex // guards the rest
-	held  map[way]chan struct{}
-	conns []net.Conn
+	mu     sync.Mutex // guards the rest
+	held   map[way]chan struct{}
+	conns  []net.Conn
+	frozen net.Conn // a client's connection on which nothing goes any more
+}
+
+// freeze holds one connection, whatever heal does.
+func (p *proxy) freeze() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.frozen = p.conns[0]
 }
 
 type way int
@@ -1342,9 +1351,12 @@ func (p *proxy) cut() {
 	p.conns = nil
 }
 
-func (p *proxy) holding(w way) chan struct{} {
+func (p *proxy) holding(w way, client net.Conn) <-chan struct{} {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.frozen == client {
+		return p.ended
+	}
 	return p.held[w]
 }
 
@@ -1354,17 +1366,21 @@ func startProxy(tb testing.TB, srv *server.Server) *proxy {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	p := &proxy{address: l.Addr().String(), held: map[way]chan struct{}{}}
+	p := &proxy{address: l.Addr().String(), ended: make(chan struct{}), held: map[way]chan struct{}{}}
 	target := srv.Addr().String()
-	tb.Cleanup(func() { l.Close(); p.cut(); p.heal() })
-	carry := func(to, from net.Conn, w way) {
+	tb.Cleanup(func() { l.Close(); p.cut(); p.heal(); close(p.ended) })
+	carry := func(to, from net.Conn, w way, client net.Conn) {
 		defer to.Close()
 		defer from.Close()
 		buf := make([]byte, 32<<10)
 		for {
 			n, err := from.Read(buf)
-			for healed := p.holding(w); healed != nil; healed = p.holding(w) {
-				<-healed
+			for healed := p.holding(w, client); healed != nil; healed = p.holding(w, client) {
+				select {
+				case <-healed:
+				case <-p.ended:
+					return
+				}
 			}
 			if _, werr := to.Write(buf[:n]); err != nil || werr != nil {
 				return
@@ -1385,8 +1401,8 @@ func startProxy(tb testing.TB, srv *server.Server) *proxy {
 			p.mu.Lock()
 			p.conns = append(p.conns, in, out)
 			p.mu.Unlock()
-			go carry(out, in, toServer)
-			go carry(in, out, toClient)
+			go carry(out, in, toServer, in)
+			go carry(in, out, toClient, in)
 		}
 	}()
 	return p
@@ -4251,6 +4267,69 @@ func TestHandOver(t *testing.T) {
 	}
 	if calls := stop(); calls != ran.Load() {
 		t.Errorf("%d calls were answered, %d ran, %d failed", calls, ran.Load(), failures.Load())
+	}
+}
+
+// A handler that ignores that Stop's time is up keeps the leadership from others until it ends, or the lease does.
+func TestStopWithAStubbornExclusiveHandler(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var now atomic.Int32
+	runs := make(chan string, 10)
+	add := func() *aegis.Service {
+		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
+		handle(t, s, "m", func(context.Context, int) (int, error) {
+			if now.Add(1) > 1 {
+				t.Error("two run")
+			}
+			defer now.Add(-1)
+			runs <- s.ID()
+			time.Sleep(500 * time.Millisecond)
+			return 1, nil
+		}, aegis.Exclusive())
+		start(t, s)
+		return s
+	}
+	leader := add()
+	eventually(t, "it leads", leader.IsLeader)
+	next := add()
+	eventually(t, "it is known", func() bool { id, err := next.Leader(t.Context()); return id == leader.ID() && err == nil })
+	go func() { _, _ = call[int, int](client, "risk", "m", 1) }()
+	<-runs
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	fails(t, leader.Stop(ctx), aegis.ErrTimeout, "1 handlers")
+	if next.IsLeader() {
+		t.Error("the next one leads already")
+	}
+	if _, err := call[int, int](client, "risk", "m", 1, aegis.Sticky()); err != nil {
+		t.Error(err)
+	}
+	if id := <-runs; id != next.ID() {
+		t.Errorf("%s ran it", id)
+	}
+}
+
+// A leader goes on though one of its connections hangs.
+func TestLeaderWithAStalledConnection(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	p := startProxy(t, srv)
+	seed := newService(t, srv, "risk") // lest the test waits for a lease
+	if err := seed.Lead(t.Context(), "default", brisk, func(context.Context, uint64) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	c := compete(t, aegis.Conservative, newService(t, srv, "risk", aegis.WithURL("nats://"+p.address)))
+	c.leader(t)
+	p.freeze()
+	for end := time.Now().Add(aegis.Conservative.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if !c.members[0].IsLeader() {
+			t.Fatal("it leads no more")
+		}
+	}
+	if reigns := c.finish(t); len(reigns) != 1 {
+		t.Errorf("%d reigns", len(reigns))
 	}
 }
 

@@ -6,7 +6,8 @@ package aegis
 // The leader renews the key by compare-and-set, and may act until Valid after it sent the last renewal that was confirmed, by its
 // own monotonic clock. Another one takes over by compare-and-set, when it has seen the same revision of the key for Lease, by its
 // own clock too. It can't see a renewal before it was sent, and Valid is less than Lease: so no two lead at once, whatever becomes
-// of messages, processes, and the server and its clock. (Leases as such: Gray and Cheriton, "Leases: An Efficient Fault-Tolerant
+// of messages, processes, and the server and its clock. (On Linux that clock stands still while a machine is suspended: then the
+// term alone tells a former leader. Leases as such: Gray and Cheriton, "Leases: An Efficient Fault-Tolerant
 // Mechanism for Distributed File Cache Consistency", SOSP 1989.)
 
 import (
@@ -64,7 +65,7 @@ func WithFailover(p FailoverPolicy) Option {
 // The handler's ctx ends when the leadership does, and [Term] is its fencing token: a store that remembers the highest one can
 // refuse what a former leader still tries, which may not have noticed yet. If the leadership was lost while the handler ran, the
 // caller gets [ErrFenced] instead of its answer: it ran, and its effect may or may not stand. An event or a command is given to
-// the next leader then, and uses up no attempt.
+// the next leader then; that uses up an attempt only if the server couldn't be told so within 5 s.
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
 // Lead campaigns for the leadership of a group among the instances of the service, [A-Za-z][A-Za-z0-9_-]* and at most 64
@@ -94,9 +95,9 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 		_, failure := s.provide(ctx, s.leadersStream(), leadersPrefix+c.key)
 		return failure
 	})
-	if failure != nil && s.pick() != nil { // else it waits for the server
+	if failure != nil && failure.Code != ErrTimeout.Code && failure.Code != ErrCanceled.Code && s.pick() != nil {
 		return failure
-	}
+	} // else it waits for the server
 	campaigning, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.quitting, cancel)()
@@ -171,7 +172,11 @@ const (
 	defaultGroup  = "default"
 )
 
-func (s *Service) leadersStream() jetstream.StreamConfig { return s.bucket(leadersBucket) }
+func (s *Service) leadersStream() jetstream.StreamConfig {
+	config := s.bucket(leadersBucket)
+	config.FirstSeq = uint64(time.Now().UnixMilli()) // so that no revision comes twice, should the bucket be lost
+	return config
+}
 
 // leaders watches who leads a group of a service.
 func (s *Service) leaders(service, group string) *watch[claim] {
@@ -184,6 +189,11 @@ func (s *Service) leaders(service, group string) *watch[claim] {
 // leaderOf is the instance that leads a service, "" if none is known to.
 func (s *Service) leaderOf(ctx context.Context, service string) string {
 	w := s.leaders(service, defaultGroup)
+	if !w.ready.Load() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, whyTimeout)
+		defer cancel()
+	}
 	if failure := w.wait(ctx); failure != nil {
 		return ""
 	}
@@ -227,6 +237,7 @@ type candidate struct {
 	revision uint64
 	since    time.Duration // when that was seen first
 	highest  uint64        // of all terms that were seen
+	longest  time.Duration // of all leases
 }
 
 // A term is a time of leadership. As a ctx it ends when the lease does.
@@ -305,7 +316,11 @@ func (c *candidate) campaign(ctx, parent context.Context, lead func(*term)) {
 	c.watch = c.svc.leaders(c.svc.name, c.group)
 	for ctx.Err() == nil {
 		if t := c.win(ctx, parent); t != nil {
-			c.hold(t, lead)
+			c.hold(t, func(t *term) {
+				if ctx.Err() == nil {
+					lead(t)
+				}
+			})
 		}
 	}
 }
@@ -350,7 +365,11 @@ func (c *candidate) vacant() time.Duration {
 	if c.seen.Nonce == "" || c.seen.Released {
 		return 0
 	}
-	return c.since + orDefault(c.seen.Lease, c.policy.Lease) - clock()
+	lease := orDefault(c.seen.Lease, c.policy.Lease)
+	if c.seen.Holder == "" { // whose lease may still be on isn't known
+		lease = max(lease, c.longest)
+	}
+	return c.since + lease - clock()
 }
 
 // observe notes what the key holds. Only a change of it counts as a sign of life.
@@ -358,7 +377,7 @@ func (c *candidate) observe(now claim, revision uint64) {
 	if revision != c.revision || now != c.seen {
 		c.seen, c.revision, c.since = now, revision, clock()
 	}
-	c.highest = max(c.highest, now.Term)
+	c.highest, c.longest = max(c.highest, now.Term), max(c.longest, now.Lease)
 }
 
 // take takes the lease over if it is free, which it makes sure of first: what was seen may be old.
@@ -371,7 +390,7 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 		// Someone may lead until its lease ends, whose key was deleted, or whose bucket was lost. So the wait begins with a claim of
 		// nobody, which can't be mistaken for another one if that happens again.
 		c.revision = revision
-		_, failure := c.put(claim{Term: c.highest, Lease: max(c.seen.Lease, c.policy.Lease)})
+		_, failure := c.put(claim{Term: c.highest, Lease: max(c.longest, c.policy.Lease)})
 		if failure != nil && failure.Code == conflict {
 			failure = nil // someone else's wait has begun
 		}
@@ -397,11 +416,12 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 	t.resigned, t.resign = context.WithCancel(context.Background())
 	until := sent + c.policy.Valid
 	t.until.Store(int64(until))
-	t.lapse = time.AfterFunc(until-clock(), func() {
+	t.lapse = time.AfterFunc(time.Hour, func() {
 		if !t.holds() { // else it was just extended
 			t.end()
 		}
 	})
+	t.lapse.Reset(until - clock())
 	c.term.Store(t)
 	return t, nil
 }
@@ -419,7 +439,7 @@ func (c *candidate) hold(t *term, lead func(*term)) {
 		t.end()
 		t.resign()
 		c.svc.changed()
-		if released {
+		if released = released && (c != c.svc.exclusive || !c.svc.busyExclusively()); released { // else the lease runs out first
 			c.release(t)
 		}
 		c.svc.log.Info("leads no more", "group", c.group, "term", t.number, "released", released)
@@ -438,6 +458,10 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 			timer.Stop()
 		case <-stop:
 			timer.Stop()
+			return
+		}
+		if !t.holds() { // paused, perhaps
+			t.end()
 			return
 		}
 		if c.svc.unwell.Load() {
@@ -469,7 +493,7 @@ func (c *candidate) release(t *term) {
 }
 
 // put replaces what was seen last by a claim of this candidate. If that isn't confirmed, it reads the key: it may have been
-// stored nevertheless, or one like it before. sent is when what is there was sent. A conflict means that something else is there.
+// stored nevertheless, or one like it before. sent is when what is there was sent. A conflict means that something else is there now.
 func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	next.Nonce, next.Sent = c.nonce, clock()
 	data, _ := json.Marshal(next) // strings and numbers: it can't fail
@@ -486,8 +510,12 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 		return next.Sent, nil
 	}
 	now, revision, unread := c.read()
+	c.svc.next.Add(1) // lest all that is sent takes a connection that hangs, and all that is read another
 	if unread != nil {
 		return 0, unread
+	}
+	if failure.Code != conflict && revision == c.revision {
+		return 0, failure
 	}
 	if now == nil {
 		now = &claim{}
@@ -517,9 +545,14 @@ func (c *candidate) read() (now *claim, revision uint64, failure *Error) {
 
 // Exclusive handlers.
 
-// runForLeader campaigns for the leadership of the service itself, until Stop.
+// runForLeader campaigns for the leadership of the service itself, until Stop, once exclusive handlers listen.
 func (s *Service) runForLeader(ctx context.Context) error {
+	s.mu.Lock()
 	c := s.exclusive
+	s.mu.Unlock()
+	if c == nil || c.running.Load() {
+		return nil
+	}
 	failure := s.patiently(ctx, func(ctx context.Context) *Error {
 		_, failure := s.provide(ctx, s.leadersStream(), leadersPrefix+c.key)
 		return failure
@@ -541,21 +574,29 @@ func (s *Service) lead(t *term) {
 	s.changed()
 	select {
 	case <-t.Done():
-	case <-s.quitting.Done(): // Stop sees to it that they come to an end
-		for _, e := range s.handlers() {
-			if e.lease != nil {
-				select {
-				case <-e.gone:
-				case <-t.Done():
-				}
-			}
-		}
-	case <-t.resigned.Done(): // which has had it leave the shared subjects
+	case <-s.quitting.Done():
+	case <-t.resigned.Done():
+		s.share()
 		_ = s.flush(t) // if that fails, a request may be turned away
-		for t.holds() && slices.ContainsFunc(s.handlers(), func(e *endpoint) bool { return e.lease != nil && e.busy() }) {
-			time.Sleep(time.Millisecond)
-		}
 	}
+	for t.holds() && s.busyExclusively() { // if it isn't over, though its ctx may be, since Stop's time is up
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// busyExclusively tells whether exclusive handlers run, or may still begin to.
+func (s *Service) busyExclusively() bool {
+	return slices.ContainsFunc(s.handlers(), func(e *endpoint) bool {
+		if e.lease == nil {
+			return false
+		}
+		select {
+		case <-e.gone:
+			return false
+		default:
+			return s.quitting.Err() != nil || e.busy()
+		}
+	})
 }
 
 // notActive is the answer of an instance that doesn't lead.

@@ -191,14 +191,14 @@ type view struct {
 // served is what listens on a subject.
 type served struct {
 	exclusive bool
-	by        []*peer // those that may be chosen
+	by        []peer // those that may be chosen
 }
 
 // A peer is an instance that may be called.
 type peer struct {
-	id    string
-	load  int
-	calls *atomic.Int64 // from here, running
+	id, subject string
+	load        int
+	calls       *atomic.Int64 // from here, running
 }
 
 // view is made anew after each change, when somebody looks.
@@ -223,7 +223,10 @@ func (d *directory) view() *view {
 	}
 	slices.SortFunc(v.instances, func(a, b Instance) int { return cmp.Compare(a.ID, b.ID) })
 	for _, i := range v.instances {
-		p := &peer{i.ID, i.Load, orDefault(calls[i.ID], &atomic.Int64{})}
+		running := calls[i.ID]
+		if running == nil {
+			running = &atomic.Int64{}
+		}
 		for _, e := range i.Endpoints {
 			sv := v.served[e.Subject]
 			if sv == nil {
@@ -232,7 +235,7 @@ func (d *directory) view() *view {
 			}
 			sv.exclusive = sv.exclusive || e.Exclusive
 			if i.Status != unhealthy && i.Status != leaving {
-				sv.by = append(sv.by, p)
+				sv.by = append(sv.by, peer{i.ID, e.Subject + "." + i.ID, i.Load, running})
 			}
 		}
 	}
@@ -240,25 +243,19 @@ func (d *directory) view() *view {
 	return v
 }
 
-// choose is the peer that a call on a subject goes to, nil if there is none but those to skip.
-func (d *directory) choose(by []*peer, strategy Strategy, skip []*peer) *peer {
-	if len(skip) > 0 {
-		by = slices.DeleteFunc(slices.Clone(by), func(p *peer) bool { return slices.Contains(skip, p) })
-	}
-	if len(by) == 0 {
-		return nil
-	}
+// choose is the place of the peer that a call goes to.
+func (d *directory) choose(by []peer, strategy Strategy) int {
 	switch strategy {
 	case RoundRobin:
-		return by[d.turn.Add(1)%uint32(len(by))]
+		return int(d.turn.Add(1) % uint32(len(by)))
 	case LeastLoaded:
-		a, b := by[rand.IntN(len(by))], by[rand.IntN(len(by))]
-		if a.calls.Load()+int64(a.load) > b.calls.Load()+int64(b.load) {
-			return b
+		i, j := rand.IntN(len(by)), rand.IntN(len(by))
+		if a, b := by[i], by[j]; a.calls.Load()+int64(a.load) > b.calls.Load()+int64(b.load) {
+			return j
 		}
-		return a
+		return i
 	}
-	return by[rand.IntN(len(by))]
+	return rand.IntN(len(by))
 }
 
 // requestAny sends a call to an instance chosen by a strategy, and to the next one if that doesn't listen any more.
@@ -273,22 +270,20 @@ func (s *Service) requestAny(ctx context.Context, x *exchange, service string, s
 	if sv == nil || sv.exclusive {
 		return s.request(ctx, x) // the leader alone listens
 	}
-	var skip []*peer
-	for {
-		p := d.choose(sv.by, strategy, skip)
-		if p == nil {
-			x.subject = shared
-			return s.request(ctx, x)
-		}
-		x.subject = shared + "." + p.id
+	for by := sv.by; len(by) > 0; {
+		i := d.choose(by, strategy)
+		p := by[i]
+		x.subject = p.subject
 		p.calls.Add(1)
 		answer, failure := s.request(ctx, x)
 		p.calls.Add(-1)
 		if failure != errNobody {
 			return answer, failure
 		}
-		skip = append(skip, p)
+		by = slices.Delete(slices.Clone(by), i, i+1)
 	}
+	x.subject = shared
+	return s.request(ctx, x)
 }
 
 const whyTimeout = 500 * time.Millisecond
@@ -368,13 +363,15 @@ func (s *Service) checkHealth() <-chan struct{} {
 			h.failure.Store(asError(h.fn(ctx)))
 		}
 		all.Add(1)
-		s.tasks.Go(run)
+		if !s.task(run) {
+			all.Done()
+		}
 	}
 	through := make(chan struct{})
-	s.tasks.Go(func() {
+	go func() { // ends with the checks
 		all.Wait()
 		close(through)
-	})
+	}()
 	return through
 }
 
@@ -469,6 +466,17 @@ func (s *Service) report(ctx context.Context, verb string) *Error {
 
 // enroll enters the instance into the registry, and keeps it there until leave. Without JetStream it does without.
 func (s *Service) enroll(ctx context.Context) *Error {
+	s.mu.Lock()
+	if s.state == stopping {
+		defer s.mu.Unlock()
+		return newError(ErrClosed, "Start: service %s was stopped", s.name)
+	}
+	s.enrolled = true
+	s.beating.Add(1)
+	s.mu.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.gone, cancel)()
 	failure := s.patiently(ctx, func(ctx context.Context) *Error {
 		if _, failure := s.provide(ctx, s.registryStream(), registryPrefix+">"); failure != nil {
 			return failure
@@ -476,12 +484,13 @@ func (s *Service) enroll(ctx context.Context) *Error {
 		return s.report(ctx, "register")
 	})
 	if failure != nil && failure.Code != ErrUnavailable.Code {
+		s.beating.Done()
 		return failure
 	}
-	s.mu.Lock()
-	s.enrolled = true
-	s.mu.Unlock()
-	s.beating.Go(func() { s.beat(failure) })
+	go func() {
+		defer s.beating.Done()
+		s.beat(failure)
+	}()
 	return nil
 }
 
@@ -489,9 +498,13 @@ func (s *Service) enroll(ctx context.Context) *Error {
 func (s *Service) beat(failure *Error) {
 	tick := time.NewTicker(s.cfg.heartbeat)
 	defer tick.Stop()
-	for {
-		if failure != nil {
-			s.log.Warn("the registry can't be reached: others don't see this instance", "error", failure)
+	for troubled := false; ; {
+		var again <-chan time.Time
+		if failure != nil && !troubled {
+			s.log.Warn("the registry can't be reached: others don't see this instance as it is", "error", failure)
+		}
+		if troubled = failure != nil; troubled && failure.Code == ErrTimeout.Code {
+			again = time.After(time.Second)
 		}
 		verb := "heartbeat"
 		var told chan struct{}
@@ -499,12 +512,13 @@ func (s *Service) beat(failure *Error) {
 		case <-tick.C:
 			s.checkHealth()
 		case <-s.news:
+		case <-again:
 		case told = <-s.enlist:
 			verb = "register"
 		case <-s.gone.Done():
 			return
 		}
-		failure = s.report(s.gone, verb)
+		failure = s.report(s.base, verb)
 		if told != nil {
 			close(told)
 		}
@@ -525,13 +539,21 @@ func (s *Service) reportNow(ctx context.Context) {
 	}
 }
 
-// leave takes the entry out of the registry, if it may be there.
+// leave takes the entry out of the registry, if it may be there, after what beat may be writing.
 func (s *Service) leave(ctx context.Context) {
 	s.mu.Lock()
 	enrolled := s.enrolled
 	s.mu.Unlock()
 	s.goAway()
-	s.beating.Wait()
+	written := make(chan struct{})
+	go func() { // ends with beat, at the latest when base does
+		s.beating.Wait()
+		close(written)
+	}()
+	select {
+	case <-written:
+	case <-ctx.Done():
+	}
 	if enrolled {
 		_ = s.report(ctx, "unregister") // else it expires
 	}
@@ -602,6 +624,7 @@ type watch[T any] struct {
 	bucket, filter string
 	sane           func(key string, v *T) bool // what isn't is left out
 	version        atomic.Uint64               // counts changes
+	ready          atomic.Bool                 // it was filled once
 	again          chan struct{}               // tells it to begin anew
 
 	mu      sync.Mutex // guards the rest
@@ -624,25 +647,27 @@ const watchSilence = 15 * time.Second // after which it begins anew: there is a 
 // newWatch follows the keys that match filter until the service is stopped.
 func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bool) *watch[T] {
 	w := &watch[T]{svc: s, bucket: bucket, filter: filter, sane: sane, again: make(chan struct{}, 1), changed: make(chan struct{})}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.state == stopping {
-		w.failure = newError(ErrClosed, "service %s was stopped", s.name)
-		return w
-	}
-	s.tasks.Go(func() {
-		for s.base.Err() == nil {
+	closed := newError(ErrClosed, "service %s was stopped", s.name)
+	ok := s.task(func() {
+		defer w.fail(closed)
+		for trouble := 1; s.base.Err() == nil; trouble++ {
+			begin := clock()
 			if failure := w.follow(s.base); failure != nil {
 				w.fail(failure)
 			}
+			if clock()-begin > time.Second || s.pick() == nil { // it went well, or there is nothing to ask
+				trouble = 1
+			}
 			select {
 			case <-w.again:
-			case <-time.After(fetchTick / 2):
+			case <-time.After(backoff(trouble, fetchTick, time.Second)):
 			case <-s.base.Done():
 			}
 		}
-		w.fail(newError(ErrClosed, "service %s was stopped", s.name))
 	})
+	if !ok {
+		w.failure = closed
+	}
 	return w
 }
 
@@ -673,6 +698,15 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	if err == nil {
 		watcher, err = kv.Watch(ctx, w.filter)
 	}
+	if watcher != nil {
+		defer func() {
+			cancel()
+			go func() { // until it has noticed; it may be held up by what nobody takes
+				for range watcher.Updates() {
+				}
+			}()
+		}()
+	}
 	if !beginning.Stop() && err == nil {
 		err = context.DeadlineExceeded
 	}
@@ -682,18 +716,15 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 		}
 		return jetStreamError(err, "the bucket "+w.bucket)
 	}
-	defer func() {
-		cancel()
-		go func() { // until it has noticed; it may be held up by what nobody takes
-			for range watcher.Updates() {
-			}
-		}()
-	}()
 	fresh := map[string]entry[T]{} // until it is complete
 	silence := clock()
 	tick := time.NewTicker(fetchTick)
 	defer tick.Stop()
 	for {
+		again := w.again
+		if fresh != nil { // first it is completed, or it might never be
+			again = nil
+		}
 		select {
 		case e, ok := <-watcher.Updates():
 			silence = clock()
@@ -706,7 +737,7 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 			default:
 				w.apply(fresh, e)
 			}
-		case <-w.again:
+		case <-again:
 			poke(w.again) // for what called this
 			return nil
 		case <-tick.C:
@@ -754,6 +785,7 @@ func (w *watch[T]) fill(fresh map[string]entry[T], turn uint64) {
 		}
 	}
 	w.entries, w.failure, w.filled = fresh, nil, turn
+	w.ready.Store(true)
 	w.changedLocked()
 }
 
@@ -792,7 +824,12 @@ func (w *watch[T]) all() []entry[T] {
 }
 
 // wait waits until it was filled once, and fails if that can't be.
-func (w *watch[T]) wait(ctx context.Context) *Error { return w.waitFor(ctx, 1) }
+func (w *watch[T]) wait(ctx context.Context) *Error {
+	if w.ready.Load() {
+		return nil
+	}
+	return w.waitFor(ctx, 1)
+}
 
 // refresh fills it anew.
 func (w *watch[T]) refresh(ctx context.Context) *Error {

@@ -340,6 +340,7 @@ func (q *subjects) share(on bool) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch {
+	case len(q.own) == 0: // it isn't open yet
 	case on && len(q.shared) == 0 && !q.drained:
 		return q.subscribeLocked(&q.shared, q.subject)
 	case !on:
@@ -352,10 +353,10 @@ func (q *subjects) share(on bool) error {
 func (q *subjects) subscribeLocked(to *[]*nats.Subscription, subject string) error {
 	byConn := map[*nats.Subscription]*conn{}
 	if known := q.byConn.Load(); known != nil {
-		for _, sub := range q.own {
-			byConn[sub] = (*known)[sub]
-		}
+		maps.Copy(byConn, *known)
+		maps.DeleteFunc(byConn, func(sub *nats.Subscription, _ *conn) bool { return !sub.IsValid() }) // of a leadership before
 	}
+	defer q.byConn.Store(&byConn)
 	for _, c := range q.svc.conns {
 		if q.drained {
 			return newError(ErrClosed, "service %s was stopped", q.svc.name)
@@ -367,7 +368,6 @@ func (q *subjects) subscribeLocked(to *[]*nats.Subscription, subject string) err
 		*to = append(*to, sub)
 		byConn[sub] = c
 	}
-	q.byConn.Store(&byConn)
 	return nil
 }
 
@@ -744,6 +744,10 @@ func (s *Service) address(ctx context.Context, x *exchange, service string, cfg 
 		to.subject += "." + instance
 		answer, failure = s.request(ctx, &to)
 		x.reply, x.sent = to.reply, to.sent
+		if failure == errNobody && cfg.instance == "" { // it was the leader; there may be another, or none any more
+			answer, failure = s.request(ctx, x)
+			instance = ""
+		}
 	case cfg.balanced:
 		answer, failure = s.requestAny(ctx, x, service, cfg.strategy)
 	default:
@@ -913,7 +917,7 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 	if err := ctx.Err(); err != nil {
 		return nil, notRun(asError(err))
 	}
-	if x.limit <= 0 {
+	if x.limit <= 0 || x.until <= clock() {
 		return nil, notRun(newError(ErrTimeout, "no time left for %s", x.subject))
 	}
 	x.sent = false
