@@ -4320,10 +4320,10 @@ func TestLeaderWithAStalledConnection(t *testing.T) {
 	if err := seed.Lead(t.Context(), "default", brisk, func(context.Context, uint64) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
-	c := compete(t, aegis.Conservative, newService(t, srv, "risk", aegis.WithURL("nats://"+p.address)))
+	c := compete(t, aegis.Balanced, newService(t, srv, "risk", aegis.WithURL("nats://"+p.address)))
 	c.leader(t)
 	p.freeze()
-	for end := time.Now().Add(aegis.Conservative.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(3 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if !c.members[0].IsLeader() {
 			t.Fatal("it leads no more")
 		}
@@ -5124,6 +5124,10 @@ func TestDiscoverAfterBeingCutOff(t *testing.T) {
 	add("d")
 	other := newService(t, srv, "ops")
 	eventually(t, "the crashed one has expired", func() bool { return len(instances(t, other, "risk")) == 2 })
+	eventually(t, "the server has given the client's watch up", func() bool {
+		st, err := manage(t, srv).Stream(t.Context(), "KV_aegis_registry")
+		return err == nil && st.CachedInfo().State.Consumers == 1 // the other's
+	})
 	if got := instances(t, client, "risk"); len(got) != 3 {
 		t.Errorf("while cut off: %q", got)
 	}

@@ -238,6 +238,7 @@ type candidate struct {
 	since    time.Duration // when that was seen first
 	highest  uint64        // of all terms that were seen
 	longest  time.Duration // of all leases
+	on       *conn         // see conn
 }
 
 // A term is a time of leadership. As a ctx it ends when the lease does.
@@ -382,8 +383,9 @@ func (c *candidate) observe(now claim, revision uint64) {
 
 // take takes the lease over if it is free, which it makes sure of first: what was seen may be old.
 func (c *candidate) take(parent context.Context) (*term, *Error) {
-	now, revision, failure := c.read()
+	now, revision, failure := c.read(c.conn())
 	if failure != nil {
+		c.changeConn()
 		return nil, failure
 	}
 	if now == nil {
@@ -503,15 +505,19 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 		header:  nats.Header{jetstream.ExpectedLastSubjSeqHeader: {strconv.FormatUint(c.revision, 10)}},
 		limit:   c.policy.Timeout,
 		until:   next.Sent + c.policy.Timeout,
+		on:      c.conn(),
 	}
 	revision, failure := c.svc.store(context.Background(), x, c.svc.leadersStream())
 	if failure == nil {
 		c.observe(next, revision)
 		return next.Sent, nil
 	}
-	now, revision, unread := c.read()
-	c.svc.next.Add(1) // lest all that is sent takes a connection that hangs, and all that is read another
+	if failure.Code != conflict {
+		c.changeConn()
+	}
+	now, revision, unread := c.read(c.conn())
 	if unread != nil {
+		c.changeConn()
 		return 0, unread
 	}
 	if failure.Code != conflict && revision == c.revision {
@@ -528,11 +534,28 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	return sent, nil
 }
 
+// conn is the connection that was used last, as long as it works: one that hangs takes some time to be found out.
+func (c *candidate) conn() *conn {
+	if c.on == nil || !c.on.up.Load() {
+		c.on = c.svc.pick()
+	}
+	return c.on
+}
+
+func (c *candidate) changeConn() {
+	failed := c.on
+	for range c.svc.conns {
+		if c.on = c.svc.pick(); c.on != failed {
+			return
+		}
+	}
+}
+
 // read is what the key holds, nil if there is nothing.
-func (c *candidate) read() (now *claim, revision uint64, failure *Error) {
+func (c *candidate) read(on *conn) (now *claim, revision uint64, failure *Error) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.policy.Timeout)
 	defer cancel()
-	data, revision, failure := c.svc.readKey(ctx, nil, leadersBucket, c.key)
+	data, revision, failure := c.svc.readKey(ctx, on, leadersBucket, c.key)
 	if failure != nil || data == nil {
 		return nil, revision, failure
 	}
@@ -606,7 +629,7 @@ func (c *candidate) notActive() *Error {
 	leader := c.svc.leaderOf(ended, c.svc.name)
 	if leader == c.svc.id { // not any more; it may have been paused, and not know yet
 		leader = ""
-		if now, _, failure := c.read(); failure == nil && now != nil && now.leads() && now.Holder != c.svc.id {
+		if now, _, failure := c.read(nil); failure == nil && now != nil && now.leads() && now.Holder != c.svc.id {
 			leader = now.Holder
 		}
 	}

@@ -579,17 +579,12 @@ func (s *Service) bucket(name string) jetstream.StreamConfig {
 // waits until ctx ends, but for WithTimeout at most.
 func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (value []byte, revision uint64, failure *Error) {
 	ask, _ := json.Marshal(map[string]string{"last_by_subj": "$KV." + bucket + "." + key}) // a string: it can't fail
-	x := &exchange{subject: "$JS.API.STREAM.MSG.GET.KV_" + bucket, data: ask, limit: s.cfg.timeout}
+	x := &exchange{subject: "$JS.API.STREAM.MSG.GET.KV_" + bucket, data: ask, limit: s.cfg.timeout, on: c}
 	if deadline, ok := ctx.Deadline(); ok {
 		x.limit = min(x.limit, time.Until(deadline))
 	}
 	x.until = clock() + x.limit
-	var answer *nats.Msg
-	if c == nil {
-		answer, failure = s.request(ctx, x)
-	} else {
-		answer, failure = s.requestOn(ctx, c, x)
-	}
+	answer, failure := s.request(ctx, x)
 	if failure == errNobody {
 		failure = notRun(newError(ErrUnavailable, "no JetStream: run nats-server with -js, and enable it for the account"))
 	}

@@ -779,6 +779,7 @@ type exchange struct {
 	correlation string        // "" for one of its own
 	limit       time.Duration // to be told to the handler
 	until       time.Duration // by the clock
+	on          *conn         // to send it on; nil for any that is up
 	reply       string
 	sent        bool
 }
@@ -921,6 +922,9 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 		return nil, notRun(newError(ErrTimeout, "no time left for %s", x.subject))
 	}
 	x.sent = false
+	if x.on != nil {
+		return s.requestOn(ctx, x.on, x)
+	}
 	for range s.conns {
 		c := s.pick()
 		if c == nil {
