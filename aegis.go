@@ -1106,12 +1106,6 @@ func (e *endpoint) leave(w *worker) {
 	}
 }
 
-func (e *endpoint) running() int {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return len(e.workers) - int(e.idle.Load())
-}
-
 func (e *endpoint) busy() bool { return len(e.queue) > 0 || len(e.waiting) > 0 || e.running() > 0 }
 
 func (e *endpoint) work(w *worker) {
@@ -1201,6 +1195,8 @@ func (e *endpoint) longRunning(most int) (msgs []*nats.Msg) {
 	}
 	return msgs
 }
+
+func (e *endpoint) running() int { return len(e.handling()) }
 
 // handling are the messages that workers handle now.
 func (e *endpoint) handling() (msgs []*nats.Msg) {
