@@ -807,11 +807,13 @@ func (c *conn) write(m outgoing) error {
 	return c.nc.PublishMsg(&nats.Msg{Subject: m.subject, Reply: m.reply, Header: m.header, Data: m.data})
 }
 
+func (s *Service) closedError() *Error { return newError(ErrClosed, "service %s was stopped", s.name) }
+
 // disconnectedError is what a call gets when no connection is up.
 func (s *Service) disconnectedError() *Error {
 	select {
 	case <-s.base.Done():
-		return notRun(newError(ErrClosed, "service %s was stopped", s.name))
+		return notRun(s.closedError())
 	default:
 		return notRun(newError(ErrUnavailable, "no connection to %s", strings.Join(redacted(s.cfg.urls), ", ")))
 	}

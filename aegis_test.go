@@ -5071,8 +5071,10 @@ func TestDiscover(t *testing.T) {
 	if err := client.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	_, err = client.Discover(t.Context(), "another")
-	fails(t, err, aegis.ErrClosed)
+	for _, service := range []string{"risk", "another"} {
+		_, err = client.Discover(t.Context(), service)
+		fails(t, err, aegis.ErrClosed)
+	}
 }
 
 func TestCrashedInstanceExpires(t *testing.T) {

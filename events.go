@@ -706,7 +706,7 @@ func (f *feed) open(ctx context.Context) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.drained {
-		return newError(ErrClosed, "service %s was stopped", f.svc.name)
+		return f.svc.closedError()
 	}
 	ctx, f.cancel = context.WithCancel(f.svc.base)
 	f.busy.Go(func() { f.fetch(ctx) })

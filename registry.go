@@ -148,7 +148,7 @@ func (s *Service) Watch(ctx context.Context, service string) iter.Seq2[[]Instanc
 			case <-ctx.Done():
 				return
 			case <-s.base.Done():
-				yield(nil, newError(ErrClosed, "service %s was stopped", s.name))
+				yield(nil, s.closedError())
 				return
 			}
 		}
@@ -642,9 +642,8 @@ const watchSilence = 15 * time.Second // after which it begins anew: there is a 
 // newWatch follows the keys that match filter until the service is stopped.
 func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bool) *watch[T] {
 	w := &watch[T]{svc: s, bucket: bucket, filter: filter, sane: sane, again: make(chan struct{}, 1), changed: make(chan struct{})}
-	closed := newError(ErrClosed, "service %s was stopped", s.name)
 	ok := s.task(func() {
-		defer w.fail(closed)
+		defer func() { w.fail(s.closedError()) }()
 		for trouble := 1; s.base.Err() == nil; trouble++ {
 			begin := clock()
 			if failure := w.follow(s.base); failure != nil {
@@ -661,7 +660,7 @@ func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bo
 		}
 	})
 	if !ok {
-		w.failure = closed
+		w.failure = s.closedError()
 	}
 	return w
 }
@@ -820,7 +819,10 @@ func (w *watch[T]) all() []entry[T] {
 
 // wait waits until it was filled once, and fails if that can't be.
 func (w *watch[T]) wait(ctx context.Context) *Error {
-	if w.ready.Load() {
+	switch {
+	case w.svc.base.Err() != nil:
+		return notRun(w.svc.closedError())
+	case w.ready.Load():
 		return nil
 	}
 	return w.waitFor(ctx, 1)

@@ -359,7 +359,7 @@ func (q *subjects) subscribeLocked(to *[]*nats.Subscription, subject string) err
 	defer q.byConn.Store(&byConn)
 	for _, c := range q.svc.conns {
 		if q.drained {
-			return newError(ErrClosed, "service %s was stopped", q.svc.name)
+			return q.svc.closedError()
 		}
 		sub, err := c.nc.ChanQueueSubscribe(subject, q.svc.name, q.queue)
 		if err != nil {
@@ -923,7 +923,11 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 	}
 	x.sent = false
 	if x.on != nil {
-		return s.requestOn(ctx, x.on, x)
+		answer, failure := s.requestOn(ctx, x.on, x)
+		if failure == errDropped {
+			failure = notRun(newError(ErrUnavailable, "the connection was lost"))
+		}
+		return answer, failure
 	}
 	for range s.conns {
 		c := s.pick()
@@ -1016,7 +1020,7 @@ func isNobody(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get("Statu
 func (s *Service) over(c *conn, sl *slot) *Error {
 	switch {
 	case s.base.Err() != nil:
-		return newError(ErrClosed, "service %s was stopped", s.name)
+		return s.closedError()
 	case c.drops.Load() != sl.drops.Load():
 		return newError(ErrUnavailable, "the connection was lost")
 	case int64(clock()) >= sl.until.Load():
