@@ -4070,6 +4070,7 @@ func checkReigns(tb testing.TB, reigns []reignOf) {
 // A contest is instances of one service that campaign, watched.
 type contest struct {
 	reigns  journal[reignOf]
+	elected atomic.Int32 // terms that began
 	stop    context.CancelFunc
 	members []*aegis.Service
 	all     sync.WaitGroup
@@ -4082,6 +4083,7 @@ func compete(tb testing.TB, p aegis.FailoverPolicy, members ...*aegis.Service) *
 	for _, s := range members {
 		c.all.Go(func() {
 			err := s.Lead(ctx, "default", p, func(ctx context.Context, term uint64) error {
+				c.elected.Add(1)
 				if aegis.Term(ctx) != term {
 					tb.Errorf("Term is %d in term %d", aegis.Term(ctx), term)
 				}
@@ -4115,13 +4117,11 @@ func compete(tb testing.TB, p aegis.FailoverPolicy, members ...*aegis.Service) *
 }
 
 // finish ends the campaigns, and checks what was seen.
-func (c *contest) finish(tb testing.TB) []reignOf {
+func (c *contest) finish(tb testing.TB) {
 	tb.Helper()
 	c.stop()
 	c.all.Wait()
-	reigns := c.reigns.all()
-	checkReigns(tb, reigns)
-	return reigns
+	checkReigns(tb, c.reigns.all())
 }
 
 // leader waits until one of the members leads that isn't among the others.
@@ -4328,8 +4328,8 @@ func TestLeaderWithAStalledConnection(t *testing.T) {
 			t.Fatal("it leads no more")
 		}
 	}
-	if reigns := c.finish(t); len(reigns) != 1 {
-		t.Errorf("%d reigns", len(reigns))
+	if c.finish(t); c.elected.Load() != 1 {
+		t.Errorf("%d terms", c.elected.Load())
 	}
 }
 
@@ -4507,8 +4507,8 @@ func TestPartition(t *testing.T) {
 				time.Sleep(brisk.Lease / 4) // for what was held up to do its harm
 				last = next
 			}
-			if n := len(c.finish(t)); n < 2 {
-				t.Errorf("%d reigns", n)
+			if c.finish(t); c.elected.Load() < 2 {
+				t.Errorf("%d terms", c.elected.Load())
 			}
 		})
 	}
@@ -4521,7 +4521,7 @@ func TestLostConfirmationOfRenewal(t *testing.T) {
 	p := startProxy(t, srv)
 	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
 	s := newService(t, srv, "risk", aegis.WithURL("nats://"+p.address), reconnect)
-	patient := aegis.FailoverPolicy{Lease: 6 * time.Second, Valid: 5 * time.Second, Renew: 100 * time.Millisecond, Timeout: 200 * time.Millisecond}
+	patient := aegis.FailoverPolicy{Lease: 15 * time.Second, Valid: 12 * time.Second, Renew: 100 * time.Millisecond, Timeout: 200 * time.Millisecond}
 	seed := newService(t, srv, "risk") // lest the test waits for a lease
 	if err := seed.Lead(t.Context(), "default", brisk, func(context.Context, uint64) error { return nil }); err != nil {
 		t.Fatal(err)
@@ -4552,8 +4552,8 @@ func TestLostConfirmationOfRenewal(t *testing.T) {
 	if !s.IsLeader() {
 		t.Error("it leads no more")
 	}
-	if reigns := c.finish(t); len(reigns) != 1 {
-		t.Errorf("%d reigns: %v", len(reigns), reigns)
+	if c.finish(t); c.elected.Load() != 1 {
+		t.Errorf("%d terms", c.elected.Load())
 	}
 }
 
@@ -4589,8 +4589,8 @@ func TestLeadersKeyIsLost(t *testing.T) {
 				eventually(t, "it leads no more", func() bool { return !leader.IsLeader() || len(c.reigns.all()) > n })
 				c.leader(t)
 			}
-			if n := len(c.finish(t)); n < 3 {
-				t.Errorf("%d reigns", n)
+			if c.finish(t); c.elected.Load() < 3 {
+				t.Errorf("%d terms", c.elected.Load())
 			}
 		})
 	}
@@ -4622,8 +4622,8 @@ func TestElectionThroughServerRestart(t *testing.T) {
 		srv = startServer(t, samePort, store)
 		c.leader(t)
 	}
-	if n := len(c.finish(t)); n < 3 {
-		t.Errorf("%d reigns", n)
+	if c.finish(t); c.elected.Load() < 3 {
+		t.Errorf("%d terms", c.elected.Load())
 	}
 }
 
@@ -5318,7 +5318,7 @@ func TestBalance(t *testing.T) {
 	})
 	promptly(t, func() {
 		for _, s := range []aegis.Strategy{aegis.RoundRobin, aegis.Random, aegis.LeastLoaded} {
-			if by := count(100, aegis.Balance(s)); by["0"]+by["1"]+by["2"] != 100 {
+			if by := count(30, aegis.Balance(s)); by["0"]+by["1"]+by["2"] != 30 {
 				t.Errorf("strategy %d: %v", s, by)
 			}
 		}

@@ -436,7 +436,9 @@ func (s *Service) provide(ctx context.Context, want jetstream.StreamConfig, subj
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		stream, err = js.CreateStream(ctx, want)
 		if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // someone else was faster
-			stream, err = js.Stream(ctx, want.Name)
+			if stream, err = js.Stream(ctx, want.Name); errors.Is(err, jetstream.ErrStreamNotFound) {
+				return nil, newError(ErrTimeout, "the stream %s is just being made by someone else", want.Name) // a cluster takes a moment
+			}
 		}
 	}
 	if err != nil {

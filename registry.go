@@ -249,7 +249,8 @@ func (d *directory) choose(by []peer, strategy Strategy) int {
 	case RoundRobin:
 		return int(d.turn.Add(1) % uint32(len(by)))
 	case LeastLoaded:
-		i, j := rand.IntN(len(by)), rand.IntN(len(by))
+		i := rand.IntN(len(by))
+		j := (i + 1 + rand.IntN(max(len(by)-1, 1))) % len(by) // another one, if there is
 		if a, b := by[i], by[j]; a.calls.Load()+int64(a.load) > b.calls.Load()+int64(b.load) {
 			return j
 		}
