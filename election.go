@@ -627,7 +627,7 @@ func (c *candidate) notActive() *Error {
 	e := notRun(newError(ErrNotActive, "instance %s of %s stands by", c.svc.id, c.svc.name))
 	e.Source = c.svc.name
 	leader := c.svc.leaderOf(ended, c.svc.name)
-	if leader == c.svc.id { // not any more; it may have been paused, and not know yet
+	if leader == c.svc.id || !c.svc.leaders(c.svc.name, defaultGroup).ready.Load() { // it was paused, or has just started, and doesn't know yet
 		leader = ""
 		if now, _, failure := c.read(nil); failure == nil && now != nil && now.leads() && now.Holder != c.svc.id {
 			leader = now.Holder
