@@ -77,6 +77,7 @@ type Service struct {
 	conns    []*conn
 	next     atomic.Uint32    // the connection that the last call took
 	breakers lookup[*breaker] // by service
+	calls    lookup[*meter]   // by <service>.<method>
 	cancels  cancels
 
 	elections   lookup[*watch[claim]] // by <service>.<group>
@@ -85,7 +86,7 @@ type Service struct {
 	acting      atomic.Int32          // functions of Lead that run
 	campaigns   sync.WaitGroup        // candidates
 
-	since   time.Time          // when it was started
+	since   time.Time          // when it was made
 	unwell  atomic.Bool        // a health check fails
 	judging sync.Mutex         // one judge at a time
 	news    chan struct{}      // to beat: the entry has changed
@@ -373,7 +374,9 @@ func New(name string, opts ...Option) (*Service, error) {
 		news:       make(chan struct{}, 1),
 		enlist:     make(chan chan struct{}),
 		done:       make(chan struct{}),
+		since:      time.Now(),
 	}
+	s.calls.most = 1024
 	s.quitting, s.quit = context.WithCancel(context.Background())
 	s.base, s.cancel = context.WithCancel(context.Background())
 	s.gone, s.goAway = context.WithCancel(context.Background())
@@ -415,7 +418,7 @@ func (s *Service) Start(ctx context.Context) error {
 		defer s.mu.Unlock()
 		return s.stateErrorLocked("Start")
 	}
-	s.state, s.since = started, time.Now()
+	s.state = started
 	s.mu.Unlock()
 
 	select {
@@ -853,7 +856,7 @@ type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
 type Middleware func(next HandlerFunc) HandlerFunc
 
 // The kinds of messages.
-const kindRPC, kindEvent, kindCommand = "rpc", "event", "command"
+const kindRPC, kindEvent, kindCommand, kindCall = "rpc", "event", "command", "call" // the last one only in Stats
 
 // A Message is what a handler is called for, as middleware sees it. Source is the service that sent it by its own account, ""
 // if unknown. Header is nil if there is none, and must not be changed.
@@ -884,11 +887,11 @@ type endpoint struct {
 	refuse   func(*nats.Msg) // what the gate does to the rest; nil if the source brings no more than may run
 	stopping chan struct{}   // closed when no more messages will come
 
-	idle          atomic.Int32 // workers that wait for a message
-	gated         atomic.Bool
-	watched       atomic.Bool  // the watchdog is set
-	average       atomic.Int64 // nanoseconds that the latest messages took, a moving average
-	expired, shed atomic.Uint64
+	idle    atomic.Int32 // workers that wait for a message
+	gated   atomic.Bool
+	watched atomic.Bool  // the watchdog is set
+	average atomic.Int64 // nanoseconds that the latest messages took, a moving average
+	meter   *meter
 
 	mu       sync.Mutex // guards the rest
 	workers  map[*worker]bool
@@ -930,6 +933,7 @@ type source interface {
 	settle()                        // is called when nothing more will come; then all is in the queue
 	forget(ctx context.Context)     // is called when all is handled
 	serve(j job, now time.Time)     // handles one message
+	pending() int64                 // what waits elsewhere to be brought
 	done(r *request, data []byte, failure *Error)
 }
 
@@ -953,7 +957,7 @@ func (s *Service) handlerConfig(kind string, opts []HandlerOption) (handlerConfi
 
 // register adds a handler, wrapped in the service's middleware, and opens it if the service is serving.
 func (s *Service) register(e *endpoint, cfg handlerConfig) error {
-	e.svc = s
+	e.svc, e.meter = s, newMeter()
 	e.limit = cfg.concurrency
 	e.resident = min(e.limit, runtime.GOMAXPROCS(0))
 	e.workers = map[*worker]bool{}
@@ -1275,7 +1279,6 @@ func (e *endpoint) gateLocked() {
 				select {
 				case e.waiting <- job{m, time.Now()}:
 				default:
-					e.shed.Add(1)
 					e.refuse(m)
 				}
 			case <-tick.C:
@@ -1297,6 +1300,7 @@ func (e *endpoint) logger(r *request) *slog.Logger {
 // dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to the source's done:
 // whatever the handler does, even if it panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
+	begin := time.Now()
 	var data []byte
 	failure := errGoexit
 	defer func() {
@@ -1319,6 +1323,7 @@ func (e *endpoint) dispatch(r *request) {
 			failure = &f
 		}
 		r.end()
+		e.meter.handled(r.msg.Source, time.Since(begin), failure)
 		e.source.done(r, data, failure)
 	}()
 	if r.lost() { // since it was admitted
@@ -1540,9 +1545,10 @@ func (s *Service) subscribeOwn() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for subject, fn := range map[string]nats.MsgHandler{
-		cancelSubject(s.name):              s.cancels.receive,
-		"$SRV.INFO." + s.name:              s.answerInfo,
-		"$SRV.INFO." + s.name + "." + s.id: s.answerInfo,
+		cancelSubject(s.name):           s.cancels.receive,
+		"$SRV.*":                        s.answerSurvey,
+		"$SRV.*." + s.name:              s.answerSurvey,
+		"$SRV.*." + s.name + "." + s.id: s.answerSurvey,
 	} {
 		for _, c := range s.conns {
 			sub, err := c.nc.QueueSubscribe(subject, s.id, fn)

@@ -611,7 +611,7 @@ func (ex *executions) serve(j job, now time.Time) {
 	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id, over: make(chan struct{})}
 	x.r = &request{
 		svc:      ex.svc,
-		msg:      Message{Kind: ex.kind, Subject: m.Subject, Source: m.Header.Get(headerSource), Header: m.Header, Data: m.Data},
+		msg:      Message{Kind: ex.kind, Subject: m.Subject, Source: sourceOf(m), Header: m.Header, Data: m.Data},
 		in:       m,
 		id:       id,
 		deadline: now.Add(ex.cfg.deadline),

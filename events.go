@@ -670,6 +670,7 @@ type lane struct {
 	empty    atomic.Bool            // there was nothing; it may be asked for one message, beyond what is claimed
 	emptyAt  time.Duration          // when that was found
 	askedAt  time.Duration
+	pending  atomic.Int64 // messages, as far as is known
 }
 
 func newLane(consumer, subject string) *lane {
@@ -1102,6 +1103,25 @@ func (f *feed) receive(m *nats.Msg) (problem string) {
 	return ""
 }
 
+const pendingTimeout = 250 * time.Millisecond
+
+// pending asks the server what its consumers have.
+func (f *feed) pending() (n int64) {
+	end := clock() + pendingTimeout
+	for _, l := range f.lanes {
+		answer, failure := f.svc.request(f.svc.base, &exchange{
+			subject: "$JS.API.CONSUMER.INFO." + f.stream.Name + "." + l.config.Durable,
+			limit:   end - clock(), until: end,
+		})
+		var info jetstream.ConsumerInfo
+		if failure == nil && json.Unmarshal(answer.Data, &info) == nil {
+			l.pending.Store(int64(info.NumPending))
+		}
+		n += l.pending.Load()
+	}
+	return n
+}
+
 // worthAsking tells whether it is time to ask for more: not for each single one as long as others are on their way.
 func (f *feed) worthAsking(free int64) bool {
 	return free > 0 && (free >= int64(f.limit)/8 || f.asked() <= 0)
@@ -1161,6 +1181,14 @@ type delivery struct {
 	attempt  int
 }
 
+// sourceOf is the service that m comes from, by its own account, "" if it tells none.
+func sourceOf(m *nats.Msg) string {
+	if name := m.Header.Get(headerSource); isName(name, maxService) {
+		return name
+	}
+	return ""
+}
+
 // delivery reads what the server says about m, nil if it is not an event of this feed.
 func (f *feed) delivery(m *nats.Msg) *delivery {
 	meta, err := m.Metadata()
@@ -1209,7 +1237,7 @@ func (f *subscription) serve(j job, now time.Time) {
 	}
 	r := &request{
 		svc:      f.svc,
-		msg:      Message{Kind: f.kind, Subject: d.subject, Source: m.Header.Get(headerSource), Header: m.Header, Data: m.Data},
+		msg:      Message{Kind: f.kind, Subject: d.subject, Source: sourceOf(m), Header: m.Header, Data: m.Data},
 		in:       m,
 		id:       d.id,
 		deadline: now.Add(f.cfg.deadline),

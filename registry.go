@@ -16,6 +16,7 @@ import (
 	"reflect"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -867,55 +868,109 @@ func (w *watch[T]) waitFor(ctx context.Context, turn uint64) *Error {
 	}
 }
 
-// A lookup is a map that is filled as it is asked.
+// A lookup is a map that is filled as it is asked. What is there already is read without a lock.
 type lookup[T any] struct {
-	mu sync.RWMutex // guards of
-	of map[string]T
+	most int                          // keys, if not 0; later ones share the key others
+	of   atomic.Pointer[map[string]T] // replaced as a whole
+	mu   sync.Mutex                   // guards the replacing
 }
 
+const others = "OTHERS"
+
 func (l *lookup[T]) get(key string, make func() T) T {
-	l.mu.RLock()
-	v, ok := l.of[key]
-	l.mu.RUnlock()
-	if ok {
+	find := func() (v T, ok bool) {
+		of := l.all()
+		if v, ok = of[key]; !ok && l.most > 0 && len(of) >= l.most {
+			key = others
+			v, ok = of[key]
+		}
+		return v, ok
+	}
+	if v, ok := find(); ok {
 		return v
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if v, ok := l.of[key]; ok {
+	if v, ok := find(); ok {
 		return v
 	}
-	if l.of == nil {
-		l.of = map[string]T{}
+	of := maps.Clone(l.all())
+	if of == nil {
+		of = map[string]T{}
 	}
-	v = make()
-	l.of[key] = v
+	v := make()
+	of[strings.Clone(key)] = v // it may be a part of something large
+	l.of.Store(&of)
 	return v
+}
+
+// all must not be changed.
+func (l *lookup[T]) all() map[string]T {
+	if of := l.of.Load(); of != nil {
+		return *of
+	}
+	return nil
 }
 
 // The subjects of NATS services: https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-32.md
 
-// answerInfo answers $SRV.INFO.
-func (s *Service) answerInfo(m *nats.Msg) {
-	info := micro.Info{
-		ServiceIdentity: micro.ServiceIdentity{Name: s.name, ID: s.id, Version: s.cfg.version, Metadata: map[string]string{}},
-		Type:            micro.InfoResponseType,
-		Endpoints:       []micro.EndpointInfo{},
-	}
-	for _, e := range s.handlers() {
-		if e.kind == kindEvent {
-			continue
+// answerSurvey answers $SRV.PING, $SRV.INFO and $SRV.STATS, so that `nats micro` shows the instance.
+func (s *Service) answerSurvey(m *nats.Msg) {
+	identity := micro.ServiceIdentity{Name: s.name, ID: s.id, Version: s.cfg.version, Metadata: map[string]string{}}
+	maps.Copy(identity.Metadata, s.cfg.metadata)
+	var answer any
+	switch verb, _, _ := strings.Cut(strings.TrimPrefix(m.Subject, "$SRV."), "."); verb {
+	case micro.PingVerb.String():
+		answer = micro.Ping{ServiceIdentity: identity, Type: micro.PingResponseType}
+	case micro.InfoVerb.String():
+		info := micro.Info{ServiceIdentity: identity, Type: micro.InfoResponseType, Endpoints: []micro.EndpointInfo{}}
+		for _, e := range s.instance().Endpoints {
+			about := map[string]string{"kind": e.Kind, "name": e.Name}
+			if e.Exclusive {
+				about["exclusive"] = "true"
+			}
+			info.Endpoints = append(info.Endpoints, micro.EndpointInfo{Name: microName(e.Name), Subject: e.Subject, QueueGroup: s.name, Metadata: about})
 		}
-		about := map[string]string{}
-		if e.lease != nil {
-			about["exclusive"] = "true"
-		}
-		info.Endpoints = append(info.Endpoints, micro.EndpointInfo{Name: e.name, Subject: e.subject, QueueGroup: s.name, Metadata: about})
+		answer = info
+	case micro.StatsVerb.String():
+		answer = s.microStats(identity)
+	default:
+		return
 	}
-	data, _ := json.Marshal(info) // strings only: it can't fail
+	data, _ := json.Marshal(answer) // strings and numbers: it can't fail
 	if err := m.Respond(data); err != nil {
 		s.log.Warn("an answer was lost", "endpoint", m.Subject, "error", err)
 	}
+}
+
+func (s *Service) microStats(identity micro.ServiceIdentity) micro.Stats {
+	st := micro.Stats{ServiceIdentity: identity, Type: micro.StatsResponseType, Started: s.since.UTC(), Endpoints: []*micro.EndpointStats{}}
+	subjects := map[string]string{} // by kind and name
+	for _, e := range s.handlers() {
+		subjects[e.kind+" "+e.name] = e.subject
+	}
+	for _, r := range s.readings() {
+		subject, ok := subjects[r.Kind+" "+r.Name]
+		if !ok { // what is called from here
+			continue
+		}
+		e := &micro.EndpointStats{
+			Name: microName(r.Name), Subject: subject, QueueGroup: s.name,
+			NumRequests: int(r.Requests), NumErrors: int(r.Errors),
+			ProcessingTime: r.sum, AverageProcessingTime: r.sum / time.Duration(max(r.handled, 1)),
+		}
+		if r.last != nil {
+			e.LastError = r.last.Error()
+		}
+		e.Data, _ = json.Marshal(r) // strings and numbers: it can't fail
+		st.Endpoints = append(st.Endpoints, e)
+	}
+	return st
+}
+
+// microName is a name in which no .*> are: order.* is order-ANY.
+func microName(name string) string {
+	return strings.NewReplacer(".", "-", "*", "ANY", ">", "ALL").Replace(name)
 }
 
 // askServing asks an instance of a service, any if none is given, whether it serves a subject: where there is no registry.

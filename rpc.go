@@ -295,7 +295,10 @@ func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) e
 	e.source = &subjects{endpoint: e}
 	overloaded := notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, cfg.concurrency))
 	overloaded.Source = s.name
-	e.refuse = func(m *nats.Msg) { e.source.(*subjects).answer(m, nil, nil, overloaded) }
+	e.refuse = func(m *nats.Msg) {
+		e.meter.shed.Add(1)
+		e.source.(*subjects).turnAway(m, parseAddress(m.Reply).service, overloaded)
+	}
 	return s.register(e, cfg)
 }
 
@@ -405,6 +408,8 @@ func (q *subjects) interrupt() {}
 
 func (q *subjects) settle() {}
 
+func (q *subjects) pending() int64 { return 0 }
+
 func (q *subjects) forget(context.Context) {}
 
 // serve handles one request and answers it.
@@ -424,14 +429,21 @@ func (q *subjects) serve(j job, now time.Time) {
 	r.deadline = j.arrived.Add(orDefault(r.from.budget, q.svc.cfg.timeout))
 	switch {
 	case now.After(r.deadline), q.svc.cancels.has(m.Reply):
-		q.expired.Add(1)
+		q.meter.expired.Add(1)
+		q.meter.turnedAway(r.msg.Source, ErrTimeout)
 	case q.svc.draining.Load():
-		q.answer(m, nil, nil, &Error{Code: ErrUnavailable.Code, Message: "instance " + q.svc.id + " is stopping", Source: q.svc.name, NotRun: true})
+		q.turnAway(m, r.msg.Source, &Error{Code: ErrUnavailable.Code, Message: "instance " + q.svc.id + " is stopping", Source: q.svc.name, NotRun: true})
 	case !q.admit(r):
-		q.answer(m, nil, nil, q.lease.notActive())
+		q.turnAway(m, r.msg.Source, q.lease.notActive())
 	default:
 		q.dispatch(r)
 	}
+}
+
+// turnAway answers what no handler has seen.
+func (q *subjects) turnAway(m *nats.Msg, from string, failure *Error) {
+	q.meter.turnedAway(from, failure)
+	q.answer(m, nil, nil, failure)
 }
 
 // done answers what a handler has handled.
@@ -624,7 +636,7 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 }
 
 // call sends data, which buf holds.
-func (s *Service) call(ctx context.Context, service, method string, data []byte, buf *packer, opts []CallOption) (*nats.Msg, *Error) {
+func (s *Service) call(ctx context.Context, service, method string, data []byte, buf *packer, opts []CallOption) (answer *nats.Msg, failure *Error) {
 	cfg := newCallConfig(kindRPC, opts)
 	switch {
 	case !isName(service, maxService):
@@ -640,6 +652,13 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 		x.header = withHeader(x.header, headerContentType, label)
 	}
 	breaker := s.breaker(service)
+	meter := s.calls.get(x.subject[len("rpc."):], newMeter)
+	meter.inFlight.Add(1)
+	begin := clock()
+	defer func() {
+		meter.inFlight.Add(-1)
+		meter.handled("", clock()-begin, failure)
+	}()
 	return s.persist(ctx, &x, cfg, buf, func() (*nats.Msg, *Error, bool) {
 		return s.attempt(ctx, &x, breaker, service, cfg)
 	})
@@ -1143,6 +1162,20 @@ const (
 	good
 	bad
 )
+
+const closed = "closed"
+
+func (b *breaker) state() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.until.IsZero():
+		return closed
+	case time.Until(b.until) > 0:
+		return "open"
+	}
+	return "half-open"
+}
 
 // admit tells whether a call may go out, as a probe perhaps, or how long it has to wait.
 func (b *breaker) admit() (probe bool, wait time.Duration) {
