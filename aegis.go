@@ -48,6 +48,7 @@
 package aegis
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -245,7 +246,7 @@ func WithReplicas(n int) Option {
 func WithBreaker(p BreakerPolicy) Option {
 	return func(c *config) {
 		c.check(p.Failures >= 0 && p.Cooldown >= 0, "WithBreaker(%+v): negative", p)
-		c.breaker = BreakerPolicy{Failures: orDefault(p.Failures, 5), Cooldown: orDefault(p.Cooldown, 5*time.Second)}
+		c.breaker = BreakerPolicy{Failures: cmp.Or(p.Failures, 5), Cooldown: cmp.Or(p.Cooldown, 5*time.Second)}
 	}
 }
 
@@ -1512,14 +1513,6 @@ func backoff(n int, first, longest time.Duration) time.Duration {
 		d = first << (n - 1)
 	}
 	return mrand.N(d + 1)
-}
-
-func orDefault[T comparable](v, otherwise T) T {
-	var zero T
-	if v == zero {
-		return otherwise
-	}
-	return v
 }
 
 // sleep pauses, unless ctx ends before.

@@ -9,6 +9,7 @@ package aegis
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -219,7 +220,7 @@ func SendCommand[T, R any](ctx context.Context, s *Service, service, command str
 	if err != nil {
 		return nil, notRun(newError(ErrInvalid, "encoding the command %s.%s: %v", service, command, err))
 	}
-	id := orDefault(cfg.key, rand.Text())
+	id := cmp.Or(cfg.key, rand.Text())
 	if failure := s.sendCommand(ctx, service, command, id, payload, buf, cfg); failure != nil {
 		return nil, failure
 	}
@@ -604,7 +605,7 @@ func (ex *executions) serve(j job, now time.Time) {
 	meta, err := m.Metadata()
 	id := m.Header.Get(headerID)
 	if err != nil || meta.Stream != commandStream || id == "" {
-		ex.svc.log.Warn("what was no command was dropped", "endpoint", ex.name, "subject", m.Subject)
+		ex.svc.log.Warn("what was no command was dropped", "endpoint", ex.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
 		ex.tell(m, "+TERM")
 		return
 	}

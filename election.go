@@ -11,6 +11,7 @@ package aegis
 // Mechanism for Distributed File Cache Consistency", SOSP 1989.)
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -366,7 +367,7 @@ func (c *candidate) vacant() time.Duration {
 	if c.seen.Nonce == "" || c.seen.Released {
 		return 0
 	}
-	lease := orDefault(c.seen.Lease, c.policy.Lease)
+	lease := cmp.Or(c.seen.Lease, c.policy.Lease)
 	if c.seen.Holder == "" { // whose lease may still be on isn't known
 		lease = max(lease, c.longest)
 	}

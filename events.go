@@ -4,6 +4,7 @@ package aegis
 // pulls them from the server), and what becomes of those that can't be handled (dead letters).
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -609,9 +610,9 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 	if cfg.broadcast && cfg.exclusive {
 		return newError(ErrInvalid, "events %q: Broadcast() is for all instances, Exclusive() for one: choose", pattern)
 	}
-	e := &endpoint{kind: kindEvent, name: orDefault(cfg.durable, pattern), subject: eventPrefix + pattern, run: run}
+	e := &endpoint{kind: kindEvent, name: cmp.Or(cfg.durable, pattern), subject: eventPrefix + pattern, run: run}
 	// The name of the consumer, in which . * > can't be.
-	name := s.name + "~" + orDefault(cfg.durable, strings.NewReplacer(".", "~", "*", "+", ">", "#").Replace(pattern))
+	name := s.name + "~" + cmp.Or(cfg.durable, strings.NewReplacer(".", "~", "*", "+", ">", "#").Replace(pattern))
 	if cfg.broadcast {
 		name += "@" + s.id
 	}
@@ -737,7 +738,7 @@ func (f *feed) provide(ctx context.Context) *Error {
 		if failure != nil {
 			return failure
 		}
-		shortest = min(ackWait, orDefault(shortest, ackWait))
+		shortest = min(ackWait, cmp.Or(shortest, ackWait))
 	}
 	f.ackWait.Store(int64(shortest))
 	return nil
@@ -1228,7 +1229,7 @@ func (f *subscription) serve(j job, now time.Time) {
 	defer f.release()
 	d := f.delivery(m)
 	if d == nil {
-		f.svc.log.Warn("what was no event was dropped", "endpoint", f.name, "subject", m.Subject)
+		f.svc.log.Warn("what was no event was dropped", "endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
 		return
 	}
 	if consumer, ok := strings.CutPrefix(m.Subject, redrivePrefix); ok && consumer != f.lanes[0].config.Durable {
@@ -1285,7 +1286,7 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 
 // giveBack lets another instance have the event, as if it hadn't been delivered.
 func (f *subscription) giveBack(r *request) {
-	f.noteReturn(r.delivery)
+	f.noteReturn(r.in, r.delivery)
 	f.tell(r.in, f.returned())
 }
 
@@ -1329,20 +1330,20 @@ func (f *subscription) interrupt() {
 	var all sync.WaitGroup
 	for _, m := range f.handling() {
 		if d := f.delivery(m); d != nil {
-			all.Go(func() { f.noteReturn(d) })
+			all.Go(func() { f.noteReturn(m, d) })
 		}
 	}
 	all.Wait()
 }
 
 // noteReturn notes that a delivery which the server counts is no attempt; see used.
-func (f *feed) noteReturn(d *delivery) {
+func (f *feed) noteReturn(m *nats.Msg, d *delivery) {
 	x := exchange{subject: f.returns(d), header: nats.Header{
 		jetstream.MsgTTLHeader: {strconv.Itoa(returnTTL)},
 		jetstream.MsgIDHeader:  {f.returns(d) + "." + strconv.Itoa(d.attempt)},
 	}}
 	if failure := f.svc.storeLetter(&x, returnTimeout); failure != nil {
-		f.svc.log.Warn("an event that is given back loses an attempt", "endpoint", f.name, "correlation_id", d.id, "error", failure)
+		f.svc.log.Warn("an event that is given back loses an attempt", "endpoint", f.name, "correlation_id", cmp.Or(m.Header.Get(headerCorrelation), d.id), "error", failure)
 	}
 }
 

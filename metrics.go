@@ -43,7 +43,7 @@ type EndpointStats struct {
 	Codes    map[string]uint64 `json:"codes,omitempty"` // of Errors; beyond 64 codes, the rest is OTHERS
 
 	InFlight int64  `json:"in_flight"` // handlers that run, or calls that wait for their answer
-	Pending  int64  `json:"pending"`   // what waits for a handler: here, and in the stream
+	Pending  int64  `json:"pending"`   // what waits for a handler: here, and in the stream but for what was tried before
 	Shed     uint64 `json:"shed"`      // requests refused as OVERLOADED
 	Expired  uint64 `json:"expired"`   // requests that were not run since their caller had given up, and got no answer
 

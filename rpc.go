@@ -4,6 +4,7 @@ package aegis
 // subjects that carry the deadline, typed errors, retries and the circuit breaker.
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -426,7 +427,7 @@ func (q *subjects) serve(j job, now time.Time) {
 	if m.Reply == "" {
 		r.id = rand.Text()
 	}
-	r.deadline = j.arrived.Add(orDefault(r.from.budget, q.svc.cfg.timeout))
+	r.deadline = j.arrived.Add(cmp.Or(r.from.budget, q.svc.cfg.timeout))
 	switch {
 	case now.After(r.deadline), q.svc.cancels.has(m.Reply):
 		q.meter.expired.Add(1)
@@ -482,7 +483,7 @@ func (q *subjects) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 		err = q.send(m.Sub, out)
 	}
 	if err != nil {
-		q.svc.log.Warn("an answer was lost", "endpoint", q.name, "correlation_id", parseAddress(m.Reply).correlationID(), "error", err)
+		q.svc.log.Warn("an answer was lost", "endpoint", q.name, "correlation_id", cmp.Or(m.Header.Get(headerCorrelation), parseAddress(m.Reply).correlationID()), "error", err)
 	}
 }
 
@@ -594,13 +595,13 @@ func (c *callConfig) policy() RetryPolicy {
 	case c.idempotent:
 		p = RetryPolicy{}
 	}
-	p.Attempts = orDefault(p.Attempts, 3)
+	p.Attempts = cmp.Or(p.Attempts, 3)
 	if c.sticky {
 		p.Attempts = math.MaxInt
 	}
-	p.Backoff = orDefault(p.Backoff, 50*time.Millisecond)
-	p.MaxBackoff = orDefault(p.MaxBackoff, time.Second)
-	p.AttemptTimeout = orDefault(p.AttemptTimeout, time.Second)
+	p.Backoff = cmp.Or(p.Backoff, 50*time.Millisecond)
+	p.MaxBackoff = cmp.Or(p.MaxBackoff, time.Second)
+	p.AttemptTimeout = cmp.Or(p.AttemptTimeout, time.Second)
 	return p
 }
 
