@@ -1,13 +1,17 @@
 package aegis_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"log"
 	"log/slog"
 	"math"
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -635,4 +639,179 @@ func ExampleService_Discover() {
 	// prices-east 1.2.0 ACTIVE east rpc.prices.quote
 	// prices-west 1.2.0 ACTIVE west rpc.prices.quote
 	// map[AAPL from east:5 AAPL from west:5]
+}
+
+// Metrics for Prometheus and probes for Kubernetes, on a port of their own.
+func ExampleService_Handler() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("risk", aegis.WithURL(url),
+		aegis.WithHealthCheck("database", func(context.Context) error { return errors.New("connection refused") }))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	err = aegis.Handle(svc, "check", func(_ context.Context, qty int) (bool, error) {
+		if qty < 0 {
+			return false, &aegis.Error{Code: "BAD_QUANTITY"}
+		}
+		return qty < 1000, nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := svc.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+	for _, qty := range []int{10, 20, -1} {
+		_, _ = aegis.Call[int, bool](ctx, svc, "risk", "check", qty, aegis.ToInstance(svc.ID()))
+	}
+
+	admin := httptest.NewServer(svc.Handler()) // in a service: go http.ListenAndServe(":9090", svc.Handler())
+	defer admin.Close()
+	for _, path := range []string{"/healthz", "/readyz", "/metrics"} {
+		answer, err := http.Get(admin.URL + path)
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(path, answer.Status)
+		for lines := bufio.NewScanner(answer.Body); lines.Scan(); {
+			if path != "/metrics" || strings.Contains(lines.Text(), "aegis_requests_total") {
+				fmt.Println(lines.Text())
+			}
+		}
+		answer.Body.Close()
+	}
+	// Output:
+	// /healthz 200 OK
+	// {"status":"ok","checks":{"service":"ok"}}
+	// /readyz 503 Service Unavailable
+	// {"status":"unavailable","checks":{"connection":"ok","database":"INTERNAL: connection refused","service":"ok"}}
+	// /metrics 200 OK
+	// # HELP aegis_requests_total Requests, events, commands and calls that came to an end, by error code, which is empty for success.
+	// # TYPE aegis_requests_total counter
+	// aegis_requests_total{service="risk",kind="call",endpoint="risk.check",code=""} 2
+	// aegis_requests_total{service="risk",kind="call",endpoint="risk.check",code="BAD_QUANTITY"} 1
+	// aegis_requests_total{service="risk",kind="rpc",endpoint="check",code=""} 2
+	// aegis_requests_total{service="risk",kind="rpc",endpoint="check",code="BAD_QUANTITY"} 1
+}
+
+// What a service knows of itself.
+func ExampleService_Stats() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("greeter", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	err = aegis.Handle(svc, "greet", func(_ context.Context, name string) (string, error) {
+		if name == "" {
+			return "", aegis.ErrInvalid
+		}
+		return "hello " + name, nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := svc.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+	for _, name := range []string{"Ada", "Grace", ""} {
+		_, _ = aegis.Call[string, string](ctx, svc, "greeter", "greet", name)
+	}
+
+	st := svc.Stats()
+	fmt.Println(st.Service, st.Connected, "connections")
+	for _, e := range st.Endpoints {
+		fmt.Println(e.Kind, e.Name, e.Requests, e.Errors, e.Codes, e.InFlight, e.Callers, e.P50 <= e.P99 && e.P99 <= e.Max)
+	}
+	// Output:
+	// greeter 2 connections
+	// call greeter.greet 3 1 map[INVALID_ARGUMENT:1] 0 map[] true
+	// rpc greet 3 1 map[INVALID_ARGUMENT:1] 0 map[greeter:3] true
+}
+
+// Who calls whom, as the running system tells it.
+func ExampleService_Dependencies() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	service := func(name, method string, fn func(context.Context, *aegis.Service, int) (int, error)) *aegis.Service {
+		s, err := aegis.New(name, aegis.WithURL(url))
+		if err != nil {
+			log.Fatal(err)
+		}
+		err = aegis.Handle(s, method, func(ctx context.Context, n int) (int, error) { return fn(ctx, s, n) })
+		if err != nil {
+			log.Fatal(err)
+		}
+		if err := s.Start(ctx); err != nil {
+			log.Fatal(err)
+		}
+		return s
+	}
+	pricing := service("pricing", "quote", func(_ context.Context, _ *aegis.Service, n int) (int, error) { return 7 * n, nil })
+	defer pricing.Stop(ctx)
+	risk := service("risk", "check", func(_ context.Context, _ *aegis.Service, n int) (int, error) {
+		if n > 100 {
+			return 0, &aegis.Error{Code: "TOO_MUCH"}
+		}
+		return n, nil
+	})
+	defer risk.Stop(ctx)
+	orders := service("orders", "create", func(ctx context.Context, s *aegis.Service, n int) (int, error) {
+		if _, err := aegis.Call[int, int](ctx, s, "risk", "check", n); err != nil {
+			return 0, err
+		}
+		return aegis.Call[int, int](ctx, s, "pricing", "quote", n)
+	})
+	defer orders.Stop(ctx)
+	web, err := aegis.New("web", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer web.Stop(ctx)
+	for _, n := range []int{1, 2, 500} {
+		_, _ = aegis.Call[int, int](ctx, web, "orders", "create", n)
+	}
+
+	deps, err := web.Dependencies(ctx)
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, d := range deps {
+		fmt.Println(d.From, d.To, d.Endpoint, d.Requests, d.Errors)
+	}
+	fmt.Print(aegis.Mermaid(deps))
+	// Output:
+	// web orders create 3 1
+	// orders pricing quote 2 0
+	// orders risk check 3 1
+	// flowchart LR
+	//     s0["orders"]
+	//     s1["pricing"]
+	//     s2["risk"]
+	//     s3["web"]
+	//     s3 -->|"create: 3, 1 failed"| s0
+	//     s0 -->|"quote: 2"| s1
+	//     s0 -->|"check: 3, 1 failed"| s2
+}
+
+// One picture of two calls.
+func ExampleMermaid() {
+	fmt.Print(aegis.Mermaid([]aegis.Dependency{
+		{From: "web", To: "orders", Endpoint: "create", Requests: 12, Errors: 1},
+		{From: "web", To: "orders", Endpoint: "cancel", Requests: 3},
+	}))
+	// Output:
+	// flowchart LR
+	//     s0["orders"]
+	//     s1["web"]
+	//     s1 -->|"create: 12, 1 failed<br>cancel: 3"| s0
 }
