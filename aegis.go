@@ -1,5 +1,5 @@
 // Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors and retries; durable
-// events on JetStream, with dead letters; tracked commands, with one outcome each; leader election and discovery.
+// events on JetStream, with dead letters; tracked commands, with one outcome each; leader election and discovery; metrics.
 //
 // # Usage
 //
@@ -44,7 +44,14 @@
 // # Shutdown
 //
 // [Service.Stop] takes no more work, lets the handlers that run finish, gives back to the server the events and commands that
-// there is no time for, hands the leadership over, leaves the registry, and closes the connections. It leaves no goroutine behind but those of handlers that ignore their ctx.
+// there is no time for, hands the leadership over, leaves the registry, and closes the connections. It leaves no goroutine behind
+// but those of handlers that ignore their ctx.
+//
+// # Observation
+//
+// [Service.Stats] counts what becomes of every request, event, command and call; [Service.Handler] serves that to Prometheus, with
+// probes of health. Started services answer the nats tool (nats micro ls, info, stats, ping). A message's correlation id is in each
+// log line about it, and [CorrelationID] for the handler's own; the W3C trace context travels from what comes in to what goes out.
 package aegis
 
 import (
@@ -1301,7 +1308,7 @@ func (e *endpoint) logger(r *request) *slog.Logger {
 // dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to the source's done:
 // whatever the handler does, even if it panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
-	begin := time.Now()
+	begin := e.meter.begin()
 	var data []byte
 	failure := errGoexit
 	defer func() {
@@ -1324,7 +1331,7 @@ func (e *endpoint) dispatch(r *request) {
 			failure = &f
 		}
 		r.end()
-		e.meter.handled(r.msg.Source, time.Since(begin), failure)
+		e.meter.handled(r.msg.Source, begin, failure)
 		e.source.done(r, data, failure)
 	}()
 	if r.lost() { // since it was admitted

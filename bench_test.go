@@ -9,7 +9,11 @@ import (
 	"crypto/rand"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
 	"runtime"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
@@ -70,6 +74,37 @@ func BenchmarkCall(b *testing.B) {
 			})
 		}
 	}
+}
+
+// BenchmarkMetrics makes calls from 256 callers, and tells by a profile what share of all CPU time goes into counting them: on the
+// caller's side and on the handler's, with the readings of the clock. Baseline is the rest of the same calls.
+func BenchmarkMetrics(b *testing.B) {
+	srv := startServer(b)
+	svc, client := newService(b, srv, "svc"), newService(b, srv, "client")
+	handle(b, svc, "m", echo)
+	start(b, svc)
+	profile := filepath.Join(b.TempDir(), "cpu")
+	f, err := os.Create(profile)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	load(b, 256, 5000, benchCall(client, "m")) // fill pools
+	if err := pprof.StartCPUProfile(f); err != nil {
+		b.Skip(err) // go test -cpuprofile makes one already
+	}
+	load(b, 256, max(b.N, 20000), benchCall(client, "m"))
+	pprof.StopCPUProfile()
+	out, err := exec.Command("go", "tool", "pprof", "-top", "-focus", `aegis\.\(\*meter\)`, profile).CombinedOutput()
+	if err != nil {
+		b.Fatalf("%v: %s", err, out)
+	}
+	share := 0.0 // if not even one sample fell on it
+	if m := regexp.MustCompile(`accounting for .*, ([0-9.]+)% of .* total`).FindSubmatch(out); m != nil {
+		share, _ = strconv.ParseFloat(string(m[1]), 64)
+	}
+	b.ReportMetric(share, "%cpu-for-metrics")
+	b.ReportMetric(0, "ns/op")
 }
 
 // BenchmarkBesideSlow calls a fast method while 64 callers keep a slow one (10 ms) of the same service busy. The baseline is the

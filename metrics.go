@@ -100,7 +100,7 @@ type meter struct {
 	refused  atomic.Uint64              // those that were not handled
 	shed     atomic.Uint64              // of refused
 	expired  atomic.Uint64              // of refused
-	inFlight atomic.Int64               // of calls; an endpoint knows its workers
+	inFlight atomic.Int64
 	codes    lookup[*atomic.Uint64]
 	callers  lookup[*caller]
 	last     atomic.Pointer[Error] // failure
@@ -116,8 +116,16 @@ func newMeter() *meter {
 	return m
 }
 
-// handled counts what a handler did, or a call that was made.
-func (m *meter) handled(from string, took time.Duration, failure *Error) {
+// begin is when a handler or a call began; handled has to follow.
+func (m *meter) begin() time.Duration {
+	m.inFlight.Add(1)
+	return clock()
+}
+
+// handled counts what has ended.
+func (m *meter) handled(from string, begin time.Duration, failure *Error) {
+	took := clock() - begin
+	m.inFlight.Add(-1)
 	m.buckets[bucketOf(took)].Add(1)
 	m.sum.Add(int64(took))
 	for longest := m.longest.Load(); int64(took) > longest && !m.longest.CompareAndSwap(longest, int64(took)); {
@@ -232,7 +240,6 @@ func (s *Service) readings() []*reading {
 	for i, e := range handlers {
 		all.Go(func() {
 			out[i] = e.meter.read(e.kind, e.name)
-			out[i].InFlight = int64(e.running())
 			out[i].Pending = int64(len(e.queue)+len(e.waiting)) + e.source.pending()
 		})
 	}

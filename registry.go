@@ -428,7 +428,7 @@ func (s *Service) instance() Instance {
 	for _, e := range s.handlers() {
 		exclusive = exclusive || e.lease != nil
 		i.Endpoints = append(i.Endpoints, Endpoint{e.kind, e.name, e.subject, e.lease != nil})
-		i.Load += e.running()
+		i.Load += int(e.meter.inFlight.Load())
 	}
 	slices.SortFunc(i.Endpoints, func(a, b Endpoint) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name))

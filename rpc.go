@@ -654,12 +654,8 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 	}
 	breaker := s.breaker(service)
 	meter := s.calls.get(x.subject[len("rpc."):], newMeter)
-	meter.inFlight.Add(1)
-	begin := clock()
-	defer func() {
-		meter.inFlight.Add(-1)
-		meter.handled("", clock()-begin, failure)
-	}()
+	begin := meter.begin()
+	defer func() { meter.handled("", begin, failure) }()
 	return s.persist(ctx, &x, cfg, buf, func() (*nats.Msg, *Error, bool) {
 		return s.attempt(ctx, &x, breaker, service, cfg)
 	})
