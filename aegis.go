@@ -108,6 +108,7 @@ type Service struct {
 	base     context.Context // parent of every handler's ctx: ends when Stop's time is up
 	cancel   context.CancelFunc
 	tasks    sync.WaitGroup // goroutines that end with base
+	ready    atomic.Bool    // Start has succeeded
 	draining atomic.Bool    // requests that wait are refused
 	done     chan struct{}  // closed when Stop is through
 
@@ -449,7 +450,11 @@ func (s *Service) Start(ctx context.Context) error {
 	if failure := s.enroll(ctx); failure != nil {
 		return failure
 	}
-	return s.runForLeader(ctx)
+	if err := s.runForLeader(ctx); err != nil {
+		return err
+	}
+	s.ready.Store(true)
+	return nil
 }
 
 // task runs fn on a goroutine that Stop waits for, unless that has begun. fn ends when base does.
@@ -621,11 +626,12 @@ func (s *Service) close() {
 
 // A conn is one connection of the pool and the reply slots on it.
 type conn struct {
-	nc    *nats.Conn
-	inbox string        // the subject of the connection's slots, up to and including the dot
-	up    atomic.Bool   // as far as nats.go has told
-	drops atomic.Uint32 // how often the connection was lost
-	limit atomic.Int64  // the server's max_payload
+	nc         *nats.Conn
+	inbox      string        // the subject of the connection's slots, up to and including the dot
+	up         atomic.Bool   // as far as nats.go has told
+	drops      atomic.Uint32 // how often the connection was lost
+	reconnects atomic.Uint32
+	limit      atomic.Int64 // the server's max_payload
 
 	sendMu  sync.Mutex // guards what goroutines put down to be published by the one that leads
 	leading bool
@@ -681,6 +687,7 @@ func (s *Service) connect() (*conn, error) {
 	}
 	opts.ReconnectedCB = func(nc *nats.Conn) {
 		c.connected(nc)
+		c.reconnects.Add(1)
 		s.log.Info("reconnected to NATS", "url", nc.ConnectedUrlRedacted())
 		if reconnected != nil {
 			reconnected(nc)
@@ -889,6 +896,7 @@ type endpoint struct {
 	kind, name, subject string
 	run                 HandlerFunc
 	limit, resident     int
+	spare               int64 // bytes of the server's max_payload that an answer must leave
 
 	queue    chan *nats.Msg  // from the source
 	waiting  chan job        // from the gate; taken before the queue
@@ -1308,6 +1316,14 @@ func (e *endpoint) logger(r *request) *slog.Logger {
 // dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to the source's done:
 // whatever the handler does, even if it panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
+	if r.lost() { // since it was admitted
+		failure := e.lease.notActive()
+		e.meter.ended(r.msg.Source, failure)
+		r.fenced = true
+		r.end()
+		e.source.done(r, nil, failure)
+		return
+	}
 	begin := e.meter.begin()
 	var data []byte
 	failure := errGoexit
@@ -1318,6 +1334,9 @@ func (e *endpoint) dispatch(r *request) {
 		}
 		if failure == errGoexit {
 			failure = newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name)
+		}
+		if failure == nil && r.run != nil {
+			failure = r.run.whyLost()
 		}
 		if r.ran && r.lost() {
 			r.fenced = true
@@ -1334,12 +1353,12 @@ func (e *endpoint) dispatch(r *request) {
 		e.meter.handled(r.msg.Source, begin, failure)
 		e.source.done(r, data, failure)
 	}()
-	if r.lost() { // since it was admitted
-		r.fenced, failure = true, e.lease.notActive()
-		return
-	}
 	data, err := e.run(r, &r.msg)
 	failure = asError(err)
+	if limit := e.svc.conns[0].limit.Load() - e.spare; failure == nil && int64(len(data)) > limit {
+		r.hopeless = true
+		failure = newError(ErrInternal, "the answer of %s has %d bytes, more than the %d that the server's max_payload leaves: split it, or raise that limit", e.name, len(data), limit)
+	}
 }
 
 // lost tells that the handler is exclusive, and its term over.
@@ -1361,7 +1380,7 @@ type request struct {
 	deadline        time.Time
 	packer          *packer   // holds the answer
 	codec           Codec     // of the payload, once it was decoded
-	undecodable     bool      // the payload
+	hopeless        bool      // another attempt would not help
 	ran             bool      // the handler was called
 	delivery        *delivery // nil for a request
 	run             *run      // of a command
@@ -1551,7 +1570,7 @@ func (s *Service) subscribeOwn() error {
 		"$SRV.*." + s.name + "." + s.id: s.answerSurvey,
 	} {
 		for _, c := range s.conns {
-			sub, err := c.nc.QueueSubscribe(subject, s.id, fn)
+			sub, err := c.nc.QueueSubscribe(subject, s.name+"."+s.id, fn)
 			if err != nil {
 				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
 			}

@@ -5576,6 +5576,62 @@ func TestStats(t *testing.T) {
 	}
 }
 
+// What fails only after the handler has returned, or before it is called, counts as a failure on both sides.
+func TestStatsOfLateFailures(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, shop := newService(t, srv, "svc"), newService(t, srv, "shop")
+	handle(t, svc, "m", func(_ context.Context, what string) (string, error) {
+		switch what {
+		case "large":
+			return strings.Repeat("x", 2<<20), nil
+		case "no code":
+			return "", &aegis.Error{Message: "no code"}
+		}
+		return "", &aegis.Error{Code: what, Message: strings.Repeat("<", 1<<18)}
+	})
+	handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[int]) (string, error) {
+		if c.Data == 0 {
+			return strings.Repeat("x", 2<<20), nil
+		}
+		<-ctx.Done()
+		return "too late", nil
+	})
+	start(t, svc)
+	for _, what := range []string{"large", "no code", "A\xff", "A\xfe"} {
+		if _, err := call[string, string](shop, "svc", "m", what); err == nil {
+			t.Error(what)
+		}
+	}
+	want := map[string]uint64{"INTERNAL": 2, "A?": 2}
+	m, c := endpointStats(t, svc, "rpc", "m"), endpointStats(t, shop, "call", "svc.m")
+	if !reflect.DeepEqual(m.Codes, want) || !reflect.DeepEqual(c.Codes, want) || m.Requests != 4 || m.Errors != 4 || c.Errors != 4 {
+		t.Errorf("%+v\n%+v", m, c)
+	}
+	handle(t, svc, "text", echo)
+	if _, err := call[string, int](shop, "svc", "text", "x"); err == nil {
+		t.Error("a text is no number")
+	}
+	if c := endpointStats(t, shop, "call", "svc.text"); c.Codes["INTERNAL"] != 1 {
+		t.Errorf("%+v", c)
+	}
+	fails(t, waitError(t, send[int, string](t, shop, "svc", "work", 0)), aegis.ErrInternal, "max_payload")
+	j := send[int, string](t, shop, "svc", "work", 1)
+	eventually(t, "it runs", func() bool { return endpointStats(t, svc, "command", "work").InFlight == 1 })
+	if err := j.Cancel(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it has ended", func() bool { return endpointStats(t, svc, "command", "work").InFlight == 0 })
+	if w := endpointStats(t, svc, "command", "work"); !reflect.DeepEqual(w.Codes, map[string]uint64{"INTERNAL": 1, "CANCELED": 1}) || w.Requests != 2 || w.DeadLetters != 1 {
+		t.Errorf("%+v", w)
+	}
+	// The large error can be told, cut.
+	deps, err := shop.Dependencies(t.Context())
+	if err != nil || len(deps) != 3 || deps[0].Errors != 4 {
+		t.Error(deps, err)
+	}
+}
+
 // Instances, callers and codes come from elsewhere, and there may be any number of them.
 func TestStatsAreBounded(t *testing.T) {
 	t.Parallel()
@@ -5846,7 +5902,6 @@ func TestProbes(t *testing.T) {
 		<-release
 		return "", nil
 	})
-	start(t, svc)
 	expect := func(path string, want int, words ...string) {
 		t.Helper()
 		status, body := get(t, svc, path)
@@ -5864,6 +5919,8 @@ func TestProbes(t *testing.T) {
 		}
 	}
 	expect("/healthz", 200)
+	expect("/readyz", 503, `"service":"UNAVAILABLE: `, "not been started")
+	start(t, svc)
 	expect("/readyz", 200, `"database":"ok"`, `"disk":"ok"`, `"connection":"ok"`)
 	broken.Store(true)
 	eventually(t, "it isn't ready", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
@@ -5914,8 +5971,8 @@ func TestNATSServices(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	var ids []string
-	add := func(name string) *aegis.Service {
-		svc := newService(t, srv, name, aegis.WithVersion("1.2.3"), aegis.WithMetadata(map[string]string{"zone": "eu"}))
+	add := func(name, id string) *aegis.Service {
+		svc := newService(t, srv, name, aegis.WithID(id), aegis.WithVersion("1.2.3"), aegis.WithMetadata(map[string]string{"zone": "eu"}))
 		handle(t, svc, "m", func(_ context.Context, s string) (string, error) {
 			if s == "" {
 				return "", &aegis.Error{Code: "EMPTY", Message: "say something"}
@@ -5930,9 +5987,9 @@ func TestNATSServices(t *testing.T) {
 		ids = append(ids, svc.ID())
 		return svc
 	}
-	a := add("risk")
-	add("risk")
-	add("shop")
+	a := add("risk", "node-1")
+	add("risk", "node-2")
+	add("shop", "node-1") // an id is unique in its service only
 	for _, s := range []string{"x", "y", ""} {
 		_, _ = call[string, string](a, "risk", "m", s, aegis.ToInstance(a.ID()))
 	}

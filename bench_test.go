@@ -95,7 +95,7 @@ func BenchmarkMetrics(b *testing.B) {
 	}
 	load(b, 256, max(b.N, 20000), benchCall(client, "m"))
 	pprof.StopCPUProfile()
-	out, err := exec.Command("go", "tool", "pprof", "-top", "-focus", `aegis\.\(\*meter\)`, profile).CombinedOutput()
+	out, err := exec.Command("go", "tool", "pprof", "-top", "-focus", `aegis\.\(\*(meter|lookup)`, profile).CombinedOutput()
 	if err != nil {
 		b.Fatalf("%v: %s", err, out)
 	}

@@ -540,7 +540,7 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 	if err != nil {
 		return err
 	}
-	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn}
+	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn, spare: letterRoom}
 	var lanes []*lane
 	for _, level := range levels {
 		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(level.suffix, ".", "~", 1), e.subject+level.suffix))
@@ -681,6 +681,7 @@ func (x *run) claim() bool {
 			if last == nil {
 				last = newError(ErrInternal, "its handler began %d times and never finished: it crashed or hung, or its instance lost the connection", x.rec.Crashes)
 				last.Source = ex.svc.name
+				ex.meter.ended(x.r.msg.Source, last)
 			}
 			x.fail(last)
 			return false
@@ -741,6 +742,13 @@ func (x *run) lose(now *record) *Error {
 	x.mu.Unlock()
 	x.r.abort()
 	return lost
+}
+
+// whyLost is nil as long as the command is this run's.
+func (x *run) whyLost() *Error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.lost
 }
 
 // checkAll looks after all runs, in case that the notice of a cancellation was lost.
@@ -845,20 +853,13 @@ func (x *run) finish(data []byte, failure *Error) {
 	x.end()
 	x.turn.Lock()
 	defer x.turn.Unlock()
-	x.mu.Lock()
-	lost := x.lost
-	x.mu.Unlock()
-	svc, r := x.ex.svc, x.r
+	svc, r, lost := x.ex.svc, x.r, x.whyLost()
 	if lost == nil && failure == nil {
 		codec := r.codec
 		if codec == nil { // middleware has answered
 			codec = svc.cfg.codec
 		}
 		x.rec.State, x.rec.Result, x.rec.Type, x.rec.Error = completed, data, codec.ContentType(), nil
-		if limit := svc.conns[0].limit.Load() - letterRoom; int64(len(data)) > limit {
-			x.rec.Result, r.undecodable = nil, true
-			failure = newError(ErrInternal, "the result of the command %s has %d bytes, more than %d: the server's max_payload, less %d", x.ex.name, len(data), limit, letterRoom)
-		}
 	}
 	stopped := svc.base.Err() != nil || r.fenced
 	if failure != nil {
@@ -879,7 +880,7 @@ func (x *run) finish(data []byte, failure *Error) {
 		x.conclude("+ACK")
 	case stopped:
 		x.giveBack()
-	case r.undecodable || x.rec.Failures+x.rec.Crashes >= x.ex.cfg.attempts:
+	case r.hopeless || x.rec.Failures+x.rec.Crashes >= x.ex.cfg.attempts:
 		x.fail(failure)
 	default:
 		x.rec.State = retrying

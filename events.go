@@ -640,19 +640,21 @@ const (
 // more, so that what was delivered is what is handled, and the rest waits in the server.
 type feed struct {
 	*endpoint
-	cfg     handlerConfig
-	stream  jetstream.StreamConfig // to be made if there is none
-	lanes   []*lane                // the most urgent first
-	claimed atomic.Int64           // messages asked for, waiting in the queue, or being handled
-	ackWait atomic.Int64           // the shortest
-	inbound chan *nats.Msg         // from the server to fetch: what doesn't go right into the queue
-	starts  int                    // since a start of the least urgent, or all lanes were empty
-	on      atomic.Bool            // see share
-	wake    chan struct{}          // more can be asked for, or on has changed
-	settled chan struct{}          // nothing more will come
-	keeping sync.WaitGroup         // keepAlive
-	look    func()                 // is called when it does, unless it is nil
-	busy    sync.WaitGroup         // fetch
+	cfg      handlerConfig
+	stream   jetstream.StreamConfig // to be made if there is none
+	lanes    []*lane                // the most urgent first
+	claimed  atomic.Int64           // messages asked for, waiting in the queue, or being handled
+	ackWait  atomic.Int64           // the shortest
+	inbound  chan *nats.Msg         // from the server to fetch: what doesn't go right into the queue
+	starts   int                    // since a start of the least urgent, or all lanes were empty
+	on       atomic.Bool            // see share
+	wake     chan struct{}          // more can be asked for, or on has changed
+	settled  chan struct{}          // nothing more will come
+	keeping  sync.WaitGroup         // keepAlive
+	look     func()                 // is called when it does, unless it is nil
+	counting sync.Mutex             // guards counted
+	counted  time.Duration          // when count was called last
+	busy     sync.WaitGroup         // fetch
 
 	mu      sync.Mutex // guards the rest
 	drained bool
@@ -1104,23 +1106,43 @@ func (f *feed) receive(m *nats.Msg) (problem string) {
 	return ""
 }
 
-const pendingTimeout = 250 * time.Millisecond
+const (
+	pendingTimeout = 250 * time.Millisecond
+	pendingAge     = time.Second // until the server is asked again
+)
 
-// pending asks the server what its consumers have.
+// pending is what the consumers had when the server was asked last, which this does if nobody did just now.
 func (f *feed) pending() (n int64) {
+	if f.counting.TryLock() {
+		if f.counted == 0 || clock()-f.counted > pendingAge {
+			f.count()
+			f.counted = clock()
+		}
+		f.counting.Unlock()
+	}
+	for _, l := range f.lanes {
+		n += l.pending.Load()
+	}
+	return n
+}
+
+func (f *feed) count() {
 	end := clock() + pendingTimeout
 	for _, l := range f.lanes {
 		answer, failure := f.svc.request(f.svc.base, &exchange{
 			subject: "$JS.API.CONSUMER.INFO." + f.stream.Name + "." + l.config.Durable,
 			limit:   end - clock(), until: end,
 		})
-		var info jetstream.ConsumerInfo
-		if failure == nil && json.Unmarshal(answer.Data, &info) == nil {
-			l.pending.Store(int64(info.NumPending))
+		if failure != nil {
+			return
 		}
-		n += l.pending.Load()
+		var info struct {
+			Pending *int64 `json:"num_pending"` // not in an error
+		}
+		if json.Unmarshal(answer.Data, &info) == nil && info.Pending != nil {
+			l.pending.Store(*info.Pending)
+		}
 	}
-	return n
 }
 
 // worthAsking tells whether it is time to ask for more: not for each single one as long as others are on their way.
@@ -1255,7 +1277,9 @@ func (f *subscription) serve(j job, now time.Time) {
 			return
 		}
 		if used > f.cfg.attempts {
-			f.setAside(r, newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance or an acknowledgement was lost", used-1), used-1)
+			failure := newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance or an acknowledgement was lost", used-1)
+			f.meter.ended(r.msg.Source, failure)
+			f.setAside(r, failure, used-1)
 			return
 		}
 	}
@@ -1271,7 +1295,7 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 		f.tell(r.in, "-NAK")
 	case r.fenced:
 		f.giveBack(r)
-	case r.undecodable:
+	case r.hopeless:
 		f.setAside(r, failure, r.delivery.attempt)
 	case r.delivery.attempt < f.cfg.attempts:
 		f.retry(r, failure)
@@ -1419,6 +1443,7 @@ func (f *feed) bury(r *request, failure *Error, attempts int) bool {
 	if !f.insist(r, "a dead letter can't be stored", func(context.Context) *Error { return f.svc.storeLetter(&x, 5*time.Second) }) {
 		return false
 	}
+	f.meter.dead.Add(1)
 	f.logger(r).Error("set aside as a dead letter", "error", failure, "attempts", attempts)
 	return true
 }

@@ -8,7 +8,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -19,7 +18,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/micro"
 )
 
@@ -42,12 +40,13 @@ type EndpointStats struct {
 	Errors   uint64            `json:"errors"`          // those that did not succeed
 	Codes    map[string]uint64 `json:"codes,omitempty"` // of Errors; beyond 64 codes, the rest is OTHERS
 
-	InFlight int64  `json:"in_flight"` // handlers that run, or calls that wait for their answer
-	Pending  int64  `json:"pending"`   // what waits for a handler: here, and in the stream but for what was tried before
-	Shed     uint64 `json:"shed"`      // requests refused as OVERLOADED
-	Expired  uint64 `json:"expired"`   // requests that were not run since their caller had given up, and got no answer
+	InFlight    int64  `json:"in_flight"`    // handlers that run, or calls that wait for their answer
+	Pending     int64  `json:"pending"`      // what waits for a handler: here, and in the stream but for what was tried before
+	Shed        uint64 `json:"shed"`         // requests refused as OVERLOADED
+	Expired     uint64 `json:"expired"`      // requests that were not run since their caller had given up, and got no answer
+	DeadLetters uint64 `json:"dead_letters"` // events and commands that were set aside
 
-	// How long handlers ran, of a call until it ended. P50, P90 and P99 are estimates from buckets 7 to 25 % wide.
+	// How long handlers ran, of a call until it ended. P50, P90 and P99 are estimates from buckets that are at most 25 % wide, or 1 µs.
 	P50 time.Duration `json:"p50_ns"`
 	P90 time.Duration `json:"p90_ns"`
 	P99 time.Duration `json:"p99_ns"`
@@ -56,8 +55,8 @@ type EndpointStats struct {
 	Callers map[string]uint64 `json:"callers,omitempty"` // calling or publishing service, if it is known -> requests; beyond 256, the rest is OTHERS
 }
 
-// Stats are the service's figures at this moment. It asks the server how many events and commands wait, for 0.25 s at most; what
-// it doesn't learn is as it was before.
+// Stats are the service's figures at this moment. How many events and commands wait, it asks the server, once a second at most and
+// for 0.25 s; what it doesn't learn is as it was before.
 func (s *Service) Stats() Stats {
 	st := s.overview()
 	for _, r := range s.readings() {
@@ -78,7 +77,7 @@ func (s *Service) overview() Stats {
 		if c.up.Load() {
 			st.Connected++
 		}
-		st.Reconnects += int(c.nc.Stats().Reconnects)
+		st.Reconnects += int(c.reconnects.Load())
 	}
 	for service, b := range s.breakers.all() {
 		st.Breakers[service] = b.state()
@@ -94,19 +93,15 @@ func (s *Service) overview() Stats {
 // A meter counts what becomes of an endpoint's messages, or of the calls of a method. It takes no lock but when it meets a code or
 // a caller for the first time.
 type meter struct {
-	buckets  [bucketCount]atomic.Uint64 // how long those took that were handled
-	sum      atomic.Int64               // ns
-	longest  atomic.Int64               // ns
-	refused  atomic.Uint64              // those that were not handled
-	shed     atomic.Uint64              // of refused
-	expired  atomic.Uint64              // of refused
-	inFlight atomic.Int64
-	codes    lookup[*atomic.Uint64]
-	callers  lookup[*caller]
-	last     atomic.Pointer[Error] // failure
+	buckets             [bucketCount]atomic.Uint64 // how long those took that were handled
+	sum, longest        atomic.Int64               // ns
+	succeeded           atomic.Uint64
+	codes               lookup[*atomic.Uint64] // of the rest
+	shed, expired, dead atomic.Uint64
+	inFlight            atomic.Int64
+	callers             lookup[*caller]
+	last                atomic.Pointer[string] // error
 }
-
-const maxCode = 64 // bytes that are kept of a code that came from elsewhere
 
 type caller struct{ requests, errors atomic.Uint64 }
 
@@ -126,24 +121,25 @@ func (m *meter) begin() time.Duration {
 func (m *meter) handled(from string, begin time.Duration, failure *Error) {
 	took := clock() - begin
 	m.inFlight.Add(-1)
-	m.buckets[bucketOf(took)].Add(1)
-	m.sum.Add(int64(took))
 	for longest := m.longest.Load(); int64(took) > longest && !m.longest.CompareAndSwap(longest, int64(took)); {
 		longest = m.longest.Load()
 	}
-	m.note(from, failure)
+	m.sum.Add(int64(took))
+	m.buckets[bucketOf(took)].Add(1)
+	m.ended(from, failure)
 }
 
-// turnedAway counts what no handler saw.
-func (m *meter) turnedAway(from string, failure *Error) {
-	m.refused.Add(1)
-	m.note(from, failure)
-}
-
-func (m *meter) note(from string, failure *Error) {
-	if failure != nil {
-		m.codes.get(failure.Code[:min(len(failure.Code), maxCode)], func() *atomic.Uint64 { return &atomic.Uint64{} }).Add(1)
-		m.last.Store(failure)
+// ended counts how it ended, also what no handler saw.
+func (m *meter) ended(from string, failure *Error) {
+	if failure == nil {
+		m.succeeded.Add(1)
+	} else {
+		code := cmp.Or(failure.Code, ErrInternal.Code) // it may be another service's: anything
+		code = strings.ToValidUTF8(code[:min(len(code), 64)], "?")
+		m.codes.get(code, func() *atomic.Uint64 { return &atomic.Uint64{} }).Add(1)
+		text := failure.Error()
+		text = strings.Clone(text[:min(len(text), maxErrorText)])
+		m.last.Store(&text)
 	}
 	if from == "" {
 		return
@@ -178,21 +174,23 @@ type reading struct {
 	EndpointStats
 	Failed map[string]uint64 `json:"caller_errors,omitempty"` // by caller
 
-	last    *Error
-	sum     time.Duration
-	handled uint64
-	buckets [bucketCount]uint64
+	succeeded uint64
+	last      *string // error
+	sum       time.Duration
+	handled   uint64
+	buckets   [bucketCount]uint64
 }
 
 func (m *meter) read(kind, name string) *reading {
 	r := &reading{EndpointStats: EndpointStats{
 		Kind: kind, Name: name,
 		Codes: map[string]uint64{}, Callers: map[string]uint64{},
-		InFlight: m.inFlight.Load(),
-		Shed:     m.shed.Load(),
-		Expired:  m.expired.Load(),
-	}, Failed: map[string]uint64{}, last: m.last.Load()}
-	for code, n := range m.codes.all() { // before those that they are of
+		InFlight:    m.inFlight.Load(),
+		Shed:        m.shed.Load(),
+		Expired:     m.expired.Load(),
+		DeadLetters: m.dead.Load(),
+	}, Failed: map[string]uint64{}, succeeded: m.succeeded.Load(), last: m.last.Load()}
+	for code, n := range m.codes.all() {
 		r.Codes[code] = n.Load()
 		r.Errors += n.Load()
 	}
@@ -207,7 +205,7 @@ func (m *meter) read(kind, name string) *reading {
 		r.handled += r.buckets[i]
 	}
 	r.sum, r.Max = time.Duration(m.sum.Load()), time.Duration(m.longest.Load())
-	r.Requests = r.handled + m.refused.Load()
+	r.Requests = r.succeeded + r.Errors
 	r.P50, r.P90, r.P99 = r.quantile(0.5), r.quantile(0.9), r.quantile(0.99)
 	return r
 }
@@ -225,7 +223,7 @@ func (r *reading) quantile(q float64) time.Duration {
 			low = bucketBounds[i-1]
 		}
 		if i < len(bucketBounds) {
-			high = min(bucketBounds[i], r.Max)
+			high = max(min(bucketBounds[i], r.Max), low)
 		}
 		return low + time.Duration(float64(high-low)*rank/float64(n))
 	}
@@ -269,8 +267,9 @@ func (s *Service) groups() map[string]uint64 {
 // Over HTTP.
 
 // Handler serves /metrics, for Prometheus, in its text format; /healthz, which is 200 until the service is stopped, then 503; and
-// /readyz, which is 503 also while there is no connection, the service is stopping or a health check fails. The two answer a JSON
-// object, in which "status" is "ok" or "unavailable", and "checks" has each check by its name: "ok" or its error.
+// /readyz, which is 503 also while there is no connection, a health check fails, or the service doesn't serve its handlers, since
+// Start isn't through or Stop has begun. The two answer a JSON object, in which "status" is "ok" or "unavailable", and "checks" has
+// each check by its name: "ok" or its error.
 func (s *Service) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
@@ -295,6 +294,8 @@ func (s *Service) Handler() http.Handler {
 		}
 		if s.quitting.Err() != nil {
 			checks["service"] = newError(ErrClosed, "service %s is stopping, or was stopped", s.name)
+		} else if !s.ready.Load() && len(s.handlers()) > 0 {
+			checks["service"] = newError(ErrUnavailable, "service %s has not been started", s.name)
 		}
 		tellHealth(w, checks)
 	})
@@ -331,7 +332,7 @@ func (s *Service) exposition() []byte {
 	sample := func(name string, value float64, labels ...string) { // label, value, label, value
 		out.WriteString(name + `{service="` + s.name + `"`)
 		for i := 0; i < len(labels); i += 2 {
-			out.WriteString("," + labels[i] + `="` + escape.Replace(strings.ToValidUTF8(labels[i+1], "?")) + `"`)
+			out.WriteString("," + labels[i] + `="` + escape.Replace(labels[i+1]) + `"`)
 		}
 		out.WriteString("} " + strconv.FormatFloat(value, 'g', -1, 64) + "\n")
 	}
@@ -344,7 +345,7 @@ func (s *Service) exposition() []byte {
 	}
 	family("aegis_requests_total", "counter", "Requests, events, commands and calls that came to an end, by error code, which is empty for success.")
 	for _, r := range readings {
-		sample("aegis_requests_total", float64(r.Requests-r.Errors), "kind", r.Kind, "endpoint", r.Name, "code", "")
+		sample("aegis_requests_total", float64(r.succeeded), "kind", r.Kind, "endpoint", r.Name, "code", "")
 		for _, code := range slices.Sorted(maps.Keys(r.Codes)) {
 			sample("aegis_requests_total", float64(r.Codes[code]), "kind", r.Kind, "endpoint", r.Name, "code", code)
 		}
@@ -369,14 +370,15 @@ func (s *Service) exposition() []byte {
 	each("aegis_pending", "gauge", "What waits for a handler, in the instance and in the stream.", func(r *reading) float64 { return float64(r.Pending) })
 	each("aegis_shed_total", "counter", "Requests that were refused as OVERLOADED.", func(r *reading) float64 { return float64(r.Shed) })
 	each("aegis_expired_total", "counter", "Requests that were not run since their caller had given up.", func(r *reading) float64 { return float64(r.Expired) })
+	each("aegis_dead_letters_total", "counter", "Events and commands that were set aside.", func(r *reading) float64 { return float64(r.DeadLetters) })
 	st := s.overview()
 	family("aegis_connections", "gauge", "Connections of the pool that stand.")
 	sample("aegis_connections", float64(st.Connected))
 	family("aegis_reconnects_total", "counter", "Connections that were lost and made again.")
 	sample("aegis_reconnects_total", float64(st.Reconnects))
-	family("aegis_breaker_open", "gauge", "1 while the circuit breaker before a service is open or half-open.")
+	family("aegis_breaker_open", "gauge", "1 while calls to the service are refused by the circuit breaker.")
 	for _, service := range slices.Sorted(maps.Keys(st.Breakers)) {
-		sample("aegis_breaker_open", truth(st.Breakers[service] != closed), "target", service)
+		sample("aegis_breaker_open", truth(st.Breakers[service] == open), "target", service)
 	}
 	family("aegis_leader", "gauge", "1 while this instance leads the group.")
 	groups := s.groups()
@@ -410,7 +412,7 @@ const surveySilence = 500 * time.Millisecond
 // Endpoint. An attempt at an event or a command counts as a call. It returns when no further instance has answered for 0.5 s.
 // Callers that aren't services of aegis have no name, and don't show.
 //
-// Errors: [ErrUnavailable] without a connection; [ErrTimeout], [ErrCanceled] if ctx ends before, or [WithTimeout] if it has no
+// Errors: [ErrUnavailable] without a connection, or if it drops; [ErrTimeout], [ErrCanceled] if ctx ends before, or [WithTimeout] if it has no
 // deadline; [ErrClosed].
 func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 	c := s.pick()
@@ -422,6 +424,7 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 		ctx, cancel = context.WithTimeout(ctx, s.cfg.timeout)
 		defer cancel()
 	}
+	drops := c.drops.Load()
 	inbox := c.newInbox()
 	sub, err := c.nc.SubscribeSync(inbox)
 	if err == nil {
@@ -436,14 +439,16 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 		within, cancel := context.WithTimeout(ctx, surveySilence)
 		m, err := sub.NextMsgWithContext(within)
 		cancel()
-		if ctx.Err() != nil {
+		switch {
+		case s.base.Err() != nil:
+			return nil, s.closedError()
+		case c.drops.Load() != drops:
+			return nil, newError(ErrUnavailable, "asking all services: the connection was lost")
+		case ctx.Err() != nil:
 			return nil, asError(ctx.Err())
 		}
-		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, nats.ErrNoResponders) {
+		if err != nil { // silence, or there is nobody
 			break
-		}
-		if err != nil {
-			return nil, newError(ErrUnavailable, "asking all services: %v", err)
 		}
 		addCalls(sums, m.Data)
 	}

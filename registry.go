@@ -916,6 +916,9 @@ func (l *lookup[T]) all() map[string]T {
 
 // answerSurvey answers $SRV.PING, $SRV.INFO and $SRV.STATS, so that `nats micro` shows the instance.
 func (s *Service) answerSurvey(m *nats.Msg) {
+	if m.Reply == "" {
+		return
+	}
 	identity := micro.ServiceIdentity{Name: s.name, ID: s.id, Version: s.cfg.version, Metadata: map[string]string{}}
 	maps.Copy(identity.Metadata, s.cfg.metadata)
 	var answer any
@@ -938,7 +941,15 @@ func (s *Service) answerSurvey(m *nats.Msg) {
 		return
 	}
 	data, _ := json.Marshal(answer) // strings and numbers: it can't fail
-	if err := m.Respond(data); err != nil {
+	err := m.Respond(data)
+	if st, ok := answer.(micro.Stats); ok && errors.Is(err, nats.ErrMaxPayload) { // tell at least the usual
+		for _, e := range st.Endpoints {
+			e.Data = nil
+		}
+		data, _ = json.Marshal(st)
+		err = m.Respond(data)
+	}
+	if err != nil {
 		s.log.Warn("an answer was lost", "endpoint", m.Subject, "error", err)
 	}
 }
@@ -960,7 +971,7 @@ func (s *Service) microStats(identity micro.ServiceIdentity) micro.Stats {
 			ProcessingTime: r.sum, AverageProcessingTime: r.sum / time.Duration(max(r.handled, 1)),
 		}
 		if r.last != nil {
-			e.LastError = r.last.Error()
+			e.LastError = *r.last
 		}
 		e.Data, _ = json.Marshal(r) // strings and numbers: it can't fail
 		st.Endpoints = append(st.Endpoints, e)

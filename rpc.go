@@ -317,7 +317,7 @@ func decode(ctx context.Context, m *Message, v any) (*request, error) {
 		err = c.Unmarshal(m.Data, v)
 	}
 	if err != nil {
-		r.undecodable = true
+		r.hopeless = true
 		return nil, newError(ErrInvalid, "the payload of %s is not %T: %v", m.Subject, v, err)
 	}
 	r.ran = true
@@ -429,9 +429,12 @@ func (q *subjects) serve(j job, now time.Time) {
 	}
 	r.deadline = j.arrived.Add(cmp.Or(r.from.budget, q.svc.cfg.timeout))
 	switch {
-	case now.After(r.deadline), q.svc.cancels.has(m.Reply):
+	case now.After(r.deadline):
 		q.meter.expired.Add(1)
-		q.meter.turnedAway(r.msg.Source, ErrTimeout)
+		q.meter.ended(r.msg.Source, errExpired)
+	case q.svc.cancels.has(m.Reply):
+		q.meter.expired.Add(1)
+		q.meter.ended(r.msg.Source, errCancelled)
 	case q.svc.draining.Load():
 		q.turnAway(m, r.msg.Source, &Error{Code: ErrUnavailable.Code, Message: "instance " + q.svc.id + " is stopping", Source: q.svc.name, NotRun: true})
 	case !q.admit(r):
@@ -441,9 +444,14 @@ func (q *subjects) serve(j job, now time.Time) {
 	}
 }
 
+var (
+	errExpired   = newError(ErrTimeout, "its caller gave up before a handler was free")
+	errCancelled = newError(ErrCanceled, "its caller cancelled before a handler was free")
+)
+
 // turnAway answers what no handler has seen.
 func (q *subjects) turnAway(m *nats.Msg, from string, failure *Error) {
-	q.meter.turnedAway(from, failure)
+	q.meter.ended(from, failure)
 	q.answer(m, nil, nil, failure)
 }
 
@@ -619,33 +627,35 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 	if err != nil {
 		return zero, notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
 	}
-	answer, failure := s.call(ctx, service, method, data, buf, opts)
+	failure := s.call(ctx, service, method, data, buf, opts, func(answer *nats.Msg) error {
+		if len(answer.Data) == 0 { // from a service that isn't aegis
+			return nil
+		}
+		c, err := codecFor(answer.Header, answer.Data, s.cfg.codec)
+		if err == nil {
+			err = c.Unmarshal(answer.Data, &resp)
+		}
+		if err != nil {
+			return fmt.Errorf("%T: %w", resp, err)
+		}
+		return nil
+	})
 	if failure != nil {
 		return zero, failure
-	}
-	if len(answer.Data) == 0 { // from a service that isn't aegis
-		return zero, nil
-	}
-	c, err := codecFor(answer.Header, answer.Data, s.cfg.codec)
-	if err == nil {
-		err = c.Unmarshal(answer.Data, &resp)
-	}
-	if err != nil {
-		return zero, newError(ErrInternal, "the answer of %s.%s is not %T: %v", service, method, resp, err)
 	}
 	return resp, nil
 }
 
-// call sends data, which buf holds.
-func (s *Service) call(ctx context.Context, service, method string, data []byte, buf *packer, opts []CallOption) (answer *nats.Msg, failure *Error) {
+// call sends data, which buf holds, and has the answer decoded.
+func (s *Service) call(ctx context.Context, service, method string, data []byte, buf *packer, opts []CallOption, decode func(*nats.Msg) error) (failure *Error) {
 	cfg := newCallConfig(kindRPC, opts)
 	switch {
 	case !isName(service, maxService):
-		return nil, notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
+		return notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
 	case !isMethod(method):
-		return nil, notRun(newError(ErrInvalid, "method %q: want a letter, then letters, digits and _", method))
+		return notRun(newError(ErrInvalid, "method %q: want a letter, then letters, digits and _", method))
 	case cfg.err != nil:
-		return nil, cfg.err
+		return cfg.err
 	}
 	x := exchange{subject: "rpc." + service + "." + method, data: data}
 	x.header, x.correlation = headersFor(ctx)
@@ -656,9 +666,16 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 	meter := s.calls.get(x.subject[len("rpc."):], newMeter)
 	begin := meter.begin()
 	defer func() { meter.handled("", begin, failure) }()
-	return s.persist(ctx, &x, cfg, buf, func() (*nats.Msg, *Error, bool) {
+	answer, failure := s.persist(ctx, &x, cfg, buf, func() (*nats.Msg, *Error, bool) {
 		return s.attempt(ctx, &x, breaker, service, cfg)
 	})
+	if failure != nil {
+		return failure
+	}
+	if err := decode(answer); err != nil {
+		return newError(ErrInternal, "the answer of %s.%s is not %v", service, method, err)
+	}
+	return nil
 }
 
 // persist makes attempts, within the time that ctx gives, until one succeeds or may not be followed by another. It releases buf,
@@ -1160,7 +1177,7 @@ const (
 	bad
 )
 
-const closed = "closed"
+const closed, open = "closed", "open"
 
 func (b *breaker) state() string {
 	b.mu.Lock()
@@ -1169,7 +1186,7 @@ func (b *breaker) state() string {
 	case b.until.IsZero():
 		return closed
 	case time.Until(b.until) > 0:
-		return "open"
+		return open
 	}
 	return "half-open"
 }
