@@ -75,6 +75,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // A Service is one instance of a named service: a pool of connections to NATS, its handlers, and the calls that it makes.
@@ -87,6 +88,7 @@ type Service struct {
 	breakers lookup[*breaker] // by service
 	calls    lookup[*meter]   // by <service>.<method>
 	cancels  cancels
+	denied   denials
 
 	elections   lookup[*watch[claim]] // by <service>.<group>
 	directories lookup[*directory]    // by service
@@ -429,6 +431,7 @@ func (s *Service) Start(ctx context.Context) error {
 	}
 	s.state = started
 	s.mu.Unlock()
+	begin := clock()
 
 	select {
 	case <-s.checkHealth():
@@ -444,13 +447,16 @@ func (s *Service) Start(ctx context.Context) error {
 	if err := s.subscribeOwn(); err != nil {
 		return err
 	}
-	if err := s.flush(ctx); err != nil {
+	if err := s.allowed(ctx, begin); err != nil {
 		return err
 	}
 	if failure := s.enroll(ctx); failure != nil {
 		return failure
 	}
 	if err := s.runForLeader(ctx); err != nil {
+		return err
+	}
+	if err := s.allowed(ctx, begin); err != nil {
 		return err
 	}
 	s.ready.Store(true)
@@ -631,7 +637,8 @@ type conn struct {
 	up         atomic.Bool   // as far as nats.go has told
 	drops      atomic.Uint32 // how often the connection was lost
 	reconnects atomic.Uint32
-	limit      atomic.Int64 // the server's max_payload
+	told       atomic.Pointer[error] // the latest that nats.go has reported
+	limit      atomic.Int64          // the server's max_payload
 
 	sendMu  sync.Mutex // guards what goroutines put down to be published by the one that leads
 	leading bool
@@ -669,6 +676,7 @@ func (s *Service) connect() (*conn, error) {
 		}
 	}
 	opts.ReconnectBufSize = -1
+	opts.InboxPrefix = cmp.Or(opts.InboxPrefix, strings.TrimSuffix(nats.InboxPrefix, ".")) + "." + s.name // also for what nats.go asks by itself
 	disconnected, connected, reconnected, failed := opts.DisconnectedErrCB, opts.ConnectedCB, opts.ReconnectedCB, opts.AsyncErrorCB
 	opts.DisconnectedErrCB = func(nc *nats.Conn, err error) {
 		c.disconnected()
@@ -699,6 +707,11 @@ func (s *Service) connect() (*conn, error) {
 			subject = sub.Subject
 		}
 		s.log.Error("NATS reports an error", "subject", subject, "error", err)
+		if errors.Is(err, nats.ErrPermissionViolation) {
+			s.denied.note(err)
+			c.wakeSlots(true)
+		}
+		c.told.Store(&err)
 		if failed != nil {
 			failed(nc, sub, err)
 		}
@@ -707,13 +720,9 @@ func (s *Service) connect() (*conn, error) {
 	if err != nil {
 		return nil, newError(ErrUnavailable, "connecting to %s: %v", strings.Join(redacted(opts.Servers), ", "), err)
 	}
-	prefix := opts.InboxPrefix
-	if prefix == "" {
-		prefix = strings.TrimSuffix(nats.InboxPrefix, ".")
-	}
 	c.nc = nc
 	c.limit.Store(nc.MaxPayload())
-	c.inbox = prefix + "." + s.name + "." + rand.Text()[:connectionToken] + "."
+	c.inbox = opts.InboxPrefix + "." + rand.Text()[:connectionToken] + "."
 	return c, nil
 }
 
@@ -735,7 +744,7 @@ func (c *conn) connected(nc *nats.Conn) {
 func (c *conn) disconnected() {
 	c.up.Store(false)
 	c.drops.Add(1)
-	c.wakeSlots()
+	c.wakeSlots(false)
 }
 
 // pick returns the next connection that is up, nil if all are down.
@@ -858,6 +867,111 @@ func (c *conn) flush(ctx context.Context) error {
 		return nats.ErrDisconnected
 	}
 	return c.nc.FlushWithContext(ctx)
+}
+
+// notify publishes what no one answers. It may be lost.
+func (s *Service) notify(subject string, data []byte) {
+	if c := s.pick(); c != nil {
+		_ = c.nc.Publish(subject, data)
+	}
+}
+
+// denials are what the server has said that it doesn't allow. It doesn't say so to what was denied, but by the way.
+type denials struct {
+	mu      sync.Mutex // guards the rest
+	latest  map[string]denial
+	changed chan struct{} // closed at the next one
+}
+
+type denial struct {
+	at   time.Duration
+	verb string
+}
+
+const maxDenials = 256
+
+var denialPattern = regexp.MustCompile(`(Publish|Subscription) to "([^"]+)"`)
+
+func (d *denials) note(err error) {
+	m := denialPattern.FindStringSubmatch(err.Error())
+	if m == nil {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.latest == nil || len(d.latest) >= maxDenials {
+		d.latest = map[string]denial{}
+	}
+	if d.changed != nil {
+		close(d.changed)
+		d.changed = nil
+	}
+	d.latest[m[2]] = denial{clock(), map[string]string{"Publish": "publish", "Subscription": "subscribe"}[m[1]]}
+}
+
+func (d *denials) news() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.changed == nil {
+		d.changed = make(chan struct{})
+	}
+	return d.changed
+}
+
+// since is a denial of one of these subjects, of any if there is none, at that time or later.
+func (d *denials) since(begin time.Duration, subjects ...string) *Error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for denied, l := range d.latest {
+		if l.at >= begin && (len(subjects) == 0 || slices.Contains(subjects, denied)) {
+			return notRun(newError(ErrDenied, "the server's permissions don't allow to %s to %s", l.verb, denied))
+		}
+	}
+	return nil
+}
+
+// asking is for what nats.go asks JetStream by itself: a ctx that ends, with the denial for its cause, when the server denies
+// something, since then there is no answer.
+func (s *Service) asking(ctx context.Context) (context.Context, context.CancelFunc) {
+	begin, news := clock(), s.denied.news()
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() { // until the ctx ends
+		select {
+		case <-news:
+			cancel(s.denied.since(begin))
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { cancel(nil) }
+}
+
+// probe makes sure that the server tells, before allowed returns, if the service may not publish what it will publish later. It
+// leaves no trace: the messages are for no stream, and ask for no answer.
+func (s *Service) probe(subjects ...string) {
+	for _, subject := range subjects {
+		if c := s.pick(); c != nil {
+			_ = c.nc.PublishMsg(&nats.Msg{Subject: subject, Header: nats.Header{jetstream.ExpectedStreamHeader: {"none"}}})
+		}
+	}
+}
+
+// allowed waits until the servers have processed all that was sent, and tells whether they have denied anything since begin.
+func (s *Service) allowed(ctx context.Context, begin time.Duration) error {
+	if err := s.flush(ctx); err != nil {
+		return err
+	}
+	for _, c := range s.conns { // nats.go reports errors a moment later
+		last := c.nc.LastError()
+		for end := clock() + time.Second; errors.Is(last, nats.ErrPermissionViolation) && clock() < end; time.Sleep(time.Millisecond) {
+			if told := c.told.Load(); told != nil && *told == last {
+				break
+			}
+		}
+	}
+	if denied := s.denied.since(begin); denied != nil {
+		return denied
+	}
+	return nil
 }
 
 // Dispatch: from a message to a handler and back.
@@ -1015,11 +1129,11 @@ func (s *Service) register(e *endpoint, cfg handlerConfig) error {
 	}
 	ctx, cancel := context.WithTimeout(s.base, s.cfg.timeout)
 	defer cancel()
+	begin := clock()
 	err := e.open(ctx)
 	if err == nil {
-		err = s.flush(ctx)
 		s.reportNow(ctx)
-		return errors.Join(err, s.runForLeader(ctx))
+		return errors.Join(s.runForLeader(ctx), s.allowed(ctx, begin))
 	}
 	s.mu.Lock()
 	stopped := s.state == stopping // which sees to it

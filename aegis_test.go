@@ -6275,3 +6275,237 @@ func TestMermaid(t *testing.T) {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 }
+
+// Permissions.
+
+// allowances are those of a row of the README's table, and of the rows that it names.
+func allowances(tb testing.TB, who string) (publish, subscribe []string) {
+	tb.Helper()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	subject := regexp.MustCompile("`([^` ]+\\.[^` ]+)`")
+	for line := range strings.Lines(string(readme)) {
+		cells := strings.Split(line, "|")
+		if len(cells) < 4 || !strings.HasPrefix(strings.TrimSpace(cells[1]), who) {
+			continue
+		}
+		sure, _, _ := strings.Cut(cells[2], ";") // what comes behind isn't needed for each little thing
+		for _, m := range subject.FindAllStringSubmatch(sure, -1) {
+			publish = append(publish, m[1])
+		}
+		for _, m := range subject.FindAllStringSubmatch(cells[3], -1) {
+			subscribe = append(subscribe, m[1])
+		}
+		if _, beside, ok := strings.Cut(cells[1], "(+ "); ok {
+			p, s := allowances(tb, strings.TrimRight(beside, ") "))
+			publish, subscribe = append(publish, p...), append(subscribe, s...)
+		}
+		return publish, subscribe
+	}
+	tb.Fatalf("the README has no row of %s", who)
+	return nil, nil
+}
+
+// TestPermissions has a server that allows each role what the README says, which has to be enough; and then all of that but one
+// subject, which has to fail, with an error that names it: so the README names no subject too many.
+func TestPermissions(t *testing.T) {
+	t.Parallel()
+	type env struct {
+		*testing.T
+		srv   *server.Server
+		admin *aegis.Service // may do anything
+		user  aegis.Option
+	}
+	within := func(e env, ctx context.Context, what string, ok func() bool) error {
+		for !ok() {
+			if ctx.Err() != nil {
+				return fmt.Errorf("never: %s", what)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		return nil
+	}
+	served := func(e env, ctx context.Context, prepare func(s *aegis.Service) error) (*aegis.Service, error) {
+		s := newService(e, e.srv, "orders", e.user, aegis.WithFailover(aegis.Aggressive))
+		if err := prepare(s); err != nil {
+			return nil, err
+		}
+		return s, s.Start(ctx)
+	}
+	target := func(e env) *aegis.Service { // of callers
+		s := newService(e, e.srv, "orders", aegis.WithNATS(nats.UserInfo("admin", "")), aegis.WithFailover(aegis.Aggressive))
+		handle(e, s, "create", echo)
+		handleCommand(e, s, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+			time.Sleep(200 * time.Millisecond) // the sender hears of it before
+			return c.Data, nil
+		})
+		start(e, s)
+		return s
+	}
+	for who, exercise := range map[string]func(e env, ctx context.Context) error{
+		"service": func(e env, ctx context.Context) error {
+			if _, err := served(e, ctx, func(s *aegis.Service) error { return aegis.Handle(s, "create", echo) }); err != nil {
+				return err
+			}
+			_, err := aegis.Call[string, string](ctx, e.admin, "orders", "create", "x")
+			return err
+		},
+		"it subscribes": func(e env, ctx context.Context) error {
+			var got journal[int]
+			failed := false
+			_, err := served(e, ctx, func(s *aegis.Service) error {
+				return aegis.Subscribe(s, "order.*", func(_ context.Context, ev aegis.Event[int]) error {
+					if got.add(ev.Data); ev.Data == 2 && !failed {
+						failed = true
+						return errors.New("it goes to the dead letters")
+					}
+					return nil
+				}, aegis.Attempts(1), aegis.Concurrency(1))
+			})
+			for i := 1; err == nil && i <= 3; i++ {
+				err = aegis.Publish(ctx, e.admin, "order", "created", i)
+			}
+			if err != nil {
+				return err
+			}
+			return within(e, ctx, "all come", func() bool { return slices.Equal(got.all(), []int{1, 2, 3}) })
+		},
+		"it handles commands": func(e env, ctx context.Context) error {
+			_, err := served(e, ctx, func(s *aegis.Service) error {
+				return aegis.HandleCommand(s, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+					if c.Data == "fail" {
+						return "", errors.New("it goes to the dead letters")
+					}
+					return c.Data, c.Progress(50, "")
+				}, aegis.Attempts(1))
+			})
+			for _, data := range []string{"x", "fail", "y"} {
+				if err != nil {
+					return err
+				}
+				var j *aegis.Job[string]
+				if j, err = aegis.SendCommand[string, string](ctx, e.admin, "orders", "work", data); err == nil {
+					if _, err = j.Wait(ctx); data == "fail" && errors.Is(err, aegis.ErrInternal) {
+						err = nil
+					}
+				}
+			}
+			return err
+		},
+		"it leads": func(e env, ctx context.Context) error {
+			s, err := served(e, ctx, func(s *aegis.Service) error { return aegis.Handle(s, "create", echo, aegis.Exclusive()) })
+			if err != nil {
+				return err
+			}
+			if _, err := s.Leader(ctx); err != nil && !errors.Is(err, aegis.ErrNotFound) {
+				return err
+			}
+			return within(e, ctx, "it leads", s.IsLeader)
+		},
+		"caller": func(e env, ctx context.Context) error {
+			target(e)
+			_, err := aegis.Call[string, string](ctx, newService(e, e.srv, "shop", e.user), "orders", "create", "x")
+			return err
+		},
+		"it discovers": func(e env, ctx context.Context) error {
+			target(e)
+			shop := newService(e, e.srv, "shop", e.user)
+			if list, err := shop.Discover(ctx, "orders"); err != nil || len(list) != 1 {
+				return err
+			}
+			_, err := aegis.Call[string, string](ctx, shop, "orders", "create", "x", aegis.Balance(aegis.Random))
+			return err
+		},
+		"it publishes": func(e env, ctx context.Context) error {
+			s := newService(e, e.srv, "shop", e.user)
+			if err := aegis.Publish(ctx, s, "order", "created", 1); err != nil {
+				return err
+			}
+			return aegis.PublishBatch(ctx, s, "order", "created", []int{1, 2, 3})
+		},
+		"it sends commands": func(e env, ctx context.Context) error {
+			target(e)
+			shop := newService(e, e.srv, "shop", e.user)
+			j, err := aegis.SendCommand[string, string](ctx, shop, "orders", "work", "x")
+			if err == nil {
+				_, err = j.Wait(ctx)
+			}
+			return err
+		},
+		"an operator": func(e env, ctx context.Context) error {
+			s := target(e)
+			broken := true
+			subscribe(e, s, "order.*", func(context.Context, aegis.Event[int]) error {
+				if broken {
+					return errors.New("broken")
+				}
+				return nil
+			}, aegis.Attempts(1))
+			handleCommand(e, s, "fail", func(context.Context, *aegis.Command[string]) (string, error) { return "", errors.New("broken") }, aegis.Attempts(1))
+			if err := aegis.Publish(ctx, e.admin, "order", "created", 1); err != nil {
+				return err
+			}
+			if _, err := aegis.SendCommand[string, string](ctx, e.admin, "orders", "fail", ""); err != nil {
+				return err
+			}
+			operator := newService(e, e.srv, "operator", e.user)
+			if _, err := operator.Dependencies(ctx); err != nil {
+				return err
+			}
+			letters := map[string]aegis.DeadLetter{}
+			for len(letters) < 2 {
+				for d, err := range operator.DeadLetters(ctx) {
+					if err != nil {
+						return err
+					}
+					letters[d.Subject] = d
+				}
+			}
+			for _, d := range letters {
+				if err := operator.Redrive(ctx, d); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	} {
+		t.Run(who, func(t *testing.T) {
+			t.Parallel()
+			publish, subscribe := allowances(t, who)
+			without := func(t *testing.T, missing string) error {
+				p, s := slices.DeleteFunc(slices.Clone(publish), func(x string) bool { return x == missing }), slices.DeleteFunc(slices.Clone(subscribe), func(x string) bool { return x == missing })
+				permissions := &server.Permissions{Publish: &server.SubjectPermission{Allow: append(p, "none")}, Subscribe: &server.SubjectPermission{Allow: append(s, "none")}} // an empty list allows all
+				if who == "service" || strings.HasPrefix(who, "it ") && slices.Contains(publish, "service.orders.*") {
+					permissions.Response = &server.ResponsePermission{MaxMsgs: server.DEFAULT_ALLOW_RESPONSE_MAX_MSGS, Expires: server.DEFAULT_ALLOW_RESPONSE_EXPIRATION}
+				}
+				srv := startServer(t, withJetStream(t), func(o *server.Options) {
+					o.Users = []*server.User{{Username: "admin"}, {Username: "user", Permissions: permissions}}
+				})
+				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+				defer cancel()
+				admin := newService(t, srv, "admin", aegis.WithNATS(nats.UserInfo("admin", "")))
+				handle(t, admin, "m", echo, aegis.Exclusive()) // makes the streams and buckets
+				handleCommand(t, admin, "m", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil })
+				start(t, admin)
+				if err := aegis.Publish(ctx, admin, "x", "y", 1); err != nil {
+					t.Fatal(err)
+				}
+				return exercise(env{t, srv, admin, aegis.WithNATS(nats.UserInfo("user", ""))}, ctx)
+			}
+			if err := without(t, ""); err != nil {
+				t.Fatal("what the README says is not enough:", err)
+			}
+			for _, missing := range slices.Concat(publish, subscribe) {
+				t.Run(missing, func(t *testing.T) {
+					t.Parallel()
+					err := without(t, missing)
+					if e := fails(t, err, aegis.ErrDenied); !strings.Contains(e.Message, strings.TrimRight(missing, ">*")) {
+						t.Errorf("it doesn't name it: %v", e)
+					}
+				})
+			}
+		})
+	}
+}

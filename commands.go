@@ -401,9 +401,7 @@ func (s *Service) cancelCommand(ctx context.Context, service, command, id string
 		next := *rec
 		next.State = canceled
 		if rec, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure == nil {
-			if c := s.pick(); c != nil {
-				_ = c.nc.Publish(cancelSubject(service), []byte(commandPrefix+key)) // else its worker learns of it when it writes
-			}
+			s.notify(cancelSubject(service), []byte(commandPrefix+key)) // if it is lost, its worker learns of it when it writes
 			return nil
 		}
 		if err := ctx.Err(); err != nil {
@@ -458,6 +456,7 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 // followOn does so as long as the connection stands; no error means that it is over.
 func (s *Service) followOn(ctx context.Context, c *conn, sl *slot, key string, show func(*record, uint64) bool) *Error {
 	sl.drops.Store(c.drops.Load())
+	sl.since = clock()
 	for look := time.Second; ; look = followInterval {
 		rec, at, failure := s.readRecord(ctx, c, key) // after the server has seen the subscription, which came by the same way
 		switch {
@@ -473,7 +472,7 @@ func (s *Service) followOn(ctx context.Context, c *conn, sl *slot, key string, s
 			select {
 			case m := <-sl.answers:
 				if m == nil {
-					if failure := s.over(c, sl); failure != nil && failure.Code != ErrTimeout.Code {
+					if failure := s.over(c, sl, sl.sub.Subject); failure != nil && failure.Code != ErrTimeout.Code {
 						return failure
 					}
 					again = true // look, in case that a message was lost
@@ -595,6 +594,7 @@ func (ex *executions) open(ctx context.Context) error {
 	}); failure != nil {
 		return failure
 	}
+	ex.svc.probe(recordPrefix+recordKey(ex.svc.name, ex.name, "probe"), readSubject(recordBucket))
 	return ex.feed.open(ctx)
 }
 

@@ -584,6 +584,7 @@ func (s *Service) runForLeader(ctx context.Context) error {
 	if failure != nil {
 		return failure
 	}
+	s.probe(leadersPrefix+c.key, readSubject(leadersBucket))
 	if c.running.CompareAndSwap(false, true) && c.enter() {
 		go func() {
 			defer c.withdraw()

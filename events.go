@@ -363,6 +363,7 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	}
 	defer c.endSlot(sl)
 	sl.drops.Store(c.drops.Load())
+	sl.since = clock()
 	silence := b.cfg.policy().AttemptTimeout
 	extend := func() { c.await(sl, clock()+silence, sl.drops.Load()) }
 	extend()
@@ -379,7 +380,7 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 			return
 		}
 		if m == nil {
-			broken = b.s.over(c, sl)
+			broken = b.s.over(c, sl, b.subject)
 			return
 		}
 		if k, err := strconv.Atoi(strings.TrimPrefix(m.Subject, prefix)); err == nil && k >= 0 && k < sent && !answered[k] {
@@ -443,7 +444,7 @@ func (s *Service) provide(ctx context.Context, want jetstream.StreamConfig, subj
 		}
 	}
 	if err != nil {
-		return nil, jetStreamError(err, "the stream "+want.Name)
+		return nil, jetStreamError(ctx, err, "the stream "+want.Name)
 	}
 	have := stream.CachedInfo().Config
 	fix := ""
@@ -495,7 +496,9 @@ func (s *Service) patiently(ctx context.Context, do func(ctx context.Context) *E
 	}
 	for n := 1; ; n++ {
 		within, cancel := context.WithTimeout(ctx, 2*time.Second)
+		within, done := s.asking(within)
 		failure := do(within)
+		done()
 		cancel()
 		if failure == nil || failure.Code != ErrTimeout.Code || !sleep(ctx, backoff(n, 50*time.Millisecond, time.Second)) {
 			return failure
@@ -503,10 +506,13 @@ func (s *Service) patiently(ctx context.Context, do func(ctx context.Context) *E
 	}
 }
 
-// jetStreamError is what the JetStream API's error about something means.
-func jetStreamError(err error, what string) *Error {
+// jetStreamError is what the JetStream API's error about something means, which was asked with ctx.
+func jetStreamError(ctx context.Context, err error, what string) *Error {
 	var api *jetstream.APIError
+	denied, _ := context.Cause(ctx).(*Error)
 	switch {
+	case denied != nil && errors.Is(err, context.Canceled):
+		return denied
 	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount), errors.Is(err, nats.ErrNoResponders):
 		return notRun(newError(ErrUnavailable, "%s: no JetStream: run nats-server with -js, and enable it for the account", what))
 	case errors.As(err, &api) && api.ErrorCode == temporarilyUnavailable:
@@ -715,6 +721,10 @@ func (f *feed) open(ctx context.Context) error {
 		return f.svc.closedError()
 	}
 	ctx, f.cancel = context.WithCancel(f.svc.base)
+	for _, l := range f.lanes {
+		f.svc.probe(l.next(f.stream.Name), "$JS.ACK."+f.stream.Name+"."+l.config.Durable)
+	}
+	f.svc.probe(f.letters(), returnPrefix+f.lanes[0].config.Durable)
 	f.busy.Go(func() { f.fetch(ctx) })
 	f.keeping.Go(f.keepAlive)
 	return nil
@@ -769,7 +779,7 @@ func (f *feed) provideLane(ctx context.Context, stream jetstream.Stream, l *lane
 		}
 	}
 	if err != nil {
-		return 0, jetStreamError(err, what)
+		return 0, jetStreamError(ctx, err, what)
 	}
 	info := consumer.CachedInfo()
 	have := info.Config
@@ -781,7 +791,7 @@ func (f *feed) provideLane(ctx context.Context, stream jetstream.Stream, l *lane
 	if ordered != (have.MaxAckPending == 1) || len(config.FilterSubjects) > 1 && !redriven {
 		have.MaxAckPending, have.FilterSubject, have.FilterSubjects = config.MaxAckPending, "", config.FilterSubjects
 		if _, err := stream.UpdateConsumer(ctx, have); err != nil {
-			return 0, jetStreamError(err, what)
+			return 0, jetStreamError(ctx, err, what)
 		}
 	}
 	l.floor = info.AckFloor.Stream
@@ -1039,7 +1049,11 @@ func (f *feed) request(c *conn, l *lane, n int64, now bool) error {
 		f.claimed.Add(n)
 	}
 	data, _ := json.Marshal(ask) // numbers: it can't fail
-	return c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, a.inbox, data)
+	return c.nc.PublishRequest(l.next(f.stream.Name), a.inbox, data)
+}
+
+func (l *lane) next(stream string) string {
+	return "$JS.API.CONSUMER.MSG.NEXT." + stream + "." + l.config.Durable
 }
 
 type pullRequest struct {
@@ -1324,11 +1338,7 @@ func (f *subscription) setAside(r *request, failure *Error, attempts int) {
 }
 
 // tell acknowledges a delivery one way or the other. If that is lost, the event is delivered again after its ack wait.
-func (f *feed) tell(m *nats.Msg, what string) {
-	if c := f.svc.pick(); c != nil {
-		_ = c.nc.Publish(m.Reply, []byte(what))
-	}
-}
+func (f *feed) tell(m *nats.Msg, what string) { f.svc.notify(m.Reply, []byte(what)) }
 
 // retry has the event delivered again after a pause.
 func (f *feed) retry(r *request, failure *Error) {
@@ -1385,7 +1395,7 @@ func (f *feed) used(r *request) (n int, ok bool) {
 		}
 		info, err := stream.Info(ctx, jetstream.WithSubjectFilter(subject))
 		if err != nil {
-			return jetStreamError(err, "the stream "+deadStream)
+			return jetStreamError(ctx, err, "the stream "+deadStream)
 		}
 		n = r.delivery.attempt - int(info.State.Subjects[subject])
 		return nil
@@ -1485,6 +1495,8 @@ func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] 
 			yield(DeadLetter{}, failure)
 			return
 		}
+		ctx, done := s.asking(ctx)
+		defer done()
 		stream, err := js.Stream(ctx, deadStream)
 		if errors.Is(err, jetstream.ErrStreamNotFound) {
 			return // nothing has failed yet
@@ -1501,7 +1513,7 @@ func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] 
 				return
 			}
 		}
-		yield(DeadLetter{}, jetStreamError(err, "the stream "+deadStream))
+		yield(DeadLetter{}, jetStreamError(ctx, err, "the stream "+deadStream))
 	}
 }
 
@@ -1535,13 +1547,15 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	if failure != nil {
 		return failure
 	}
+	ctx, done := s.asking(ctx)
+	defer done()
 	dead, err := js.Stream(ctx, deadStream)
 	if err != nil {
-		return jetStreamError(err, "the stream "+deadStream)
+		return jetStreamError(ctx, err, "the stream "+deadStream)
 	}
 	switch m, err := dead.GetMsg(ctx, d.Sequence); {
 	case err != nil:
-		return jetStreamError(err, "dead letter "+strconv.FormatUint(d.Sequence, 10))
+		return jetStreamError(ctx, err, "dead letter "+strconv.FormatUint(d.Sequence, 10))
 	case !m.Time.Equal(d.Time):
 		return notRun(newError(ErrNotFound, "dead letter %d of %v is no more: there is another one in its place", d.Sequence, d.Time))
 	}
@@ -1553,7 +1567,7 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	}
 	consumer, err := js.Consumer(ctx, eventStream, d.Consumer)
 	if err != nil {
-		return jetStreamError(err, "the consumer "+d.Consumer+" of "+eventStream)
+		return jetStreamError(ctx, err, "the consumer "+d.Consumer+" of "+eventStream)
 	}
 	subject := redrivePrefix + d.Consumer
 	have := consumer.CachedInfo().Config
@@ -1572,7 +1586,7 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 
 func removeLetter(ctx context.Context, dead jetstream.Stream, d DeadLetter) error {
 	if err := dead.DeleteMsg(ctx, d.Sequence); err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
-		return jetStreamError(err, "it was redriven, but removing the dead letter "+strconv.FormatUint(d.Sequence, 10))
+		return jetStreamError(ctx, err, "it was redriven, but removing the dead letter "+strconv.FormatUint(d.Sequence, 10))
 	}
 	return nil
 }

@@ -424,12 +424,13 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 		ctx, cancel = context.WithTimeout(ctx, s.cfg.timeout)
 		defer cancel()
 	}
-	drops := c.drops.Load()
+	const survey = "$SRV.STATS"
+	drops, begin := c.drops.Load(), clock()
 	inbox := c.newInbox()
 	sub, err := c.nc.SubscribeSync(inbox)
 	if err == nil {
 		defer func() { _ = sub.Unsubscribe() }() // fails only on a closed connection
-		err = c.nc.PublishRequest("$SRV.STATS", inbox, nil)
+		err = c.nc.PublishRequest(survey, inbox, nil)
 	}
 	if err != nil {
 		return nil, newError(ErrUnavailable, "asking all services: %v", err)
@@ -442,6 +443,8 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 		switch {
 		case s.base.Err() != nil:
 			return nil, s.closedError()
+		case s.denied.since(begin, survey, inbox) != nil:
+			return nil, s.denied.since(begin, survey, inbox)
 		case c.drops.Load() != drops:
 			return nil, newError(ErrUnavailable, "asking all services: the connection was lost")
 		case ctx.Err() != nil:

@@ -460,9 +460,7 @@ func (s *Service) report(ctx context.Context, verb string) *Error {
 	}
 	x.until = clock() + x.limit
 	_, failure := s.store(ctx, x, s.registryStream())
-	if c := s.pick(); c != nil {
-		_ = c.nc.Publish("service."+s.name+"."+verb, data) // to whom it may concern
-	}
+	s.notify("service."+s.name+"."+verb, data) // whom it may concern
 	return failure
 }
 
@@ -581,7 +579,7 @@ func (s *Service) bucket(name string) jetstream.StreamConfig {
 // waits until ctx ends, but for WithTimeout at most.
 func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (value []byte, revision uint64, failure *Error) {
 	ask, _ := json.Marshal(map[string]string{"last_by_subj": "$KV." + bucket + "." + key}) // a string: it can't fail
-	x := &exchange{subject: "$JS.API.STREAM.MSG.GET.KV_" + bucket, data: ask, limit: s.cfg.timeout, on: c}
+	x := &exchange{subject: readSubject(bucket), data: ask, limit: s.cfg.timeout, on: c}
 	if deadline, ok := ctx.Deadline(); ok {
 		x.limit = min(x.limit, time.Until(deadline))
 	}
@@ -607,12 +605,14 @@ func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (val
 	case got.Error != nil && got.Error.Code == 404:
 		return nil, 0, nil
 	case got.Error != nil:
-		return nil, 0, jetStreamError(got.Error, "the key "+key+" of "+bucket)
+		return nil, 0, jetStreamError(ctx, got.Error, "the key "+key+" of "+bucket)
 	case len(got.Message.Data) == 0: // deleted
 		return nil, got.Message.Sequence, nil
 	}
 	return got.Message.Data, got.Message.Sequence, nil
 }
+
+func readSubject(bucket string) string { return "$JS.API.STREAM.MSG.GET.KV_" + bucket }
 
 // A watch is a local copy of some keys of a bucket. It survives reconnects: then it is filled anew, aside, and replaced when that is
 // complete; until then it stays as it is.
@@ -685,6 +685,9 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	ctx, cancel := context.WithCancel(ctx) // ends the watcher
 	defer cancel()
 	beginning := time.AfterFunc(whyTimeout*4, cancel)
+	asking, done := w.svc.asking(ctx)
+	defer done()
+	denied := context.AfterFunc(asking, cancel)
 	kv, err := js.KeyValue(ctx, w.bucket)
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
 		w.fill(map[string]entry[T]{}, turn)
@@ -703,15 +706,17 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 			}()
 		}()
 	}
+	denied()
 	if !beginning.Stop() && err == nil {
 		err = context.DeadlineExceeded
 	}
 	if err != nil {
-		if errors.Is(err, context.Canceled) {
+		if errors.Is(err, context.Canceled) && asking.Err() == nil {
 			err = context.DeadlineExceeded
 		}
-		return jetStreamError(err, "the bucket "+w.bucket)
+		return jetStreamError(asking, err, "the bucket "+w.bucket)
 	}
+	done()
 	fresh := map[string]entry[T]{} // until it is complete
 	silence := clock()
 	tick := time.NewTicker(fetchTick)

@@ -53,6 +53,7 @@ var (
 	ErrCircuitOpen   = &Error{Code: "CIRCUIT_OPEN"}      // the service failed too often just now
 	ErrCanceled      = &Error{Code: "CANCELED"}          // ctx was cancelled
 	ErrClosed        = &Error{Code: "CLOSED"}            // the service was stopped
+	ErrDenied        = &Error{Code: "PERMISSION_DENIED"} // the server's permissions don't allow it
 )
 
 // Error is the path over the services that the error came along, with the code and the message of each that added one.
@@ -148,7 +149,7 @@ var statusCodes = []struct {
 	kind   *Error
 	status string
 }{
-	{ErrInvalid, "400"}, {ErrNotFound, "404"}, {ErrFenced, "409"}, {ErrNotActive, "421"}, {ErrOverloaded, "429"}, {ErrCanceled, "499"},
+	{ErrInvalid, "400"}, {ErrDenied, "403"}, {ErrNotFound, "404"}, {ErrFenced, "409"}, {ErrNotActive, "421"}, {ErrOverloaded, "429"}, {ErrCanceled, "499"},
 	{ErrInternal, "500"}, {ErrUnimplemented, "501"}, {ErrUnavailable, "503"}, {ErrTimeout, "504"}, {ErrCircuitOpen, "503"}, {ErrClosed, "503"},
 }
 
@@ -748,7 +749,7 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 		failure = s.whyNobody(ctx, x, service, instance)
 	}
 	if x.sent && failure.Code == ErrCanceled.Code && !answered {
-		s.sendCancel(service, x.reply)
+		s.notify(cancelSubject(service), []byte(x.reply))
 	}
 	unreached := failure.NotRun && slices.Contains(passing, failure.Code)
 	missing := !answered && isMissing(failure)
@@ -830,6 +831,7 @@ type slot struct {
 	missed  int // calls that were given up; their answers may still come, and fill answers
 	calls   uint64
 	answers chan *nats.Msg
+	since   time.Duration // when the call began
 	until   atomic.Int64  // in the time of clock; 0 while there is no call
 	drops   atomic.Uint32 // of the connection, when the call began
 }
@@ -843,16 +845,17 @@ const sweepInterval = 10 * time.Millisecond
 
 // sweep wakes the calls whose time is up, as long as there are calls.
 func (c *conn) sweep() {
-	if !c.wakeSlots() {
+	if !c.wakeSlots(false) {
 		c.swept.Store(false)
-		if !c.wakeSlots() || !c.swept.CompareAndSwap(false, true) {
+		if !c.wakeSlots(false) || !c.swept.CompareAndSwap(false, true) {
 			return
 		}
 	}
 	c.sweeper.Reset(sweepInterval)
 }
 
-func (c *conn) wakeSlots() (calls bool) {
+// wakeSlots wakes the calls that have to look why, or all. It tells whether there are any.
+func (c *conn) wakeSlots(all bool) (calls bool) {
 	c.slotsMu.Lock()
 	slots := c.slots
 	c.slotsMu.Unlock()
@@ -860,7 +863,7 @@ func (c *conn) wakeSlots() (calls bool) {
 	for _, sl := range slots {
 		until := sl.until.Load()
 		calls = calls || until != 0
-		if until != 0 && (until <= now || sl.drops.Load() != drops) {
+		if until != 0 && (all || until <= now || sl.drops.Load() != drops) {
 			select {
 			case sl.answers <- nil:
 			default: // there is something to wake it already
@@ -1003,6 +1006,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 	if !c.up.Load() {
 		return nil, errDropped
 	}
+	sl.since = x.until - x.limit
 	c.await(sl, x.until, drops)
 
 	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data, x.until, drops}); {
@@ -1039,7 +1043,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 			}
 			return m, nil
 		case m == nil:
-			if failure := s.over(c, sl); failure != nil {
+			if failure := s.over(c, sl, x.subject); failure != nil {
 				return nil, s.unanswered(failure, x)
 			}
 		}
@@ -1049,9 +1053,18 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 // isNobody tells whether m is the server's answer to a message on whose subject no one listens.
 func isNobody(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get("Status") == "503" }
 
-// over tells why no answer will come to a slot that was woken, nil if one may.
-func (s *Service) over(c *conn, sl *slot) *Error {
+// over tells why no answer to what was sent to subject will come to a slot that was woken, nil if one may.
+func (s *Service) over(c *conn, sl *slot, subject string) *Error {
+	denied := s.denied.since(sl.since, subject)
+	if denied == nil {
+		if denied = s.denied.since(sl.since, sl.sub.Subject); denied != nil {
+			denied.NotRun = false
+			sl.missed = maxMissed - 1 // it hears nothing
+		}
+	}
 	switch {
+	case denied != nil:
+		return denied
 	case s.base.Err() != nil:
 		return s.closedError()
 	case c.drops.Load() != sl.drops.Load():
@@ -1064,6 +1077,9 @@ func (s *Service) over(c *conn, sl *slot) *Error {
 
 // unanswered adds to the error of a call that may have run what it takes to find it in the logs of both sides.
 func (s *Service) unanswered(e *Error, x *exchange) *Error {
+	if e.Code == ErrDenied.Code {
+		return e
+	}
 	e.Message = fmt.Sprintf("no answer from %s within %v: %s", x.subject, x.limit.Round(time.Millisecond), e.Message)
 	e.Details = map[string]string{"correlation_id": parseAddress(x.reply).correlationID()}
 	return e
@@ -1073,12 +1089,6 @@ func (s *Service) unanswered(e *Error, x *exchange) *Error {
 // that works on it ends its handler's ctx. It is best effort: the deadline bounds a handler in any case.
 
 func cancelSubject(service string) string { return "rpc." + service + ".$cancel" }
-
-func (s *Service) sendCancel(service, reply string) {
-	if c := s.pick(); c != nil {
-		_ = c.nc.Publish(cancelSubject(service), []byte(reply))
-	}
-}
 
 // cancels knows the handlers that watch their ctx, and the latest cancellations of requests that don't run yet.
 type cancels struct {
