@@ -5,12 +5,18 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -6508,4 +6514,57 @@ func TestPermissions(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestTLSAndCredentials(t *testing.T) {
+	t.Parallel()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1),
+		NotBefore:    time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		IsCA:        true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
+	}
+	der, err := x509.CreateCertificate(crand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certificate, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(certificate)
+	srv := startServer(t, withJetStream(t), func(o *server.Options) {
+		o.TLS = true
+		o.TLSConfig = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+		o.Users = []*server.User{{Username: "orders", Password: "secret"}}
+	})
+	trust, login := nats.Secure(&tls.Config{RootCAs: roots}), nats.UserInfo("orders", "secret")
+	svc := newService(t, srv, "orders", aegis.WithNATS(trust, login))
+	handle(t, svc, "create", echo)
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) { return c.Data, nil })
+	start(t, svc)
+	if got, err := call[string, string](svc, "orders", "create", "x"); got != "x" || err != nil {
+		t.Error(got, err)
+	}
+	if got := wait(t, send[string, string](t, svc, "orders", "work", "y")); got != "y" {
+		t.Error(got)
+	}
+	if _, err := svc.Conn().TLSConnectionState(); err != nil {
+		t.Errorf("not encrypted: %v", err)
+	}
+	promptly(t, func() {
+		for word, opts := range map[string][]nats.Option{
+			"certificate":   {nats.Secure(&tls.Config{}), login},
+			"Authorization": {trust, nats.UserInfo("orders", "wrong")},
+		} {
+			_, err := aegis.New("orders", aegis.WithURL(srv.ClientURL()), aegis.WithNATS(opts...))
+			fails(t, err, aegis.ErrUnavailable, word, srv.Addr().String())
+		}
+	})
 }
