@@ -5803,7 +5803,10 @@ func TestMetrics(t *testing.T) {
 		_, _ = call[string, string](svc, "svc", "m", what)
 	}
 	publish(t, svc, "order", "created", 1)
-	eventually(t, "it is handled", func() bool { return endpointStats(t, svc, "event", "order.*").Requests == 1 })
+	eventually(t, "it is handled", func() bool {
+		e := endpointStats(t, svc, "event", "order.*")
+		return e.Requests == 1 && e.Pending == 0
+	})
 	status, text := get(t, svc, "/metrics")
 	if status != http.StatusOK {
 		t.Fatal(status)

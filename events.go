@@ -257,6 +257,7 @@ const conflict = "CONFLICT"
 
 // Codes of the JetStream API.
 const (
+	noSuitablePeers         = 10005 // servers of a cluster that isn't complete, yet or any more
 	temporarilyUnavailable  = 10008 // what a cluster without a leader answers; or it doesn't, and forgets what it was asked
 	wrongSequence           = 10071
 	wrongSequenceReplicated = 10164
@@ -515,7 +516,7 @@ func jetStreamError(ctx context.Context, err error, what string) *Error {
 		return denied
 	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount), errors.Is(err, nats.ErrNoResponders):
 		return notRun(newError(ErrUnavailable, "%s: no JetStream: run nats-server with -js, and enable it for the account", what))
-	case errors.As(err, &api) && api.ErrorCode == temporarilyUnavailable:
+	case errors.As(err, &api) && (api.ErrorCode == temporarilyUnavailable || api.ErrorCode == noSuitablePeers):
 		return newError(ErrTimeout, "%s: %s (%d)", what, api.Description, api.ErrorCode)
 	case errors.As(err, &api):
 		return notRun(newError(kindOfAPI(api.Code), "%s: %s (%d)", what, api.Description, api.ErrorCode))
