@@ -3011,6 +3011,8 @@ func runChild(role string) int {
 	switch role {
 	case "senders":
 		name = "shop"
+	case "soak":
+		opts = append(opts, aegis.WithFailover(aegis.Aggressive), aegis.WithHeartbeat(time.Second))
 	case "crashing":
 		opts = append(opts, aegis.WithID("crashing"))
 	case "leader":
@@ -3026,6 +3028,8 @@ func runChild(role string) int {
 			go reign(context.Background(), svc, func(r reignOf) { fmt.Println("reign", r.from, r.to) })
 		case "idle":
 			err = aegis.Handle(svc, "create_order", createOrder)
+		case "soak":
+			err = handleAll(svc)
 		case "events": // prints each event; SLEEP and EXIT are what it does with one that says so
 			err = aegis.Subscribe(svc, "order.*", func(_ context.Context, e aegis.Event[string]) error {
 				fmt.Println(e.Data, e.Attempt)
@@ -4042,7 +4046,7 @@ func TestOddCommands(t *testing.T) {
 
 // Election.
 
-var full = flag.Bool("full", false, "kill 20 leaders per failover policy")
+var full = flag.Bool("full", false, "kill 20 leaders per failover policy, and soak for three minutes")
 
 var policies = map[string]aegis.FailoverPolicy{"Aggressive": aegis.Aggressive, "Balanced": aegis.Balanced, "Conservative": aegis.Conservative}
 
@@ -6570,4 +6574,245 @@ func TestTLSAndCredentials(t *testing.T) {
 			fails(t, err, aegis.ErrUnavailable, word, srv.Addr().String())
 		}
 	})
+}
+
+// Everything at once.
+
+// handleAll adds what children in the role of soak serve. Each event that was handled is printed, and when an exclusive call ran.
+func handleAll(svc *aegis.Service) error {
+	return errors.Join(
+		aegis.Handle(svc, "echo", echo),
+		aegis.Handle(svc, "alone", func(ctx context.Context, s string) (string, error) {
+			from := time.Now().UnixNano()
+			time.Sleep(time.Millisecond)
+			if ctx.Err() == nil {
+				fmt.Println("alone", aegis.Term(ctx), from, time.Now().UnixNano())
+			}
+			return s, nil
+		}, aegis.Exclusive()),
+		aegis.Subscribe(svc, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+			fmt.Println("event", e.Data)
+			return nil
+		}, aegis.Attempts(100)),
+		aegis.HandleCommand(svc, "work", func(_ context.Context, c *aegis.Command[int]) (string, error) {
+			_ = c.Progress(50, "half") // if it was cancelled or taken over, its result won't count
+			time.Sleep(5 * time.Millisecond)
+			return fmt.Sprint(c.Data, " by ", svc.ID(), " ", c.Attempt), nil
+		}, aegis.Attempts(100)),
+	)
+}
+
+// TestSoak puts three instances under load of all kinds, and does to them what happens: the server is restarted, one is killed, one
+// paused, one stopped, connections are cut. With -full it goes on for three minutes. No acknowledged event is lost, each command has
+// one outcome, no two terms serve exclusively at once, and each call gets an answer or an error in time.
+func TestSoak(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	port := onPort(srv)
+	p := startProxy(t, srv)
+	events := map[int]int{} // handled, how often
+	var exclusive []reignOf
+	var mu sync.Mutex // guards both
+	add := func() *process {
+		child := startProcess(t, "soak", srv, "NATS_URL=nats://"+p.address)
+		ready, told := make(chan struct{}), make(chan string)
+		child.told = told
+		go func() {
+			defer close(told)
+			for line := range child.lines {
+				var n int
+				r := reignOf{who: strconv.Itoa(child.Process.Pid)}
+				mu.Lock()
+				if k, _ := fmt.Sscanf(line, "event %d", &n); k == 1 {
+					events[n]++
+				} else if k, _ := fmt.Sscanf(line, "alone %d %d %d", &r.term, &r.from, &r.to); k == 3 {
+					exclusive = append(exclusive, r)
+				} else if line == "ready" {
+					close(ready)
+				}
+				mu.Unlock()
+			}
+		}()
+		select {
+		case <-ready:
+		case <-time.After(30 * time.Second):
+			t.Fatal("the child isn't ready")
+		}
+		return child
+	}
+	stop := func(child *process) {
+		_ = child.input.Close()
+		for range child.told {
+		}
+	}
+	stop(add()) // makes the streams and consumers
+	js := manage(t, srv)
+	consumers := func() (names []string) {
+		for _, stream := range []string{"AEGIS_EVENTS", "AEGIS_COMMANDS", "KV_aegis_registry", "KV_aegis_leaders", "KV_aegis_commands"} {
+			st, err := js.Stream(t.Context(), stream)
+			if err != nil {
+				t.Fatal(err)
+			}
+			list := st.ConsumerNames(t.Context())
+			for name := range list.Name() {
+				names = append(names, name)
+			}
+			if list.Err() != nil {
+				t.Fatal(list.Err())
+			}
+		}
+		return sorted(names)
+	}
+	durable := consumers()
+	idle := srv.NumSubscriptions()
+	instances := []*process{add(), add(), add()}
+	quick := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 20 * time.Millisecond }))
+	client := newService(t, srv, "shop", quick)
+
+	// Load. Whoever does it counts what went well.
+	done := make(chan struct{})
+	var load sync.WaitGroup
+	progress := map[string]*atomic.Int64{"call": {}, "event": {}, "command": {}, "exclusive": {}}
+	run := func(kind string, allowed time.Duration, fn func(ctx context.Context, n int) error) {
+		for i := range 3 {
+			load.Go(func() {
+				for n := i; ; n += 3 {
+					select {
+					case <-done:
+						return
+					default:
+					}
+					ctx, cancel := context.WithTimeout(context.Background(), allowed)
+					begin := time.Now()
+					err := fn(ctx, n)
+					cancel()
+					var e *aegis.Error
+					if took := time.Since(begin); took > allowed+3*time.Second {
+						t.Errorf("%s: %v after %v", kind, err, took)
+					}
+					if err == nil {
+						progress[kind].Add(1)
+					} else if !errors.As(err, &e) || e.Code == "" {
+						t.Errorf("%s: no typed error: %v", kind, err)
+					}
+				}
+			})
+		}
+	}
+	answered := func(method string, opts ...aegis.CallOption) func(ctx context.Context, n int) error {
+		return func(ctx context.Context, n int) error {
+			want := fmt.Sprint(method, n)
+			got, err := aegis.Call[string, string](ctx, client, "risk", method, want, opts...)
+			if err == nil && got != want {
+				t.Errorf("got %q, want %q", got, want)
+			}
+			return err
+		}
+	}
+	var stored journal[int]
+	var jobs journal[string]
+	run("call", time.Second, answered("echo")) // a third goes to the instance that is paused
+	run("exclusive", 10*time.Second, answered("alone", aegis.Sticky(), aegis.Idempotent()))
+	run("event", 10*time.Second, func(ctx context.Context, n int) error {
+		err := aegis.Publish(ctx, client, "order", "created", n, aegis.Sticky())
+		if err == nil {
+			stored.add(n)
+		}
+		return err
+	})
+	run("command", 10*time.Second, func(ctx context.Context, n int) error {
+		key := fmt.Sprint("job-", n)
+		_, err := aegis.SendCommand[int, string](ctx, client, "risk", "work", n, aegis.IdempotencyKey(key), aegis.Sticky())
+		if err == nil {
+			jobs.add(key)
+		}
+		time.Sleep(10 * time.Millisecond)
+		return err
+	})
+	flows := func(after string) {
+		t.Helper()
+		for kind, n := range progress {
+			was := n.Load()
+			eventually(t, kind+" goes on after "+after, func() bool { return n.Load() > was+3 })
+		}
+	}
+	flows("the start")
+	for end := time.Now().Add(3 * time.Minute); ; {
+		p.cut()
+		flows("a cut")
+		if err := instances[0].Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		instances[0] = add()
+		flows("a kill")
+		if err := instances[1].Process.Signal(syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * time.Second) // longer than its lease
+		flows("a pause")
+		if err := instances[1].Process.Signal(syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		flows("its end")
+		stop(instances[2])
+		instances[2] = add()
+		flows("a stop")
+		srv.Shutdown()
+		srv.WaitForShutdown()
+		srv = startServer(t, port, store)
+		flows("a restart of the server")
+		if !*full || time.Now().After(end) {
+			break
+		}
+	}
+	close(done)
+	load.Wait()
+
+	// All that was confirmed has been done.
+	eventually(t, "all events are handled", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return !slices.ContainsFunc(stored.all(), func(n int) bool { return events[n] == 0 })
+	})
+	outcomes := map[string]string{}
+	for range 2 { // the same both times
+		for _, key := range jobs.all() {
+			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			result, err := aegis.Attach[string](client, "risk", "work", key).Wait(ctx)
+			cancel()
+			if err != nil || !strings.HasPrefix(result, strings.TrimPrefix(key, "job-")+" by ") || outcomes[key] != "" && outcomes[key] != result {
+				t.Errorf("%s: %q, %v; before: %q", key, result, err, outcomes[key])
+			}
+			outcomes[key] = result
+		}
+	}
+	letters := 0
+	for d, err := range client.DeadLetters(t.Context()) {
+		letters++
+		t.Errorf("a dead letter: %s %v", d.Reason, err)
+	}
+	t.Logf("%d calls, %d exclusive, %d events, %d commands; %d dead letters", progress["call"].Load(), progress["exclusive"].Load(), len(stored.all()), len(outcomes), letters)
+	mu.Lock()
+	slices.SortFunc(exclusive, func(a, b reignOf) int { return cmp.Compare(a.from, b.from) })
+	latest := reignOf{}
+	for _, r := range exclusive {
+		if r.from < latest.to && r.term != latest.term || r.term < latest.term {
+			t.Errorf("term %d of %s ran while term %d of %s did", r.term, r.who, latest.term, latest.who)
+		}
+		if r.to > latest.to {
+			latest = r
+		}
+	}
+	mu.Unlock()
+
+	// Nothing is left behind.
+	for _, child := range instances {
+		stop(child)
+	}
+	if err := client.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "only the durable consumers are left", func() bool { return slices.Equal(consumers(), durable) })
+	eventually(t, fmt.Sprint("there are no more subscriptions than ", idle), func() bool { return srv.NumSubscriptions() <= idle })
 }
