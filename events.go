@@ -867,6 +867,8 @@ func (f *feed) fetch(ctx context.Context) {
 	for trouble := 0; ; {
 		for ctx.Err() == nil && !f.on.Load() {
 			select {
+			case m := <-f.inbound: // it was asked for before
+				f.receive(m)
 			case <-f.wake:
 			case <-ctx.Done():
 			}
