@@ -58,8 +58,8 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/hex"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	mrand "math/rand/v2"
@@ -368,18 +368,12 @@ func New(name string, opts ...Option) (*Service, error) {
 	if cfg.err != nil {
 		return nil, cfg.err
 	}
-	id := cfg.id
-	if id == "" {
-		id = name + "-" + randomHex(4)
-	}
-	if cfg.logger == nil {
-		cfg.logger = slog.Default()
-	}
+	id := cmp.Or(cfg.id, fmt.Sprintf("%s-%08x", name, mrand.Uint32()))
 	s := &Service{
 		name:       name,
 		id:         id,
 		cfg:        cfg,
-		log:        cfg.logger.With("service", name, "instance", id),
+		log:        cmp.Or(cfg.logger, slog.Default()).With("service", name, "instance", id),
 		endpoints:  map[string]*endpoint{},
 		candidates: map[*candidate]bool{},
 		news:       make(chan struct{}, 1),
@@ -388,6 +382,7 @@ func New(name string, opts ...Option) (*Service, error) {
 		since:      time.Now(),
 	}
 	s.calls.most = 1024
+	s.cancels.watch = map[string]context.CancelFunc{}
 	s.quitting, s.quit = context.WithCancel(context.Background())
 	s.base, s.cancel = context.WithCancel(context.Background())
 	s.gone, s.goAway = context.WithCancel(context.Background())
@@ -410,10 +405,7 @@ func (s *Service) ID() string { return s.id }
 
 // Conn is a connection of the pool, for what aegis doesn't do. The service goes on using it: don't close or drain it.
 func (s *Service) Conn() *nats.Conn {
-	if c := s.pick(); c != nil {
-		return c.nc
-	}
-	return s.conns[0].nc
+	return cmp.Or(s.pick(), s.conns[0]).nc
 }
 
 // Start begins to serve: it runs the health checks once, makes what [Subscribe] needs on the server, subscribes, and enters the
@@ -557,23 +549,21 @@ func (s *Service) Stop(ctx context.Context) error {
 		}
 	}
 
-	finished := make(chan struct{})
-	go func() {
-		defer close(finished)
+	finished := closedAfter(func() {
 		var all sync.WaitGroup
 		for _, e := range endpoints {
 			all.Go(func() { e.finish(ctx) })
 		}
 		all.Wait()
 		s.campaigns.Wait() // an exclusive handler must have come to its end before
-	}()
+	})
 	var late error
 	select {
 	case <-finished:
 	case <-ctx.Done():
 		running := int(s.acting.Load())
 		for _, e := range endpoints {
-			running += e.running()
+			running += len(e.handling())
 		}
 		if running > 0 {
 			late = newError(ErrTimeout, "Stop: %v with %d handlers running; their ctx has ended", ctx.Err(), running)
@@ -615,13 +605,11 @@ func (s *Service) close() {
 	}
 	s.quit()
 	s.goAway()
-	closed := make(chan struct{})
-	go func() {
+	closed := closedAfter(func() {
 		closing.Wait()
 		s.beating.Wait()
 		s.tasks.Wait()
-		close(closed)
-	}()
+	})
 	select {
 	case <-closed:
 	case <-time.After(cancelGrace):
@@ -633,6 +621,7 @@ func (s *Service) close() {
 // A conn is one connection of the pool and the reply slots on it.
 type conn struct {
 	nc         *nats.Conn
+	js         jetstream.JetStream
 	inbox      string        // the subject of the connection's slots, up to and including the dot
 	up         atomic.Bool   // as far as nats.go has told
 	drops      atomic.Uint32 // how often the connection was lost
@@ -721,6 +710,7 @@ func (s *Service) connect() (*conn, error) {
 		return nil, newError(ErrUnavailable, "connecting to %s: %v", strings.Join(redacted(opts.Servers), ", "), err)
 	}
 	c.nc = nc
+	c.js, _ = jetstream.New(nc) // it fails only on options
 	c.limit.Store(nc.MaxPayload())
 	c.inbox = opts.InboxPrefix + "." + rand.Text()[:connectionToken] + "."
 	return c, nil
@@ -838,12 +828,10 @@ func (s *Service) closedError() *Error { return newError(ErrClosed, "service %s 
 
 // disconnectedError is what a call gets when no connection is up.
 func (s *Service) disconnectedError() *Error {
-	select {
-	case <-s.base.Done():
+	if s.base.Err() != nil {
 		return notRun(s.closedError())
-	default:
-		return notRun(newError(ErrUnavailable, "no connection to %s", strings.Join(redacted(s.cfg.urls), ", ")))
 	}
+	return notRun(newError(ErrUnavailable, "no connection to %s", strings.Join(redacted(s.cfg.urls), ", ")))
 }
 
 // flush waits until the servers have processed what was sent on every connection.
@@ -858,11 +846,8 @@ func (s *Service) flush(ctx context.Context) error {
 }
 
 func (c *conn) flush(ctx context.Context) error {
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, 5*time.Second)
-		defer cancel()
-	}
+	ctx, cancel := withDeadline(ctx, 5*time.Second)
+	defer cancel()
 	if !c.up.Load() || !c.nc.IsConnected() { // it would wait for the connection to come back; losing it now ends the wait
 		return nats.ErrDisconnected
 	}
@@ -938,7 +923,7 @@ func (s *Service) asking(ctx context.Context) (context.Context, context.CancelFu
 	go func() { // until the ctx ends
 		select {
 		case <-news:
-			cancel(s.denied.since(begin))
+			cancel(s.denied.since(begin).orNil())
 		case <-ctx.Done():
 		}
 	}()
@@ -968,10 +953,7 @@ func (s *Service) allowed(ctx context.Context, begin time.Duration) error {
 			}
 		}
 	}
-	if denied := s.denied.since(begin); denied != nil {
-		return denied
-	}
-	return nil
+	return s.denied.since(begin).orNil()
 }
 
 // Dispatch: from a message to a handler and back.
@@ -1199,13 +1181,13 @@ func (e *endpoint) finish(ctx context.Context) {
 	e.source.forget(ctx)
 }
 
-// hire starts up to n workers within the limit, and returns how many.
-func (e *endpoint) hire(n int) int {
+func (e *endpoint) hire(n int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.hireLocked(n)
+	e.hireLocked(n)
 }
 
+// hireLocked starts up to n workers within the limit, and returns how many.
 func (e *endpoint) hireLocked(n int) int {
 	n = max(min(n, e.limit-len(e.workers)), 0)
 	if e.alive == 0 && e.stopped() {
@@ -1220,9 +1202,11 @@ func (e *endpoint) hireLocked(n int) int {
 	return n
 }
 
-func (e *endpoint) stopped() bool {
+func (e *endpoint) stopped() bool { return isClosed(e.stopping) }
+
+func isClosed(c <-chan struct{}) bool {
 	select {
-	case <-e.stopping:
+	case <-c:
 		return true
 	default:
 		return false
@@ -1242,7 +1226,9 @@ func (e *endpoint) leave(w *worker) {
 	}
 }
 
-func (e *endpoint) busy() bool { return len(e.queue) > 0 || len(e.waiting) > 0 || e.running() > 0 }
+func (e *endpoint) busy() bool {
+	return len(e.queue) > 0 || len(e.waiting) > 0 || len(e.handling()) > 0
+}
 
 func (e *endpoint) work(w *worker) {
 	done := false
@@ -1332,8 +1318,6 @@ func (e *endpoint) longRunning(most int) (msgs []*nats.Msg) {
 	return msgs
 }
 
-func (e *endpoint) running() int { return len(e.handling()) }
-
 // handling are the messages that workers handle now.
 func (e *endpoint) handling() (msgs []*nats.Msg) {
 	e.mu.Lock()
@@ -1360,7 +1344,9 @@ func (e *endpoint) take() (j job, ok bool) {
 		select {
 		case m := <-e.queue:
 			if len(e.queue) > queueAlarm {
-				e.gate()
+				e.mu.Lock()
+				e.gateLocked()
+				e.mu.Unlock()
 			}
 			return job{msg: m}, true
 		default:
@@ -1386,13 +1372,7 @@ func (e *endpoint) take() (j job, ok bool) {
 	}
 }
 
-// gate lets as many messages wait as may run at once, and refuses the rest, until a worker is free again.
-func (e *endpoint) gate() {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.gateLocked()
-}
-
+// gateLocked lets as many messages wait as may run at once, and refuses the rest, until a worker is free again.
 func (e *endpoint) gateLocked() {
 	if e.refuse == nil || e.gated.Load() || e.stopped() {
 		return
@@ -1655,22 +1635,32 @@ func backoff(n int, first, longest time.Duration) time.Duration {
 	return mrand.N(d + 1)
 }
 
+// closedAfter is closed when fn has returned.
+func closedAfter(fn func()) <-chan struct{} {
+	c := make(chan struct{})
+	go func() {
+		defer close(c)
+		fn()
+	}()
+	return c
+}
+
+// withDeadline is ctx, which ends after d if it has no deadline of its own.
+func withDeadline(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, d)
+}
+
 // sleep pauses, unless ctx ends before.
 func sleep(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
 	select {
-	case <-timer.C:
+	case <-time.After(d):
 		return true
 	case <-ctx.Done():
 		return false
 	}
-}
-
-func randomHex(n int) string {
-	b := make([]byte, n)
-	_, _ = rand.Read(b) // never fails
-	return hex.EncodeToString(b)
 }
 
 // subscribeOwn listens for what isn't meant for a handler; each message reaches the instance once, on any connection.

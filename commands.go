@@ -40,10 +40,10 @@ const (
 )
 
 // levels are the priorities, the most urgent first, and what their subjects end in.
-var levels = []struct {
-	priority Priority
-	suffix   string
-}{{Critical, ".critical"}, {High, ".high"}, {Normal, ""}, {Low, ".low"}}
+var (
+	levels   = []Priority{Critical, High, Normal, Low}
+	suffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".low"}
+)
 
 // AtPriority sets a command's priority. The default is [Normal]. Of the commands that wait for an instance, the more urgent
 // ones start first, but for one start in 16, so that none waits forever.
@@ -169,7 +169,7 @@ func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revi
 		seq, failure := s.store(ctx, x, s.recordStream())
 		if failure == nil {
 			now, at = rec, seq
-		} else if failure.Code == conflict {
+		} else if failure.Code == conflict.Code {
 			var unread *Error
 			if now, at, unread = s.readRecord(ctx, nil, key); unread != nil {
 				return nil, unread, mayPass(unread)
@@ -210,11 +210,8 @@ func (s *Service) readRecord(ctx context.Context, c *conn, key string) (*record,
 // [Publish].
 func SendCommand[T, R any](ctx context.Context, s *Service, service, command string, data T, opts ...CallOption) (*Job[R], error) {
 	cfg := newCallConfig(kindCommand, opts)
-	if failure := checkCommand(service, command); failure != nil {
+	if failure := cmp.Or(checkNames(service, kindCommand, command), cfg.err); failure != nil {
 		return nil, failure
-	}
-	if cfg.err != nil {
-		return nil, cfg.err
 	}
 	payload, buf, err := marshal(s.cfg.codec, &data)
 	if err != nil {
@@ -227,24 +224,10 @@ func SendCommand[T, R any](ctx context.Context, s *Service, service, command str
 	return Attach[R](s, service, command, id), nil
 }
 
-func checkCommand(service, command string) *Error {
-	switch {
-	case !isName(service, maxService):
-		return notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
-	case !isMethod(command):
-		return notRun(newError(ErrInvalid, "command %q: want a letter, then letters, digits and _", command))
-	}
-	return nil
-}
-
 func (s *Service) sendCommand(ctx context.Context, service, command, id string, data []byte, buf *packer, cfg *callConfig) *Error {
 	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
-	header, correlation := headersFor(ctx)
-	header = withHeader(header, headerID, id)
-	header[headerSource] = []string{s.name}
-	if correlation != "" {
-		header[headerCorrelation] = []string{correlation}
-	}
+	header := s.envelope(ctx)
+	header[headerID] = []string{id}
 	if label := contentType(s.cfg.codec, data); label != "" {
 		header[headerContentType] = []string{label}
 	}
@@ -260,10 +243,10 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	}
 	rec := &record{State: queued, Priority: cfg.priority, Source: s.name, Digest: digest(header, data)}
 	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
-	if failure != nil && failure.Code == conflict && now == nil && revision > 0 { // deleted by someone else
+	if failure != nil && failure.Code == conflict.Code && now == nil && revision > 0 { // deleted by someone else
 		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
 	}
-	if failure != nil && failure.Code == conflict && now != nil {
+	if failure != nil && failure.Code == conflict.Code && now != nil {
 		if now.Digest != rec.Digest {
 			return notRun(newError(ErrInvalid, "IdempotencyKey(%q): %s.%s was sent with that key and other data", id, service, command))
 		}
@@ -275,23 +258,13 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if failure != nil {
 		return failure
 	}
-	for _, level := range levels {
-		if level.priority == now.Priority {
-			subject += level.suffix
-		}
-	}
-	return s.wake(ctx, subject, key, revision, header, data, buf, cfg)
+	return s.wake(ctx, subject+suffixes[now.Priority], key, revision, header, data, buf, cfg)
 }
 
 // wake publishes what makes a worker look at a record that is queued.
 func (s *Service) wake(ctx context.Context, subject, key string, revision uint64, header nats.Header, data []byte, buf *packer, cfg *callConfig) *Error {
 	header = withHeader(header, jetstream.MsgIDHeader, key+"@"+strconv.FormatUint(revision, 10))
-	x := &exchange{subject: subject, header: header, data: data}
-	_, failure := s.persist(ctx, x, cfg, buf, func() (*nats.Msg, *Error, bool) {
-		_, failure := s.store(ctx, x, s.commandStream())
-		return nil, failure, mayPass(failure)
-	})
-	return failure
+	return s.keep(ctx, &exchange{subject: subject, header: header, data: data}, s.commandStream(), cfg, buf)
 }
 
 // digest is the same for equal data, whatever order its encoder has put the keys of a map in.
@@ -358,10 +331,8 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 		return result, err
 	case last.State == canceled:
 		return result, newError(ErrCanceled, "the command %s of %s.%s was cancelled", j.ID, j.service, j.command)
-	case last.State == failed && last.Error != nil:
-		return result, last.Error
 	case last.State == failed:
-		return result, newError(ErrInternal, "the command %s of %s.%s failed", j.ID, j.service, j.command)
+		return result, cmp.Or(last.Error, newError(ErrInternal, "the command %s of %s.%s failed", j.ID, j.service, j.command))
 	}
 	c, err := codecFor(nats.Header{headerContentType: {last.Type}}, last.Result, j.svc.cfg.codec)
 	if err == nil {
@@ -377,19 +348,16 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 // counts no more. It returns when that is certain. A command that has ended already is left as it is: then the error is
 // [ErrInvalid], unless it was cancelled. Others: [ErrNotFound], and those of [Publish].
 func (j *Job[R]) Cancel(ctx context.Context) error {
-	if failure := j.svc.cancelCommand(ctx, j.service, j.command, j.ID); failure != nil {
-		return failure
-	}
-	return nil
+	return j.svc.cancelCommand(ctx, j.service, j.command, j.ID).orNil()
 }
 
 func (s *Service) cancelCommand(ctx context.Context, service, command, id string) *Error {
-	if failure := checkCommand(service, command); failure != nil {
+	if failure := checkNames(service, kindCommand, command); failure != nil {
 		return failure
 	}
 	key := recordKey(service, command, id)
 	rec, revision, failure := s.readRecord(ctx, nil, key)
-	for failure == nil || failure.Code == conflict {
+	for failure == nil || failure.Code == conflict.Code {
 		switch {
 		case rec == nil:
 			return notRun(newError(ErrNotFound, "there is no command %s of %s.%s", id, service, command))
@@ -413,7 +381,7 @@ func (s *Service) cancelCommand(ctx context.Context, service, command, id string
 
 // follow hands the present record to each, then what it changes to, until it is final or each returns false. An error is the last.
 func (s *Service) follow(ctx context.Context, service, command, id string, each func(*record, *Error) bool) {
-	if failure := checkCommand(service, command); failure != nil {
+	if failure := checkNames(service, kindCommand, command); failure != nil {
 		each(nil, failure)
 		return
 	}
@@ -532,7 +500,7 @@ func HandleCommand[T, R any](s *Service, command string, fn func(context.Context
 }
 
 func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOption) error {
-	if failure := checkCommand(s.name, command); failure != nil {
+	if failure := checkNames(s.name, kindCommand, command); failure != nil {
 		return failure
 	}
 	cfg, err := s.handlerConfig(kindCommand, opts)
@@ -542,9 +510,10 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn, spare: letterRoom}
 	var lanes []*lane
 	for _, level := range levels {
-		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(level.suffix, ".", "~", 1), e.subject+level.suffix))
+		suffix := suffixes[level]
+		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(suffix, ".", "~", 1), e.subject+suffix))
 	}
-	ex := &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), runs: map[string]*run{}, owner: rand.Text()}
+	ex := &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), owner: rand.Text()}
 	ex.look = ex.checkAll
 	e.source = ex
 	return s.register(e, cfg)
@@ -554,12 +523,9 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 type executions struct {
 	*feed
 
-	writers  sync.WaitGroup // of progress, and checkAll
 	checking atomic.Bool
-	owner    string // its name in records
-
-	mu   sync.Mutex // guards runs
-	runs map[string]*run
+	owner    string   // its name in records
+	runs     sync.Map // string -> *run, by key
 }
 
 // A run is one attempt at a command.
@@ -579,12 +545,13 @@ type run struct {
 	revision uint64
 	returned bool // the record says that it is queued, since Stop's time is up
 
-	mu       sync.Mutex // guards the rest
-	pending  *Progress  // to be written
-	writing  bool       // writeProgress runs
-	lost     *Error     // why it is this run's no more
-	finished bool       // over is closed
-	over     chan struct{}
+	mu      sync.Mutex // guards the rest
+	pending *Progress  // to be written
+	writing bool       // writeProgress runs
+	lost    *Error     // why it is this run's no more
+
+	over context.Context // ends when no more reports are taken
+	end  context.CancelFunc
 }
 
 func (ex *executions) open(ctx context.Context) error {
@@ -602,50 +569,27 @@ func (ex *executions) open(ctx context.Context) error {
 func (ex *executions) serve(j job, now time.Time) {
 	m := j.msg
 	defer ex.release()
-	meta, err := m.Metadata()
-	id := m.Header.Get(headerID)
-	if err != nil || meta.Stream != commandStream || id == "" {
+	d, id := ex.delivery(m), m.Header.Get(headerID)
+	if d == nil || id == "" {
 		ex.svc.log.Warn("what was no command was dropped", "endpoint", ex.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
 		ex.tell(m, "+TERM")
 		return
 	}
-	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id, over: make(chan struct{})}
-	x.r = &request{
-		svc:      ex.svc,
-		msg:      Message{Kind: ex.kind, Subject: m.Subject, Source: sourceOf(m), Header: m.Header, Data: m.Data},
-		in:       m,
-		id:       id,
-		deadline: now.Add(ex.cfg.deadline),
-		delivery: &delivery{
-			id:       id,
-			subject:  m.Subject,
-			consumer: meta.Consumer,
-			time:     meta.Timestamp,
-			sequence: meta.Sequence.Stream,
-			attempt:  int(meta.NumDelivered),
-		},
-		run: x,
-	}
+	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id}
+	x.over, x.end = context.WithCancel(context.Background())
+	d.id = id
+	x.r = ex.newRequest(m, d, now)
+	x.r.run = x
 	if ex.svc.draining.Load() || !ex.admit(x.r) {
 		ex.tell(m, ex.returned())
 		return
 	}
-	ex.mu.Lock()
-	busy := ex.runs[x.key] != nil
-	if !busy {
-		ex.runs[x.key] = x
-	}
-	ex.mu.Unlock()
-	if busy { // delivered again since the server didn't hear that it runs
+	if _, busy := ex.runs.LoadOrStore(x.key, x); busy { // delivered again since the server didn't hear that it runs
 		return
 	}
-	defer func() {
-		ex.mu.Lock()
-		delete(ex.runs, x.key)
-		ex.mu.Unlock()
-	}()
+	defer ex.runs.Delete(x.key)
 	notice := commandPrefix + x.key
-	ex.svc.cancels.add(notice, func() { ex.writers.Go(func() { x.check() }) })
+	ex.svc.cancels.add(notice, func() { ex.keeping.Go(func() { x.check() }) })
 	defer ex.svc.cancels.remove(notice)
 	if x.claim() {
 		ex.dispatch(x.r)
@@ -660,13 +604,9 @@ func (x *run) claim() bool {
 	ctx, cancel := context.WithTimeout(ex.svc.base, 5*time.Second)
 	defer cancel()
 	rec, revision, failure := ex.svc.readRecord(ctx, nil, x.key)
-	for failure == nil || failure.Code == conflict {
-		if rec == nil || rec.final() {
-			ex.tell(x.r.in, "+ACK")
-			return false
-		}
+	for failure == nil || failure.Code == conflict.Code {
 		sequence := x.r.delivery.sequence
-		if rec.Wake != 0 && rec.Wake != sequence && rec.State != queued { // it was woken up twice, and another message stands for it
+		if rec == nil || rec.final() || rec.Wake != 0 && rec.Wake != sequence && rec.State != queued { // woken up twice: another message stands for it
 			ex.tell(x.r.in, "+ACK")
 			return false
 		}
@@ -717,7 +657,7 @@ func (x *run) write(ctx context.Context) *Error {
 		case failure == nil:
 			x.revision = revision
 			return nil
-		case failure.Code != conflict:
+		case failure.Code != conflict.Code:
 			x.mu.Lock()
 			if x.pending == nil {
 				x.pending = p
@@ -756,7 +696,7 @@ func (ex *executions) checkAll() {
 	if !ex.checking.CompareAndSwap(false, true) {
 		return
 	}
-	ex.writers.Go(func() {
+	ex.keeping.Go(func() {
 		defer ex.checking.Store(false)
 		for _, x := range ex.atWork() {
 			if !x.check() {
@@ -766,10 +706,12 @@ func (ex *executions) checkAll() {
 	})
 }
 
-func (ex *executions) atWork() []*run {
-	ex.mu.Lock()
-	defer ex.mu.Unlock()
-	return slices.Collect(maps.Values(ex.runs))
+func (ex *executions) atWork() (runs []*run) {
+	ex.runs.Range(func(_, x any) bool {
+		runs = append(runs, x.(*run))
+		return true
+	})
+	return runs
 }
 
 // check looks whether the command is still this run's; not ok if that can't be told.
@@ -796,10 +738,7 @@ func (c *Command[T]) Progress(percent float64, message string) error {
 	if c.run == nil {
 		return newError(ErrInvalid, "Progress: the command is not from HandleCommand")
 	}
-	if failure := c.run.report(Progress{Percent: percent, Message: message}); failure != nil {
-		return failure
-	}
-	return nil
+	return c.run.report(Progress{Percent: percent, Message: message}).orNil()
 }
 
 func (x *run) report(p Progress) *Error {
@@ -808,13 +747,13 @@ func (x *run) report(p Progress) *Error {
 	if x.lost != nil {
 		return x.lost
 	}
-	if x.finished {
+	if x.over.Err() != nil {
 		return newError(ErrInvalid, "Progress: the handler has returned")
 	}
 	x.pending = &p
 	if !x.writing {
 		x.writing = true
-		x.ex.writers.Go(x.writeProgress)
+		x.ex.keeping.Go(x.writeProgress)
 	}
 	return nil
 }
@@ -824,7 +763,7 @@ func (x *run) report(p Progress) *Error {
 func (x *run) writeProgress() {
 	for {
 		x.mu.Lock()
-		if x.pending == nil || x.lost != nil || x.finished {
+		if x.pending == nil || x.lost != nil || x.over.Err() != nil {
 			x.writing = false
 			x.mu.Unlock()
 			return
@@ -837,12 +776,7 @@ func (x *run) writeProgress() {
 		}
 		x.turn.Unlock()
 		cancel()
-		pause := time.NewTimer(progressInterval)
-		select {
-		case <-pause.C:
-		case <-x.over:
-			pause.Stop()
-		}
+		sleep(x.over, progressInterval)
 	}
 }
 
@@ -855,10 +789,7 @@ func (x *run) finish(data []byte, failure *Error) {
 	defer x.turn.Unlock()
 	svc, r, lost := x.ex.svc, x.r, x.whyLost()
 	if lost == nil && failure == nil {
-		codec := r.codec
-		if codec == nil { // middleware has answered
-			codec = svc.cfg.codec
-		}
+		codec := cmp.Or(r.codec, svc.cfg.codec) // middleware may have answered
 		x.rec.State, x.rec.Result, x.rec.Type, x.rec.Error = completed, data, codec.ContentType(), nil
 	}
 	stopped := svc.base.Err() != nil || r.fenced
@@ -887,16 +818,6 @@ func (x *run) finish(data []byte, failure *Error) {
 		pause := backoff(x.rec.Failures, x.ex.cfg.backoff, x.ex.cfg.maxPause)
 		x.ex.logger(r).Warn("an attempt failed", "error", failure, "attempt", x.rec.Attempt, "pause", pause)
 		x.conclude(nakAfter(pause))
-	}
-}
-
-// end takes no more reports.
-func (x *run) end() {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if !x.finished {
-		x.finished = true
-		close(x.over)
 	}
 }
 
@@ -933,20 +854,30 @@ func (x *run) fail(failure *Error) {
 
 // giveBack queues the command again, as if this attempt had not been.
 func (x *run) giveBack() {
-	if !x.returned {
-		x.returned = true
-		x.rec.State = queued
-		if x.attempt > 0 {
-			x.rec.Attempt--
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), returnTimeout)
-		defer cancel()
-		if failure := x.write(ctx); failure != nil {
-			x.concede(failure)
-			return
-		}
+	if failure := x.requeue(); failure != nil {
+		x.concede(failure)
+		return
 	}
 	x.ex.tell(x.r.in, x.ex.returned())
+}
+
+// requeue does so in the record, unless it says so already.
+func (x *run) requeue() *Error {
+	if x.returned {
+		return nil
+	}
+	before := x.rec
+	x.rec.State = queued
+	if x.attempt > 0 {
+		x.rec.Attempt--
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), returnTimeout)
+	defer cancel()
+	failure := x.write(ctx)
+	if x.returned = failure == nil; !x.returned {
+		x.rec = before
+	}
+	return failure
 }
 
 // interrupt gives all commands back in their records; their messages follow when their handlers return.
@@ -960,19 +891,9 @@ func (ex *executions) interrupt() {
 				}
 			}
 			defer x.turn.Unlock()
-			if x.ended() || x.attempt == 0 {
-				return
+			if !x.ended() && x.attempt > 0 {
+				_ = x.requeue() // else its message is given back later
 			}
-			before := x.rec
-			x.rec.State = queued
-			x.rec.Attempt--
-			ctx, cancel := context.WithTimeout(context.Background(), returnTimeout)
-			defer cancel()
-			if x.write(ctx) != nil {
-				x.rec = before
-				return
-			}
-			x.returned = true
 		})
 	}
 	all.Wait()
@@ -982,12 +903,7 @@ func (ex *executions) interrupt() {
 func (x *run) ended() bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	return x.finished || x.lost != nil
-}
-
-func (ex *executions) forget(ctx context.Context) {
-	ex.writers.Wait()
-	ex.feed.forget(ctx)
+	return x.over.Err() != nil || x.lost != nil
 }
 
 // redriveCommand queues a command again that has failed.
@@ -1011,7 +927,7 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 	case rec != nil && rec.State != failed:
 		return notRun(newError(ErrInvalid, "Redrive: the command %s is %s: only one that failed is queued again", id, rec.State))
 	default:
-		if _, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure != nil && failure.Code == conflict {
+		if _, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure != nil && failure.Code == conflict.Code {
 			return notRun(newError(ErrUnavailable, "Redrive: the command %s was changed by someone else just now: try again", id))
 		} else if failure != nil {
 			return failure

@@ -127,18 +127,15 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 
 // IsLeader tells whether this instance leads the service, that is, its group "default", at this moment: exactly, by the clock. It
 // doesn't block.
-func (s *Service) IsLeader() bool { return s.leads(defaultGroup) != 0 }
-
-// leads is the term of a group that this instance leads, else 0.
-func (s *Service) leads(group string) uint64 {
+func (s *Service) IsLeader() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for c := range s.candidates {
-		if t := c.term.Load(); c.group == group && t.holds() {
-			return t.number
+		if c.group == defaultGroup && c.term.Load().holds() {
+			return true
 		}
 	}
-	return 0
+	return false
 }
 
 // Leader is the id of the instance that leads the service, that is, its group "default", as far as it is known here; [ErrNotFound]
@@ -255,13 +252,6 @@ type term struct {
 
 type termKey struct{}
 
-func (t *term) Value(key any) any {
-	if key == (termKey{}) {
-		return t
-	}
-	return t.Context.Value(key)
-}
-
 // holds tells whether the instance leads, at this moment. It is exact: when a process goes on that was paused, the clock has gone on too.
 func (t *term) holds() bool { return t != nil && int64(clock()) < t.until.Load() }
 
@@ -318,11 +308,7 @@ func (c *candidate) campaign(ctx, parent context.Context, lead func(*term)) {
 	c.watch = c.svc.leaders(c.svc.name, c.group)
 	for ctx.Err() == nil {
 		if t := c.win(ctx, parent); t != nil {
-			c.hold(t, func(t *term) {
-				if ctx.Err() == nil {
-					lead(t)
-				}
-			})
+			c.hold(ctx, t, lead)
 		}
 	}
 }
@@ -343,22 +329,19 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 				return t
 			}
 			wait = c.vacant()
-			if failures++; failure == nil {
+			if failures++; failure == nil || failure.Code == conflict.Code { // someone else was faster
 				failures = 0
 			} else if wait = backoff(failures, c.policy.Timeout/8, c.policy.Timeout); failures%16 == 1 {
 				c.svc.log.Warn("the leader's lease can't be reached", "group", c.group, "error", failure)
 			}
 		}
-		timer := time.NewTimer(max(wait, time.Millisecond))
 		select {
 		case <-news:
 		case <-c.nudge:
-		case <-timer.C:
+		case <-time.After(max(wait, time.Millisecond)):
 		case <-ctx.Done():
-			timer.Stop()
 			return nil
 		}
-		timer.Stop()
 	}
 }
 
@@ -394,14 +377,11 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 		// nobody, which can't be mistaken for another one if that happens again.
 		c.revision = revision
 		_, failure := c.put(claim{Term: c.highest, Lease: max(c.longest, c.policy.Lease)})
-		if failure != nil && failure.Code == conflict {
-			failure = nil // someone else's wait has begun
-		}
 		return nil, failure
 	}
 	if *now != c.seen || revision != c.revision {
 		c.observe(*now, revision)
-		c.watch.restart() // it has missed something
+		poke(c.watch.again) // it has missed something
 	}
 	if c.vacant() > 0 {
 		return nil, nil
@@ -409,13 +389,10 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 	number := max(c.highest+1, uint64(time.Now().UnixMilli()))
 	sent, failure := c.put(claim{Holder: c.svc.id, Term: number, Lease: c.policy.Lease})
 	if failure != nil {
-		if failure.Code == conflict {
-			failure = nil // someone else was faster
-		}
 		return nil, failure
 	}
 	t := &term{number: number}
-	t.Context, t.cancel = context.WithCancel(parent)
+	t.Context, t.cancel = context.WithCancel(context.WithValue(parent, termKey{}, t))
 	t.resigned, t.resign = context.WithCancel(context.Background())
 	until := sent + c.policy.Valid
 	t.until.Store(int64(until))
@@ -429,8 +406,8 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 	return t, nil
 }
 
-// hold leads until lead returns. Then, if the lease stands, it is released.
-func (c *candidate) hold(t *term, lead func(*term)) {
+// hold leads until lead returns, or not at all if ctx has ended. Then, if the lease stands, it is released.
+func (c *candidate) hold(ctx context.Context, t *term, lead func(*term)) {
 	c.svc.log.Info("elected leader", "group", c.group, "term", t.number)
 	stop := make(chan struct{})
 	var renewing sync.WaitGroup
@@ -442,25 +419,24 @@ func (c *candidate) hold(t *term, lead func(*term)) {
 		t.end()
 		t.resign()
 		c.svc.changed()
-		if released = released && (c != c.svc.exclusive || !c.svc.busyExclusively()); released { // else the lease runs out first
+		if released = released && (!c.running.Load() || !c.svc.busyExclusively()); released { // else the lease runs out first
 			c.release(t)
 		}
 		c.svc.log.Info("leads no more", "group", c.group, "term", t.number, "released", released)
 	}()
-	lead(t)
+	if ctx.Err() == nil {
+		lead(t)
+	}
 }
 
 // renew renews the lease until stop is closed, it is lost, or the instance isn't well; then it runs out, unless it is released.
 func (c *candidate) renew(t *term, stop <-chan struct{}) {
 	due := c.seen.Sent + c.policy.Renew
 	for {
-		timer := time.NewTimer(due - clock())
 		select {
-		case <-timer.C:
+		case <-time.After(due - clock()):
 		case <-c.nudge:
-			timer.Stop()
 		case <-stop:
-			timer.Stop()
 			return
 		}
 		if !t.holds() { // paused, perhaps
@@ -475,7 +451,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 		switch {
 		case failure == nil && t.extend(sent+c.policy.Valid):
 			due = sent + c.policy.Renew
-		case !t.holds(), failure.Code == conflict:
+		case !t.holds(), failure.Code == conflict.Code:
 			c.svc.log.Warn("leadership lost", "group", c.group, "term", t.number, "error", failure)
 			t.end()
 			return
@@ -489,7 +465,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 func (c *candidate) release(t *term) {
 	for range 2 { // a renewal that was given up may have come in between
 		_, failure := c.put(claim{Holder: c.svc.id, Term: t.number, Lease: c.policy.Lease, Released: true})
-		if failure == nil || failure.Code != conflict || c.seen.Nonce != c.nonce {
+		if failure == nil || failure.Code != conflict.Code || c.seen.Nonce != c.nonce {
 			return
 		}
 	}
@@ -513,7 +489,7 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 		c.observe(next, revision)
 		return next.Sent, nil
 	}
-	if failure.Code != conflict {
+	if failure.Code != conflict.Code {
 		c.changeConn()
 	}
 	now, revision, unread := c.read(c.conn())
@@ -521,7 +497,7 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 		c.changeConn()
 		return 0, unread
 	}
-	if failure.Code != conflict && revision == c.revision {
+	if failure.Code != conflict.Code && revision == c.revision {
 		return 0, failure
 	}
 	if now == nil {
@@ -530,7 +506,7 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	c.observe(*now, revision)
 	sent, now.Sent = now.Sent, next.Sent
 	if *now != next {
-		return 0, newError(&Error{Code: conflict}, "the key %s of %s was changed by someone else", c.key, leadersBucket)
+		return 0, newError(conflict, "the key %s of %s was changed by someone else", c.key, leadersBucket)
 	}
 	return sent, nil
 }
@@ -612,15 +588,7 @@ func (s *Service) lead(t *term) {
 // busyExclusively tells whether exclusive handlers run, or may still begin to.
 func (s *Service) busyExclusively() bool {
 	return slices.ContainsFunc(s.handlers(), func(e *endpoint) bool {
-		if e.lease == nil {
-			return false
-		}
-		select {
-		case <-e.gone:
-			return false
-		default:
-			return s.quitting.Err() != nil || e.busy()
-		}
+		return e.lease != nil && !isClosed(e.gone) && (s.quitting.Err() != nil || e.busy())
 	})
 }
 

@@ -9,7 +9,6 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"iter"
 	"maps"
 	"slices"
@@ -116,14 +115,11 @@ func Publish[T any](ctx context.Context, s *Service, domain, eventType string, d
 	if failure != nil {
 		return failure
 	}
-	payload, buf, failure := p.encode(func() ([]byte, *packer, error) { return marshal(s.cfg.codec, &data) }, "")
+	payload, buf, failure := p.encode(&data, "")
 	if failure == nil {
-		failure = s.storeEvent(ctx, &exchange{subject: p.subject, header: p.header, data: payload}, p.cfg, buf)
+		failure = s.keep(ctx, &exchange{subject: p.subject, header: p.header, data: payload}, s.eventStream(), p.cfg, buf)
 	}
-	if failure != nil {
-		return failure
-	}
-	return nil
+	return failure.orNil()
 }
 
 // A publication is one event, or those of a batch, but for their payloads.
@@ -147,13 +143,7 @@ func (s *Service) newPublication(ctx context.Context, domain, eventType string, 
 	if p.cfg.err != nil {
 		return nil, p.cfg.err
 	}
-	header, correlation := headersFor(ctx)
-	p.header = make(nats.Header, len(header)+4)
-	maps.Copy(p.header, header)
-	p.header[headerSource] = []string{s.name}
-	if correlation != "" {
-		p.header[headerCorrelation] = []string{correlation}
-	}
+	p.header = s.envelope(ctx)
 	if p.cfg.version != "" {
 		p.header[headerVersion] = []string{p.cfg.version}
 	}
@@ -164,9 +154,19 @@ func (s *Service) newPublication(ctx context.Context, domain, eventType string, 
 	return p, nil
 }
 
-// encode is the payload of an event that encoder encodes. It sets the event's headers; its id ends in suffix.
-func (p *publication) encode(encoder func() ([]byte, *packer, error), suffix string) ([]byte, *packer, *Error) {
-	data, buf, err := encoder()
+// envelope is the headers of what is stored, as far as they come from ctx and the service, for the caller to add to.
+func (s *Service) envelope(ctx context.Context) nats.Header {
+	header, correlation := headersFor(ctx)
+	header = withHeader(header, headerSource, s.name)
+	if correlation != "" {
+		header[headerCorrelation] = []string{correlation}
+	}
+	return header
+}
+
+// encode is the payload of an event, of which value points to the data. It sets the event's headers; its id ends in suffix.
+func (p *publication) encode(value any, suffix string) ([]byte, *packer, *Error) {
+	data, buf, err := marshal(p.s.cfg.codec, value)
 	if err != nil {
 		return nil, nil, notRun(newError(ErrInvalid, "encoding the event %s: %v", p.name, err))
 	}
@@ -182,10 +182,10 @@ func (p *publication) encode(encoder func() ([]byte, *packer, error), suffix str
 	return data, buf, nil
 }
 
-// storeEvent stores x in the stream of events.
-func (s *Service) storeEvent(ctx context.Context, x *exchange, cfg *callConfig, buf *packer) *Error {
+// keep stores x in a stream, in as many attempts as it may take.
+func (s *Service) keep(ctx context.Context, x *exchange, stream jetstream.StreamConfig, cfg *callConfig, buf *packer) *Error {
 	_, failure := s.persist(ctx, x, cfg, buf, func() (*nats.Msg, *Error, bool) {
-		_, failure := s.store(ctx, x, s.eventStream())
+		_, failure := s.store(ctx, x, stream)
 		return nil, failure, mayPass(failure)
 	})
 	return failure
@@ -229,31 +229,28 @@ func (s *Service) provideFor(ctx context.Context, x *exchange, stream jetstream.
 // stored reads the answer to what was to be stored: its sequence, or why it wasn't.
 func stored(answer *nats.Msg, subject string) (uint64, *Error) {
 	var ack struct {
-		Stream   string `json:"stream"`
-		Sequence uint64 `json:"seq"`
-		Error    *struct {
-			Code        int    `json:"code"`
-			ErrCode     int    `json:"err_code"`
-			Description string `json:"description"`
-		} `json:"error"`
+		jetstream.PubAck
+		Error *jetstream.APIError `json:"error"`
 	}
-	switch err := json.Unmarshal(answer.Data, &ack); {
+	err := json.Unmarshal(answer.Data, &ack)
+	switch refused := ack.Error; {
 	case isNobody(answer):
 		return 0, nobodyStores(subject)
-	case err == nil && ack.Error != nil && ack.Error.ErrCode == inProcess:
-		return 0, newError(ErrUnavailable, "%s was sent before and is not stored yet: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode)
-	case err == nil && ack.Error != nil && (ack.Error.ErrCode == wrongSequence || ack.Error.ErrCode == wrongSequenceReplicated):
-		return 0, notRun(&Error{Code: conflict, Message: fmt.Sprintf("%s was refused: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode)})
-	case err == nil && ack.Error != nil:
-		return 0, notRun(newError(kindOfAPI(ack.Error.Code), "%s was refused: %s (%d)", subject, ack.Error.Description, ack.Error.ErrCode))
-	case err != nil || ack.Stream == "":
+	case err != nil || refused == nil && ack.Stream == "":
 		return 0, newError(ErrInternal, "%s was answered by something that is no stream: %.100q", subject, answer.Data)
+	case refused == nil:
+		return ack.Sequence, nil
+	case refused.ErrorCode == inProcess:
+		return 0, newError(ErrUnavailable, "%s was sent before and is not stored yet: %s (%d)", subject, refused.Description, refused.ErrorCode)
+	case refused.ErrorCode == wrongSequence || refused.ErrorCode == wrongSequenceReplicated:
+		return 0, notRun(newError(conflict, "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
+	default:
+		return 0, notRun(newError(kindOf(strconv.Itoa(refused.Code)), "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
 	}
-	return ack.Sequence, nil
 }
 
-// conflict is the code of what was to be stored only after a certain message, and came too late.
-const conflict = "CONFLICT"
+// conflict is what was to be stored only after a certain message, and came too late.
+var conflict = &Error{Code: "CONFLICT"}
 
 // Codes of the JetStream API.
 const (
@@ -263,21 +260,6 @@ const (
 	wrongSequenceReplicated = 10164
 	inProcess               = 10158 // a message of that id is just being stored
 )
-
-// kindOfAPI is the error that a code of the JetStream API means.
-func kindOfAPI(code int) *Error {
-	switch code {
-	case 400:
-		return ErrInvalid
-	case 404:
-		return ErrNotFound
-	case 429:
-		return ErrOverloaded
-	case 503:
-		return ErrUnavailable
-	}
-	return ErrInternal
-}
 
 // PublishBatch publishes data in order, without waiting for the confirmation of one event before it sends the next, and returns
 // when each was confirmed or has failed. Without a deadline in ctx, it gives up when none was confirmed for [WithTimeout].
@@ -290,14 +272,14 @@ func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType stri
 		return failure
 	}
 	b := &batch{publication: p, failures: make([]*Error, len(data)), unsure: make([]bool, len(data))}
-	b.encoder = func(i int) ([]byte, *packer, error) { return marshal(s.cfg.codec, &data[i]) }
+	b.encode = func(i int) ([]byte, *packer, *Error) { return p.encode(&data[i], "-"+strconv.Itoa(i)) }
 	return b.publish(ctx)
 }
 
 // A batch is events that are published one after the other.
 type batch struct {
 	*publication
-	encoder  func(i int) ([]byte, *packer, error)
+	encode   func(i int) ([]byte, *packer, *Error)
 	failures []*Error // by position
 	unsure   []bool   // by position: it may have been stored
 }
@@ -315,7 +297,7 @@ func (b *batch) publish(ctx context.Context) error {
 		data, buf, failure := b.encode(first)
 		if failure == nil {
 			x := &exchange{subject: b.subject, header: maps.Clone(b.header), data: data}
-			if failure = b.s.storeEvent(ctx, x, b.cfg, buf); failure != nil {
+			if failure = b.s.keep(ctx, x, b.s.eventStream(), b.cfg, buf); failure != nil {
 				for _, i := range todo {
 					b.fail(i, notRun(newError(failure, "not sent, since event %d failed: %s", first, failure.Message)))
 				}
@@ -334,10 +316,6 @@ func (b *batch) publish(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-func (b *batch) encode(i int) ([]byte, *packer, *Error) {
-	return b.publication.encode(func() ([]byte, *packer, error) { return b.encoder(i) }, "-"+strconv.Itoa(i))
 }
 
 // fail notes what became of an event.
@@ -477,24 +455,16 @@ func takes(stream jetstream.Stream, subject string) bool {
 }
 
 func (s *Service) jetStream() (jetstream.JetStream, *Error) {
-	c := s.pick()
-	if c == nil {
-		return nil, s.disconnectedError()
+	if c := s.pick(); c != nil {
+		return c.js, nil
 	}
-	js, err := jetstream.New(c.nc)
-	if err != nil {
-		return nil, asError(err)
-	}
-	return js, nil
+	return nil, s.disconnectedError()
 }
 
 // patiently tries to do something with JetStream again while a cluster has no leader, until ctx ends, or for WithTimeout.
 func (s *Service) patiently(ctx context.Context, do func(ctx context.Context) *Error) *Error {
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, s.cfg.timeout)
-		defer cancel()
-	}
+	ctx, cancel := withDeadline(ctx, s.cfg.timeout)
+	defer cancel()
 	for n := 1; ; n++ {
 		within, cancel := context.WithTimeout(ctx, 2*time.Second)
 		within, done := s.asking(within)
@@ -519,7 +489,7 @@ func jetStreamError(ctx context.Context, err error, what string) *Error {
 	case errors.As(err, &api) && (api.ErrorCode == temporarilyUnavailable || api.ErrorCode == noSuitablePeers):
 		return newError(ErrTimeout, "%s: %s (%d)", what, api.Description, api.ErrorCode)
 	case errors.As(err, &api):
-		return notRun(newError(kindOfAPI(api.Code), "%s: %s (%d)", what, api.Description, api.ErrorCode))
+		return notRun(newError(kindOf(strconv.Itoa(api.Code)), "%s: %s (%d)", what, api.Description, api.ErrorCode))
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):
 		return newError(ErrTimeout, "%s: no answer from JetStream: %v", what, err)
 	case errors.Is(err, context.Canceled):
@@ -657,7 +627,7 @@ type feed struct {
 	on       atomic.Bool            // see share
 	wake     chan struct{}          // more can be asked for, or on has changed
 	settled  chan struct{}          // nothing more will come
-	keeping  sync.WaitGroup         // keepAlive
+	keeping  sync.WaitGroup         // keepAlive, of commands also what writes progress or looks at records
 	look     func()                 // is called when it does, unless it is nil
 	counting sync.Mutex             // guards counted
 	counted  time.Duration          // when count was called last
@@ -1221,18 +1191,10 @@ type delivery struct {
 	attempt  int
 }
 
-// sourceOf is the service that m comes from, by its own account, "" if it tells none.
-func sourceOf(m *nats.Msg) string {
-	if name := m.Header.Get(headerSource); isName(name, maxService) {
-		return name
-	}
-	return ""
-}
-
-// delivery reads what the server says about m, nil if it is not an event of this feed.
+// delivery reads what the server says about m, nil if it is not a message of this feed.
 func (f *feed) delivery(m *nats.Msg) *delivery {
 	meta, err := m.Metadata()
-	if err != nil || meta.Stream != f.stream.Name || meta.Consumer != f.lanes[0].config.Durable {
+	if err != nil || meta.Stream != f.stream.Name || !slices.ContainsFunc(f.lanes, func(l *lane) bool { return l.config.Durable == meta.Consumer }) {
 		return nil
 	}
 	d := &delivery{
@@ -1256,6 +1218,21 @@ func (f *feed) delivery(m *nats.Msg) *delivery {
 	return d
 }
 
+func (f *feed) newRequest(m *nats.Msg, d *delivery, now time.Time) *request {
+	r := &request{
+		svc:      f.svc,
+		msg:      Message{Kind: f.kind, Subject: d.subject, Header: m.Header, Data: m.Data},
+		in:       m,
+		id:       d.id,
+		deadline: now.Add(f.cfg.deadline),
+		delivery: d,
+	}
+	if name := m.Header.Get(headerSource); isName(name, maxService) {
+		r.msg.Source = name
+	}
+	return r
+}
+
 // A subscription is an endpoint's events.
 type subscription struct{ *feed }
 
@@ -1275,14 +1252,7 @@ func (f *subscription) serve(j job, now time.Time) {
 		f.tell(m, "+ACK")
 		return
 	}
-	r := &request{
-		svc:      f.svc,
-		msg:      Message{Kind: f.kind, Subject: d.subject, Source: sourceOf(m), Header: m.Header, Data: m.Data},
-		in:       m,
-		id:       d.id,
-		deadline: now.Add(f.cfg.deadline),
-		delivery: d,
-	}
+	r := f.newRequest(m, d, now)
 	if f.svc.draining.Load() || !f.admit(r) {
 		f.giveBack(r)
 		return
@@ -1484,8 +1454,7 @@ func printable(r rune) rune {
 
 // storeLetter puts x into the stream of dead letters.
 func (s *Service) storeLetter(x *exchange, limit time.Duration) *Error {
-	x.limit, x.until = limit, clock()+limit
-	_, failure := s.store(context.Background(), x, s.deadStream())
+	_, failure := s.store(context.Background(), x.within(context.Background(), limit), s.deadStream())
 	return failure
 }
 
@@ -1581,7 +1550,7 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	h[headerSubject] = []string{d.Subject}
 	h[jetstream.MsgIDHeader] = []string{"redrive-" + strconv.FormatUint(d.Sequence, 10) + "-" + strconv.FormatInt(d.Time.UnixNano(), 36)}
 	x := &exchange{subject: subject, header: h, data: d.Data}
-	if failure := s.storeEvent(ctx, x, callConfigs[kindEvent], nil); failure != nil {
+	if failure := s.keep(ctx, x, s.eventStream(), callConfigs[kindEvent], nil); failure != nil {
 		return failure
 	}
 	return removeLetter(ctx, dead, d)

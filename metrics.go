@@ -125,7 +125,8 @@ func (m *meter) handled(from string, begin time.Duration, failure *Error) {
 		longest = m.longest.Load()
 	}
 	m.sum.Add(int64(took))
-	m.buckets[bucketOf(took)].Add(1)
+	bucket, _ := slices.BinarySearch(bucketBounds, took) // of the smallest bound that is no less
+	m.buckets[bucket].Add(1)
 	m.ended(from, failure)
 }
 
@@ -163,17 +164,12 @@ var bucketBounds = func() (bounds []time.Duration) {
 	return bounds
 }()
 
-// bucketOf is the bucket of the smallest bound that is no less than d.
-func bucketOf(d time.Duration) int {
-	i, _ := slices.BinarySearch(bucketBounds, d)
-	return i
-}
-
 // A reading is what a meter shows.
 type reading struct {
 	EndpointStats
 	Failed map[string]uint64 `json:"caller_errors,omitempty"` // by caller
 
+	subject   string
 	succeeded uint64
 	last      *string // error
 	sum       time.Duration
@@ -238,6 +234,7 @@ func (s *Service) readings() []*reading {
 	for i, e := range handlers {
 		all.Go(func() {
 			out[i] = e.meter.read(e.kind, e.name)
+			out[i].subject = e.subject
 			out[i].Pending = int64(len(e.queue)+len(e.waiting)) + e.source.pending()
 		})
 	}
@@ -277,12 +274,11 @@ func (s *Service) Handler() http.Handler {
 		_, _ = w.Write(s.exposition()) // if that fails, nobody listens any more
 	})
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		select {
-		case <-s.done:
-			tellHealth(w, map[string]*Error{"service": s.closedError()})
-		default:
-			tellHealth(w, map[string]*Error{"service": nil})
+		checks := map[string]*Error{"service": nil}
+		if isClosed(s.done) {
+			checks["service"] = s.closedError()
 		}
+		tellHealth(w, checks)
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		checks := map[string]*Error{"service": nil, "connection": nil}
@@ -419,11 +415,8 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 	if c == nil {
 		return nil, s.disconnectedError()
 	}
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, s.cfg.timeout)
-		defer cancel()
-	}
+	ctx, cancel := withDeadline(ctx, s.cfg.timeout)
+	defer cancel()
 	const survey = "$SRV.STATS"
 	drops, begin := c.drops.Load(), clock()
 	inbox := c.newInbox()

@@ -168,9 +168,11 @@ func (s *Service) discover(ctx context.Context, service string) (*directory, *Er
 		return nil, notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
 	}
 	d := s.directories.get(service, func() *directory {
-		return &directory{watch: newWatch(s, registryBucket, service+".*", func(key string, i *Instance) bool {
+		d := &directory{watch: newWatch(s, registryBucket, service+".*", func(key string, i *Instance) bool {
 			return i.Service == service && i.Service+"."+i.ID == key && isToken(i.ID, maxInstance)
 		})}
+		d.latest.Store(&view{version: ^uint64(0)}) // none yet
+		return d
 	})
 	return d, d.wait(ctx)
 }
@@ -186,7 +188,8 @@ type directory struct {
 type view struct {
 	version   uint64 // of the watch
 	instances []Instance
-	served    map[string]*served // by subject
+	served    map[string]*served       // by subject
+	calls     map[string]*atomic.Int64 // from here, running, by instance
 }
 
 // served is what listens on a subject.
@@ -197,37 +200,26 @@ type served struct {
 
 // A peer is an instance that may be called.
 type peer struct {
-	id, subject string
-	load        int
-	calls       *atomic.Int64 // from here, running
+	subject string
+	load    int
+	calls   *atomic.Int64 // see view
 }
 
 // view is made anew after each change, when somebody looks.
 func (d *directory) view() *view {
 	last := d.latest.Load()
 	version := d.version.Load()
-	if last != nil && last.version == version {
+	if last.version == version {
 		return last
 	}
-	calls := map[string]*atomic.Int64{}
-	if last != nil {
-		for _, sv := range last.served {
-			for _, p := range sv.by {
-				calls[p.id] = p.calls
-			}
-		}
-	}
-	v := &view{version: version, instances: []Instance{}, served: map[string]*served{}}
+	v := &view{version: version, instances: []Instance{}, served: map[string]*served{}, calls: map[string]*atomic.Int64{}}
 	for _, e := range d.all() {
 		e.value.Seen = e.created
 		v.instances = append(v.instances, e.value)
 	}
 	slices.SortFunc(v.instances, func(a, b Instance) int { return cmp.Compare(a.ID, b.ID) })
 	for _, i := range v.instances {
-		running := calls[i.ID]
-		if running == nil {
-			running = &atomic.Int64{}
-		}
+		v.calls[i.ID] = cmp.Or(last.calls[i.ID], &atomic.Int64{})
 		for _, e := range i.Endpoints {
 			sv := v.served[e.Subject]
 			if sv == nil {
@@ -236,7 +228,7 @@ func (d *directory) view() *view {
 			}
 			sv.exclusive = sv.exclusive || e.Exclusive
 			if i.Status != unhealthy && i.Status != leaving {
-				sv.by = append(sv.by, peer{i.ID, e.Subject + "." + i.ID, i.Load, running})
+				sv.by = append(sv.by, peer{e.Subject + "." + i.ID, i.Load, v.calls[i.ID]})
 			}
 		}
 	}
@@ -369,12 +361,7 @@ func (s *Service) checkHealth() <-chan struct{} {
 			all.Done()
 		}
 	}
-	through := make(chan struct{})
-	go func() { // ends with the checks
-		all.Wait()
-		close(through)
-	}()
-	return through
+	return closedAfter(all.Wait)
 }
 
 // judge notes whether the instance is well, and what follows from that.
@@ -454,12 +441,7 @@ func (s *Service) report(ctx context.Context, verb string) *Error {
 		x.header["KV-Operation"], x.header["Nats-Rollup"] = []string{"PURGE"}, []string{"sub"}
 	}
 	x.header[jetstream.MsgTTLHeader] = []string{strconv.Itoa(int(ttl / time.Second))}
-	x.limit = min(s.cfg.timeout, s.cfg.heartbeat)
-	if deadline, ok := ctx.Deadline(); ok {
-		x.limit = min(x.limit, time.Until(deadline))
-	}
-	x.until = clock() + x.limit
-	_, failure := s.store(ctx, x, s.registryStream())
+	_, failure := s.store(ctx, x.within(ctx, min(s.cfg.timeout, s.cfg.heartbeat)), s.registryStream())
 	s.notify("service."+s.name+"."+verb, data) // whom it may concern
 	return failure
 }
@@ -545,13 +527,8 @@ func (s *Service) leave(ctx context.Context) {
 	enrolled := s.enrolled
 	s.mu.Unlock()
 	s.goAway()
-	written := make(chan struct{})
-	go func() { // ends with beat, at the latest when base does
-		s.beating.Wait()
-		close(written)
-	}()
 	select {
-	case <-written:
+	case <-closedAfter(s.beating.Wait): // at the latest when base ends
 	case <-ctx.Done():
 	}
 	if enrolled {
@@ -579,12 +556,8 @@ func (s *Service) bucket(name string) jetstream.StreamConfig {
 // waits until ctx ends, but for WithTimeout at most.
 func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (value []byte, revision uint64, failure *Error) {
 	ask, _ := json.Marshal(map[string]string{"last_by_subj": "$KV." + bucket + "." + key}) // a string: it can't fail
-	x := &exchange{subject: readSubject(bucket), data: ask, limit: s.cfg.timeout, on: c}
-	if deadline, ok := ctx.Deadline(); ok {
-		x.limit = min(x.limit, time.Until(deadline))
-	}
-	x.until = clock() + x.limit
-	answer, failure := s.request(ctx, x)
+	x := &exchange{subject: readSubject(bucket), data: ask, on: c}
+	answer, failure := s.request(ctx, x.within(ctx, s.cfg.timeout))
 	if failure == errNobody {
 		failure = notRun(newError(ErrUnavailable, "no JetStream: run nats-server with -js, and enable it for the account"))
 	}
@@ -678,17 +651,13 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	w.begun++
 	turn := w.begun
 	w.mu.Unlock()
-	js, err := jetstream.New(c.nc)
-	if err != nil {
-		return asError(err)
-	}
 	ctx, cancel := context.WithCancel(ctx) // ends the watcher
 	defer cancel()
 	beginning := time.AfterFunc(whyTimeout*4, cancel)
 	asking, done := w.svc.asking(ctx)
 	defer done()
 	denied := context.AfterFunc(asking, cancel)
-	kv, err := js.KeyValue(ctx, w.bucket)
+	kv, err := c.js.KeyValue(ctx, w.bucket)
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
 		w.fill(map[string]entry[T]{}, turn)
 		return nil
@@ -845,11 +814,11 @@ func (w *watch[T]) refresh(ctx context.Context) *Error {
 	return w.waitFor(ctx, turn)
 }
 
-func (w *watch[T]) restart() { poke(w.again) }
-
 // waitFor waits until it was filled in that turn, or a later one.
 func (w *watch[T]) waitFor(ctx context.Context, turn uint64) *Error {
-	for limited := false; ; {
+	ctx, cancel := withDeadline(ctx, w.svc.cfg.timeout)
+	defer cancel()
+	for {
 		w.mu.Lock()
 		filled, failure, news := w.filled, w.failure, w.changed
 		w.mu.Unlock()
@@ -858,12 +827,6 @@ func (w *watch[T]) waitFor(ctx context.Context, turn uint64) *Error {
 			return nil
 		case failure != nil && failure.Code != ErrTimeout.Code:
 			return notRun(newError(failure, "%s", failure.Message))
-		}
-		if _, ok := ctx.Deadline(); !ok && !limited {
-			var cancel context.CancelFunc
-			ctx, cancel = context.WithTimeout(ctx, w.svc.cfg.timeout)
-			defer cancel()
-			limited = true
 		}
 		select {
 		case <-news:
@@ -899,12 +862,9 @@ func (l *lookup[T]) get(key string, make func() T) T {
 	if v, ok := find(); ok {
 		return v
 	}
-	of := maps.Clone(l.all())
-	if of == nil {
-		of = map[string]T{}
-	}
 	v := make()
-	of[strings.Clone(key)] = v // it may be a part of something large
+	of := map[string]T{strings.Clone(key): v} // it may be a part of something large
+	maps.Copy(of, l.all())
 	l.of.Store(&of)
 	return v
 }
@@ -961,17 +921,12 @@ func (s *Service) answerSurvey(m *nats.Msg) {
 
 func (s *Service) microStats(identity micro.ServiceIdentity) micro.Stats {
 	st := micro.Stats{ServiceIdentity: identity, Type: micro.StatsResponseType, Started: s.since.UTC(), Endpoints: []*micro.EndpointStats{}}
-	subjects := map[string]string{} // by kind and name
-	for _, e := range s.handlers() {
-		subjects[e.kind+" "+e.name] = e.subject
-	}
 	for _, r := range s.readings() {
-		subject, ok := subjects[r.Kind+" "+r.Name]
-		if !ok { // what is called from here
+		if r.Kind == kindCall {
 			continue
 		}
 		e := &micro.EndpointStats{
-			Name: microName(r.Name), Subject: subject, QueueGroup: s.name,
+			Name: microName(r.Name), Subject: r.subject, QueueGroup: s.name,
 			NumRequests: int(r.Requests), NumErrors: int(r.Errors),
 			ProcessingTime: r.sum, AverageProcessingTime: r.sum / time.Duration(max(r.handled, 1)),
 		}
@@ -991,20 +946,13 @@ func microName(name string) string {
 
 // askServing asks an instance of a service, any if none is given, whether it serves a subject: where there is no registry.
 func (s *Service) askServing(ctx context.Context, service, instance, subject string) (running []Instance, sv *served) {
-	ask := exchange{subject: "$SRV.INFO." + service, limit: whyTimeout}
+	ask := &exchange{subject: "$SRV.INFO." + service}
 	if instance != "" {
 		ask.subject += "." + instance
 	}
-	if deadline, ok := ctx.Deadline(); ok {
-		ask.limit = min(ask.limit, time.Until(deadline))
-	}
-	ask.until = clock() + ask.limit
-	answer, failure := s.request(ctx, &ask)
-	if failure != nil {
-		return nil, nil
-	}
+	answer, failure := s.request(ctx, ask.within(ctx, whyTimeout))
 	var info micro.Info
-	if err := json.Unmarshal(answer.Data, &info); err != nil {
+	if failure != nil || json.Unmarshal(answer.Data, &info) != nil {
 		return nil, nil
 	}
 	for _, e := range info.Endpoints {

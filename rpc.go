@@ -91,11 +91,14 @@ func (e *Error) cut() *Error {
 }
 
 // Unwrap is the cause.
-func (e *Error) Unwrap() error {
-	if e.Cause == nil {
+func (e *Error) Unwrap() error { return e.Cause.orNil() }
+
+// orNil is e as an error, which is nil if e is.
+func (e *Error) orNil() error {
+	if e == nil {
 		return nil
 	}
-	return e.Cause
+	return e
 }
 
 func newError(kind *Error, format string, args ...any) *Error {
@@ -286,25 +289,36 @@ func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, R
 }
 
 func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) error {
-	if !isMethod(method) {
-		return newError(ErrInvalid, "method %q: want a letter, then letters, digits and _", method)
+	if failure := checkNames(s.name, "method", method); failure != nil {
+		return failure
 	}
 	cfg, err := s.handlerConfig(kindRPC, opts)
 	if err != nil {
 		return err
 	}
 	e := &endpoint{kind: kindRPC, name: method, subject: "rpc." + s.name + "." + method, run: run}
-	e.source = &subjects{endpoint: e}
+	q := &subjects{endpoint: e}
+	q.byConn.Store(&map[*nats.Subscription]*conn{})
+	e.source = q
 	overloaded := notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, cfg.concurrency))
 	overloaded.Source = s.name
 	e.refuse = func(m *nats.Msg) {
 		e.meter.shed.Add(1)
-		e.source.(*subjects).turnAway(m, parseAddress(m.Reply).service, overloaded)
+		q.turnAway(m, parseAddress(m.Reply).service, overloaded)
 	}
 	return s.register(e, cfg)
 }
 
-func isMethod(s string) bool { return isName(s, 128) && !strings.Contains(s, "-") }
+// checkNames checks the names of a service and of its method or command.
+func checkNames(service, what, name string) *Error {
+	switch {
+	case !isName(service, maxService):
+		return notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
+	case !isName(name, 128), strings.Contains(name, "-"):
+		return notRun(newError(ErrInvalid, "%s %q: want a letter, then letters, digits and _", what, name))
+	}
+	return nil
+}
 
 // decode reads the payload of the message that ctx belongs to into v, and notes its codec for the answer.
 func decode(ctx context.Context, m *Message, v any) (*request, error) {
@@ -356,11 +370,8 @@ func (q *subjects) share(on bool) error {
 }
 
 func (q *subjects) subscribeLocked(to *[]*nats.Subscription, subject string) error {
-	byConn := map[*nats.Subscription]*conn{}
-	if known := q.byConn.Load(); known != nil {
-		maps.Copy(byConn, *known)
-		maps.DeleteFunc(byConn, func(sub *nats.Subscription, _ *conn) bool { return !sub.IsValid() }) // of a leadership before
-	}
+	byConn := maps.Clone(*q.byConn.Load())
+	maps.DeleteFunc(byConn, func(sub *nats.Subscription, _ *conn) bool { return !sub.IsValid() }) // of a leadership before
 	defer q.byConn.Store(&byConn)
 	for _, c := range q.svc.conns {
 		if q.drained {
@@ -397,11 +408,9 @@ func (q *subjects) drain(context.Context) {
 
 // cut ends the subscriptions on c, so that they don't come back when it does.
 func (q *subjects) cut(c *conn) {
-	if byConn := q.byConn.Load(); byConn != nil {
-		for sub, on := range *byConn {
-			if on == c {
-				_ = sub.Unsubscribe() // fails only on a closed connection
-			}
+	for sub, on := range *q.byConn.Load() {
+		if on == c {
+			_ = sub.Unsubscribe() // fails only on a closed connection
 		}
 	}
 }
@@ -500,10 +509,8 @@ func (q *subjects) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 // connection is gone, another will do.
 func (q *subjects) send(sub *nats.Subscription, out *nats.Msg) error {
 	var err error = nats.ErrDisconnected
-	if byConn := q.byConn.Load(); byConn != nil {
-		if c := (*byConn)[sub]; c != nil {
-			err = c.nc.PublishMsg(out)
-		}
+	if c := (*q.byConn.Load())[sub]; c != nil {
+		err = c.nc.PublishMsg(out)
 	}
 	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionClosed) {
 		if c := q.svc.pick(); c != nil {
@@ -650,13 +657,8 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 // call sends data, which buf holds, and has the answer decoded.
 func (s *Service) call(ctx context.Context, service, method string, data []byte, buf *packer, opts []CallOption, decode func(*nats.Msg) error) (failure *Error) {
 	cfg := newCallConfig(kindRPC, opts)
-	switch {
-	case !isName(service, maxService):
-		return notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
-	case !isMethod(method):
-		return notRun(newError(ErrInvalid, "method %q: want a letter, then letters, digits and _", method))
-	case cfg.err != nil:
-		return cfg.err
+	if failure := cmp.Or(checkNames(service, "method", method), cfg.err); failure != nil {
+		return failure
 	}
 	x := exchange{subject: "rpc." + service + "." + method, data: data}
 	x.header, x.correlation = headersFor(ctx)
@@ -711,12 +713,7 @@ func (s *Service) persist(ctx context.Context, x *exchange, cfg *callConfig, buf
 			return nil, failure
 		}
 		last = failure
-		pause := time.NewTimer(min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
-		select {
-		case <-pause.C:
-		case <-ctx.Done():
-		}
-		pause.Stop()
+		sleep(ctx, min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
 		now = clock()
 		if err := ctx.Err(); err != nil || now >= end {
 			given := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, n)
@@ -816,6 +813,15 @@ type exchange struct {
 	on          *conn         // to send it on; nil for any that is up
 	reply       string
 	sent        bool
+}
+
+// within gives x the time that ctx has, most at the most.
+func (x *exchange) within(ctx context.Context, most time.Duration) *exchange {
+	if deadline, ok := ctx.Deadline(); ok {
+		most = min(most, time.Until(deadline))
+	}
+	x.limit, x.until = most, clock()+most
+	return x
 }
 
 // errNobody is request's answer if no one listens on the subject.
@@ -958,32 +964,27 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 		return nil, notRun(newError(ErrTimeout, "no time left for %s", x.subject))
 	}
 	x.sent = false
-	if x.on != nil {
-		answer, failure := s.requestOn(ctx, x.on, x)
-		if failure == errDropped {
-			failure = notRun(newError(ErrUnavailable, "the connection was lost"))
-		}
-		return answer, failure
-	}
 	for range s.conns {
-		c := s.pick()
+		c := x.on
 		if c == nil {
-			break
+			if c = s.pick(); c == nil {
+				break
+			}
 		}
-		if answer, failure := s.requestOn(ctx, c, x); failure != errDropped {
+		var answer *nats.Msg
+		sl, failure := c.slot()
+		if failure == nil {
+			answer, failure = s.exchange(ctx, c, sl, x)
+			c.release(sl, failure == nil)
+		}
+		switch {
+		case failure != errDropped:
 			return answer, failure
+		case x.on != nil:
+			return nil, notRun(newError(ErrUnavailable, "the connection was lost"))
 		}
 	}
 	return nil, s.disconnectedError()
-}
-
-func (s *Service) requestOn(ctx context.Context, c *conn, x *exchange) (answer *nats.Msg, failure *Error) {
-	sl, failure := c.slot()
-	if failure == nil {
-		answer, failure = s.exchange(ctx, c, sl, x)
-		c.release(sl, failure == nil)
-	}
-	return answer, failure
 }
 
 // errDropped says that the connection was lost before anything was written.
@@ -1103,9 +1104,6 @@ const maxEarly = 1024
 // add makes cancel be called when the request with this reply subject is cancelled.
 func (c *cancels) add(reply string, cancel context.CancelFunc) {
 	c.mu.Lock()
-	if c.watch == nil {
-		c.watch = map[string]context.CancelFunc{}
-	}
 	c.watch[reply] = cancel
 	early := c.early[0][reply] || c.early[1][reply]
 	c.mu.Unlock()
