@@ -413,8 +413,9 @@ func (s *Service) Conn() *nats.Conn {
 // with [Exclusive] handlers then campaigns to lead, which takes the Lease of its policy ([WithFailover]) where nobody led before.
 //
 // It fails with [ErrClosed] after Stop, [ErrInvalid] if the service was started already or a stream, bucket or consumer that exists
-// can't be used, [ErrUnavailable] if the server can't be reached, or its JetStream, where handlers need it. (Without JetStream the
-// instance serves plain RPC, but isn't in the registry.) A service whose Start failed can only be stopped.
+// can't be used, [ErrUnavailable] if the server can't be reached, or its JetStream, where handlers need it, [ErrDenied] if the
+// server's permissions don't allow what the service does. (Without JetStream the instance serves plain RPC, but isn't in the
+// registry.) A service whose Start failed can only be stopped.
 func (s *Service) Start(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state != created {

@@ -6820,3 +6820,191 @@ func TestSoak(t *testing.T) {
 	}
 	eventually(t, fmt.Sprint("there are no more subscriptions than ", idle), func() bool { return srv.NumSubscriptions() <= idle })
 }
+
+// Whoever may publish can send anything anywhere. Nothing of it crashes an instance, takes its memory, or keeps it from its work.
+func TestHostileInput(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk", aegis.WithID("a")), newService(t, srv, "shop")
+	handle(t, svc, "echo", echo)
+	handle(t, svc, "create_order", createOrder)
+	var got journal[int]
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[Order]) error { got.add(e.Data.Qty); return nil }, aegis.Attempts(1))
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[Order]) (int, error) { return c.Data.Qty, c.Progress(50, "") })
+	start(t, svc)
+	if r := wait(t, send[Order, int](t, client, "risk", "work", Order{Qty: 1})); r != 1 {
+		t.Fatal(r)
+	}
+	if _, err := client.Discover(t.Context(), "risk"); err != nil {
+		t.Fatal(err)
+	}
+	nc, err := nats.Connect(srv.ClientURL(), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {})) // it overhears more than it takes
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+
+	random := rand.New(rand.NewPCG(1, 2))
+	noise := func(n int) []byte {
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = byte(random.Uint32())
+		}
+		return b
+	}
+	valid, _ := aegis.MsgPack.Marshal(Order{SKU: "x", Qty: 666, Tags: map[string]string{"a": "b"}})
+	payloads := [][]byte{
+		nil, {}, {0x80}, {0xc1}, []byte("null"), []byte("true"), []byte("[1,2]"), []byte(`"text"`), []byte(`{"sku":7}`), []byte("{\"sku\":\"\xff\xfe\"}"),
+		[]byte(`{"qty":1e999999}`), []byte(strings.Repeat("[", 100_000)), []byte(strings.Repeat(`{"tags":`, 50_000)), []byte(`{"sku":"` + strings.Repeat("x", 900_000) + `"}`),
+		{0xdd, 0xff, 0xff, 0xff, 0xff}, {0xdf, 0xff, 0xff, 0xff, 0xff}, {0xc6, 0xff, 0xff, 0xff, 0xff}, {0xdb, 0xff, 0xff, 0xff, 0xff}, {0xc9, 0x7f, 0xff, 0xff, 0xff, 1},
+		bytes.Repeat([]byte{0x91}, 100_000), bytes.Repeat([]byte{0x81, 0xa1, 'a'}, 50_000), bytes.Repeat([]byte{0}, 900_000), noise(900_000),
+	}
+	for i := range valid {
+		payloads = append(payloads, valid[:i])
+	}
+	headers := []nats.Header{
+		nil, {"Content-Type": {"application/json"}}, {"Content-Type": {"application/vnd.msgpack", "x"}}, {"Content-Type": {""}}, {"Status": {"503"}}, {"Status": {"408"}, "Nats-Pending-Messages": {"-5"}},
+		{"Status": {"404"}, "Nats-Pending-Messages": {"99999999999999999999"}}, {"Nats-Service-Error-Code": {"200"}}, {"Nats-Service-Error-Code": {"x"}, "Nats-Service-Error": {strings.Repeat("e", 100_000)}},
+		{"Aegis-Correlation-Id": {strings.Repeat("c", 10_000)}}, {"traceparent": {"nonsense"}}, {"Aegis-Id": {"a.b*>"}, "Aegis-Subject": {"events.x"}, "Aegis-Time": {"never"}}, {"Aegis-Source": {"not a name"}},
+		{"Nats-Sequence": {"-1"}}, {"Nats-Sequence": {"18446744073709551615"}},
+	}
+	subjects := []string{
+		"rpc.risk.echo", "rpc.risk.echo.a", "rpc.risk.create_order", "rpc.risk.$cancel", "$SRV.PING", "$SRV.INFO.risk", "$SRV.STATS.risk.a", "$SRV.NOTHING",
+		"events.order.created", "events.$redrive.risk~order~+", "commands.risk.work", "commands.risk.work.critical",
+		"$KV.aegis_registry.risk.x", "$KV.aegis_registry.risk.x.y", "$KV.aegis_commands.risk.work.x", "aegis.jobs.risk.work.x", "service.risk.register",
+	}
+	// Replies nobody asked for, to those that wait and those that did: the subjects are overheard.
+	overheard := make(chan *nats.Msg, 64)
+	eavesdropping, err := nc.ChanSubscribe("_INBOX.>", overheard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	heap := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	stop := hammer(t, client, 4, "risk", "echo", func(err error) { t.Error(err) })
+	end := time.Now().Add(3 * time.Second)
+	sent := 0
+	for time.Now().Before(end) || sent < 3000 {
+		m := &nats.Msg{Subject: subjects[random.IntN(len(subjects))], Data: payloads[random.IntN(len(payloads))]}
+		if sent%5 == 0 {
+			m.Data = noise(random.IntN(64))
+		}
+		m.Reply = []string{"", "_INBOX.mine", "_INBOX.x.ABCDEFGHIJKL.1.1.99999999999999", "_INBOX..1", "rpc.risk.echo", "a b"}[random.IntN(5)]
+		select {
+		case heard := <-overheard: // ours, or what the service answers others
+			m.Subject = heard.Subject
+		default:
+		}
+		if !strings.HasPrefix(m.Subject, "$KV.") && !strings.HasPrefix(m.Subject, "events.$") {
+			m.Header = headers[random.IntN(len(headers))]
+		}
+		if err := nc.PublishMsg(m); err != nil {
+			t.Fatal(m.Subject, err)
+		}
+		if sent++; sent%50 == 0 {
+			if err := nc.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if calls := stop(); calls < 100 {
+		t.Errorf("%d calls went through", calls)
+	}
+	if err := eavesdropping.Unsubscribe(); err != nil {
+		t.Fatal(err)
+	}
+	for len(overheard) > 0 {
+		<-overheard
+	}
+	publish(t, client, "order", "created", Order{Qty: 4711})
+	eventually(t, "the event gets through", func() bool { return slices.Contains(got.all(), 4711) })
+	if r := wait(t, send[Order, int](t, client, "risk", "work", Order{Qty: 7})); r != 7 {
+		t.Error(r)
+	}
+	if all := instances(t, client, "risk"); !slices.Equal(all, []string{"a ACTIVE"}) {
+		t.Error(all)
+	}
+	eventually(t, "memory is what it was, about", func() bool { return heap() < before+64<<20 })
+	t.Logf("%d messages, %d MB more", sent, (int64(heap())-int64(before))>>20)
+}
+
+// Three times as much is asked for as can be done: what can be done is, and the rest is refused at once. It is measured again, twice
+// at most, if it looks bad: something else may keep the machine busy.
+func TestGoodputUnderOverload(t *testing.T) { // not beside others
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	handle(t, svc, "m", func(_ context.Context, n int) (int, error) { time.Sleep(20 * time.Millisecond); return n, nil }, aegis.Concurrency(8))
+	start(t, svc)
+	const phase = time.Second
+	heap := func() int64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	for round := 1; ; round++ {
+		var done, refused, slowest atomic.Int64 // slowest in ns, of those that were refused
+		one := func() {
+			begin := time.Now()
+			switch _, err := call[int, int](client, "svc", "m", 1); {
+			case err == nil:
+				done.Add(1)
+			case errors.Is(err, aegis.ErrOverloaded):
+				refused.Add(1)
+				for took, was := int64(time.Since(begin)), slowest.Load(); took > was && !slowest.CompareAndSwap(was, took); was = slowest.Load() {
+				}
+			default:
+				t.Error(err)
+			}
+		}
+		var callers sync.WaitGroup
+		end := time.Now().Add(phase)
+		for range 12 { // some run, some wait
+			callers.Go(func() {
+				for time.Now().Before(end) {
+					one()
+				}
+			})
+		}
+		callers.Wait()
+		capacity := float64(done.Load()) / phase.Seconds()
+		before := heap()
+		done.Store(0)
+		refused.Store(0)
+		slowest.Store(0)
+		offered := 0
+		begin := time.Now()
+		for time.Since(begin) < phase { // three times capacity, whether there are answers or not
+			for due := int(3 * capacity * time.Since(begin).Seconds()); offered < due; offered++ {
+				callers.Go(one)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		goodput := float64(done.Load()) / time.Since(begin).Seconds()
+		more := heap() - before
+		callers.Wait()
+		took := time.Duration(slowest.Load())
+		t.Logf("capacity %.0f/s, offered %.0f/s, goodput %.0f/s (%.2f), %d refused, the slowest after %v, %d kB more",
+			capacity, float64(offered)/phase.Seconds(), goodput, goodput/capacity, refused.Load(), took, more>>10)
+		if int(done.Load()+refused.Load()) != offered || refused.Load() < int64(offered)/3 {
+			t.Errorf("%d done and %d refused of %d", done.Load(), refused.Load(), offered)
+		}
+		if more > 16<<20 {
+			t.Errorf("%d MB more", more>>20)
+		}
+		if goodput >= 0.8*capacity && took < 200*time.Millisecond {
+			return
+		}
+		if round == 3 {
+			t.Fatalf("goodput is %.0f of %.0f/s, and it took up to %v to be refused", goodput, capacity, took)
+		}
+	}
+}
