@@ -333,7 +333,7 @@ const maxConcurrency = 1 << 20
 
 const maxService, maxInstance = 64, 128 // characters
 
-var versionPattern = regexp.MustCompile(`^\d+\.\d+\.\d+$`)
+var versionPattern = regexp.MustCompile(`^(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}$`) // what nats micro accepts
 
 // New makes an instance of the service called name ([A-Za-z][A-Za-z0-9_-]*, at most 64 characters) and connects it. It blocks
 // until every connection of the pool stands, each for at most nats.go's connect timeout (2 s a server).
@@ -904,28 +904,34 @@ func (d *denials) news() <-chan struct{} {
 	return d.changed
 }
 
-// since is a denial of one of these subjects, of any if there is none, at that time or later.
-func (d *denials) since(begin time.Duration, subjects ...string) *Error {
+// since is a denial of a subject that matches one of these patterns, of any if there is none, at that time or later.
+func (d *denials) since(begin time.Duration, patterns ...string) *Error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for denied, l := range d.latest {
-		if l.at >= begin && (len(subjects) == 0 || slices.Contains(subjects, denied)) {
+		if l.at >= begin && (len(patterns) == 0 || slices.ContainsFunc(patterns, func(p string) bool { return covers(p, denied) })) {
 			return notRun(newError(ErrDenied, "the server's permissions don't allow to %s to %s", l.verb, denied))
 		}
 	}
 	return nil
 }
 
-// asking is for what nats.go asks JetStream by itself: a ctx that ends, with the denial for its cause, when the server denies
-// something, since then there is no answer.
+// asking is for what nats.go asks JetStream by itself: a ctx that ends, with the denial for its cause, when the server denies such
+// a question or its answer.
 func (s *Service) asking(ctx context.Context) (context.Context, context.CancelFunc) {
-	begin, news := clock(), s.denied.news()
+	begin, inbox := clock(), s.conns[0].nc.Opts.InboxPrefix
 	ctx, cancel := context.WithCancelCause(ctx)
 	go func() { // until the ctx ends
-		select {
-		case <-news:
-			cancel(s.denied.since(begin).orNil())
-		case <-ctx.Done():
+		for {
+			news := s.denied.news()
+			if denied := s.denied.since(begin, "$JS.>", inbox+".>"); denied != nil {
+				cancel(denied)
+			}
+			select {
+			case <-news:
+			case <-ctx.Done():
+				return
+			}
 		}
 	}()
 	return ctx, func() { cancel(nil) }

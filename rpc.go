@@ -627,9 +627,9 @@ func (c *callConfig) policy() RetryPolicy {
 // The error is an [*Error]: the handler's, or one of these. [ErrInvalid]: a name, option or header is out of range, the
 // request can't be encoded or is larger than the server's max_payload. [ErrUnavailable]: no connection, no instance, or the
 // connection was lost while waiting. [ErrUnimplemented]: the service has no such method. [ErrNotActive], [ErrFenced]: see
-// [Exclusive]. [ErrTimeout], [ErrCanceled]: ctx ended. [ErrOverloaded]: the handler is at its limit. [ErrCircuitOpen]: see [WithBreaker]. [ErrInternal]: the handler failed,
-// or its answer can't be decoded. [ErrDenied]: the server's permissions don't allow the call, or to hear its answer. [ErrClosed]: s
-// was stopped. All but those of ctx come at once.
+// [Exclusive]. [ErrTimeout], [ErrCanceled]: ctx ended. [ErrOverloaded]: the handler is at its limit. [ErrCircuitOpen]: see
+// [WithBreaker]. [ErrInternal]: the handler failed, or its answer can't be decoded. [ErrDenied]: the server's permissions don't allow
+// the call, or to hear its answer. [ErrClosed]: s was stopped. All but those of ctx come at once.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
 	var resp, zero Resp
 	data, buf, err := marshal(s.cfg.codec, &req)
