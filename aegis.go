@@ -105,14 +105,15 @@ type Service struct {
 	goAway  context.CancelFunc
 	beating sync.WaitGroup // beat
 
-	quitting context.Context // ends when Stop begins
-	quit     context.CancelFunc
-	base     context.Context // parent of every handler's ctx: ends when Stop's time is up
-	cancel   context.CancelFunc
-	tasks    sync.WaitGroup // goroutines that end with base
-	ready    atomic.Bool    // Start has succeeded
-	draining atomic.Bool    // requests that wait are refused
-	done     chan struct{}  // closed when Stop is through
+	quitting  context.Context // ends when Stop begins
+	quit      context.CancelFunc
+	base      context.Context // parent of every handler's ctx: ends when Stop's time is up
+	cancel    context.CancelFunc
+	tasks     sync.WaitGroup // goroutines that end with base
+	ready     atomic.Bool    // Start has succeeded
+	draining  atomic.Bool    // requests that wait are refused
+	returning atomic.Int32   // commands that are being given back
+	done      chan struct{}  // closed when Stop is through
 
 	mu         sync.Mutex // guards the rest
 	state      state
@@ -577,6 +578,8 @@ func (s *Service) Stop(ctx context.Context) error {
 		select {
 		case <-finished:
 		case <-time.After(cancelGrace):
+			for end := clock() + returnTimeout; s.returning.Load() > 0 && clock() < end; time.Sleep(time.Millisecond) {
+			}
 		}
 		flushCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelGrace)
 		defer cancel()

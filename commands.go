@@ -854,6 +854,8 @@ func (x *run) fail(failure *Error) {
 
 // giveBack queues the command again, as if this attempt had not been.
 func (x *run) giveBack() {
+	x.ex.svc.returning.Add(1)
+	defer x.ex.svc.returning.Add(-1)
 	if failure := x.requeue(); failure != nil {
 		x.concede(failure)
 		return
