@@ -280,24 +280,26 @@ func (s *Service) requestAny(ctx context.Context, x *exchange, service string, s
 	return s.request(ctx, x)
 }
 
-const whyTimeout = 500 * time.Millisecond
+const whyTimeout = time.Second
 
 // whyNobody tells why the call that x stands for, of an instance perhaps, found no one who listens.
 func (s *Service) whyNobody(ctx context.Context, x *exchange, service, instance string) *Error {
-	ctx, cancel := context.WithTimeout(ctx, whyTimeout)
+	within, cancel := context.WithTimeout(ctx, whyTimeout)
 	defer cancel()
 	who, subject, where := service, x.subject, x.subject
 	if instance != "" {
 		who, where = "instance "+instance+" of "+service, subject+"."+instance
 	}
-	running, sv, failure := s.serving(ctx, service, subject)
+	running, sv, failure := s.serving(within, service, subject)
 	switch {
 	case failure != nil:
-		running, sv = s.askServing(ctx, service, instance, subject)
+		running, sv, failure = s.askServing(ctx, service, instance, subject)
 	case instance != "":
 		running = slices.DeleteFunc(slices.Clone(running), func(i Instance) bool { return i.ID != instance })
 	}
 	switch {
+	case failure != nil && failure != errNobody:
+		return notRun(newError(ErrUnavailable, "nobody listens on %s, and nobody tells why: %s", where, failure.Message))
 	case len(running) == 0:
 		return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is not running", where, who))
 	case sv == nil:
@@ -653,7 +655,7 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	w.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx) // ends the watcher
 	defer cancel()
-	beginning := time.AfterFunc(whyTimeout*4, cancel)
+	beginning := time.AfterFunc(2*whyTimeout, cancel)
 	asking, done := w.svc.asking(ctx)
 	defer done()
 	denied := context.AfterFunc(asking, cancel)
@@ -945,20 +947,23 @@ func microName(name string) string {
 }
 
 // askServing asks an instance of a service, any if none is given, whether it serves a subject: where there is no registry.
-func (s *Service) askServing(ctx context.Context, service, instance, subject string) (running []Instance, sv *served) {
+func (s *Service) askServing(ctx context.Context, service, instance, subject string) (running []Instance, sv *served, failure *Error) {
 	ask := &exchange{subject: "$SRV.INFO." + service}
 	if instance != "" {
 		ask.subject += "." + instance
 	}
 	answer, failure := s.request(ctx, ask.within(ctx, whyTimeout))
+	if failure != nil {
+		return nil, nil, failure
+	}
 	var info micro.Info
-	if failure != nil || json.Unmarshal(answer.Data, &info) != nil {
-		return nil, nil
+	if err := json.Unmarshal(answer.Data, &info); err != nil {
+		return nil, nil, newError(ErrInternal, "%s answers nonsense: %v", ask.subject, err)
 	}
 	for _, e := range info.Endpoints {
 		if e.Subject == subject {
 			sv = &served{exclusive: e.Metadata["exclusive"] != ""}
 		}
 	}
-	return []Instance{{ID: info.ID, Version: info.Version}}, sv
+	return []Instance{{ID: info.ID, Version: info.Version}}, sv, nil
 }
