@@ -108,7 +108,7 @@ func IdempotencyKey(k string) CallOption {
 //
 // Errors: [ErrInvalid] for a name or an option that is out of range, or an event that can't be encoded or comes within 2 KiB of
 // the server's max_payload (its dead letter has to fit too); [ErrUnavailable] if there is no connection or no JetStream;
-// [ErrTimeout], [ErrCanceled], [ErrClosed]; and what the stream refuses with, such as [ErrUnavailable] when it is full. Unless the
+// [ErrTimeout], [ErrCanceled], [ErrClosed]; [ErrDenied] by the server's permissions; and what the stream refuses with, such as [ErrUnavailable] when it is full. Unless the
 // error's NotRun is set, the event may have been stored.
 func Publish[T any](ctx context.Context, s *Service, domain, eventType string, data T, opts ...CallOption) error {
 	p, failure := s.newPublication(ctx, domain, eventType, opts)

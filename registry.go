@@ -118,7 +118,7 @@ func (s *Service) registryStream() jetstream.StreamConfig {
 // Discover lists the instances of a service, by id; none if there is no such service. The first call for a service asks the server,
 // until ctx ends or for [WithTimeout]. Later ones answer from a copy that is kept up to date; while there is no connection, it stays
 // as it is. Errors: [ErrInvalid] for a name that is out of range, [ErrUnavailable] without connection or JetStream at first,
-// [ErrTimeout], [ErrCanceled], [ErrClosed].
+// [ErrDenied] by the server's permissions, [ErrTimeout], [ErrCanceled], [ErrClosed].
 func (s *Service) Discover(ctx context.Context, service string) ([]Instance, error) {
 	d, failure := s.discover(ctx, service)
 	if failure != nil {
