@@ -2,8 +2,8 @@ package aegis
 
 // This file is how services find out about each other. Each running instance has an entry in the bucket aegis_registry, which it
 // refreshes with each heartbeat and which expires after three (Instance). Whoever calls a service keeps a local copy of the entries
-// (Discover, Watch), from which it chooses (Balance), and which tells why nobody answers. At the end: the buckets as such, the local
-// copies of their keys, which elections use too, and the $SRV subjects of NATS services.
+// (Discover, Watch), from which it chooses (Balance). Why nobody answers a call it asks the instances. At the end: the buckets as such,
+// the local copies of their keys, which elections use too, and the $SRV subjects of NATS services.
 
 import (
 	"cmp"
@@ -284,46 +284,57 @@ const whyTimeout = time.Second
 
 // whyNobody tells why the call that x stands for, of an instance perhaps, found no one who listens.
 func (s *Service) whyNobody(ctx context.Context, x *exchange, service, instance string) *Error {
-	within, cancel := context.WithTimeout(ctx, whyTimeout)
-	defer cancel()
 	who, subject, where := service, x.subject, x.subject
 	if instance != "" {
 		who, where = "instance "+instance+" of "+service, subject+"."+instance
 	}
-	running, sv, failure := s.serving(within, service, subject)
+	info, e, failure := s.ask(ctx, service, instance, subject)
 	switch {
-	case failure != nil:
-		running, sv, failure = s.askServing(ctx, service, instance, subject)
-	case instance != "":
-		running = slices.DeleteFunc(slices.Clone(running), func(i Instance) bool { return i.ID != instance })
-	}
-	switch {
-	case failure != nil && failure != errNobody:
-		return notRun(newError(ErrUnavailable, "nobody listens on %s, and nobody tells why: %s", where, failure.Message))
-	case len(running) == 0:
+	case failure == errNobody:
 		return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is not running", where, who))
-	case sv == nil:
-		return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", running[0].ID, running[0].Version, subject))
-	case sv.exclusive && instance == "":
+	case failure != nil:
+		return notRun(newError(ErrUnavailable, "nobody listens on %s, and nobody tells why: %s", where, failure.Message))
+	case e == nil:
+		return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", info.ID, info.Version, subject))
+	case e.Metadata["exclusive"] != "" && instance == "":
 		return notRun(newError(ErrNotActive, "nobody listens on %s: no instance of %s leads for now", subject, service))
 	}
-	return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is starting or stopping, or has crashed", where, who))
+	return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is starting or stopping", where, who))
 }
 
-// serving tells which instances of a service run, and which serve a subject. That none does it says only after it has asked anew.
-func (s *Service) serving(ctx context.Context, service, subject string) (running []Instance, sv *served, failure *Error) {
-	d, failure := s.discover(ctx, service)
+// ask asks an instance of a service, any if none is given, for its handler of a subject, which is nil if it has none.
+func (s *Service) ask(ctx context.Context, service, instance, subject string) (*micro.Info, *micro.EndpointInfo, *Error) {
+	x := &exchange{subject: "$SRV.INFO." + service}
+	if instance != "" {
+		x.subject += "." + instance
+	}
+	answer, failure := s.request(ctx, x.within(ctx, whyTimeout))
 	if failure != nil {
 		return nil, nil, failure
 	}
-	v := d.view()
-	if len(v.instances) > 0 && v.served[subject] == nil {
-		if failure := d.refresh(ctx); failure != nil {
-			return nil, nil, failure
-		}
-		v = d.view()
+	info := &micro.Info{}
+	if err := json.Unmarshal(answer.Data, info); err != nil {
+		return nil, nil, newError(ErrInternal, "%s answers nonsense: %v", x.subject, err)
 	}
-	return v.instances, v.served[subject], nil
+	for i := range info.Endpoints {
+		if e := &info.Endpoints[i]; e.Subject == subject {
+			return info, e, nil
+		}
+	}
+	return info, nil, nil
+}
+
+// unserved tells that instances of a service run, of which none serves a subject.
+func (s *Service) unserved(ctx context.Context, service, subject string) bool {
+	d, failure := s.discover(ctx, service)
+	if failure != nil {
+		return false
+	}
+	if v := d.view(); len(v.instances) == 0 || v.served[subject] != nil {
+		return false
+	}
+	_, e, failure := s.ask(ctx, service, "", subject) // what is new may not be known here yet
+	return failure == nil && e == nil
 }
 
 // Registration.
@@ -601,8 +612,6 @@ type watch[T any] struct {
 
 	mu      sync.Mutex // guards the rest
 	entries map[string]entry[T]
-	begun   uint64 // how often it was begun to be filled
-	filled  uint64 // which of these was the last to succeed
 	failure *Error // of the latest attempt to fill it
 	changed chan struct{}
 }
@@ -649,10 +658,6 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 		return w.svc.disconnectedError()
 	}
 	drops := c.drops.Load()
-	w.mu.Lock()
-	w.begun++
-	turn := w.begun
-	w.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx) // ends the watcher
 	defer cancel()
 	beginning := time.AfterFunc(2*whyTimeout, cancel)
@@ -661,7 +666,7 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	denied := context.AfterFunc(asking, cancel)
 	kv, err := c.js.KeyValue(ctx, w.bucket)
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
-		w.fill(map[string]entry[T]{}, turn)
+		w.fill(map[string]entry[T]{})
 		return nil
 	}
 	var watcher jetstream.KeyWatcher
@@ -704,7 +709,7 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 			case !ok:
 				return nil
 			case e == nil:
-				w.fill(fresh, turn)
+				w.fill(fresh)
 				fresh = nil
 			default:
 				w.apply(fresh, e)
@@ -747,7 +752,7 @@ func (w *watch[T]) apply(fresh map[string]entry[T], e jetstream.KeyValueEntry) {
 	}
 }
 
-func (w *watch[T]) fill(fresh map[string]entry[T], turn uint64) {
+func (w *watch[T]) fill(fresh map[string]entry[T]) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for key, e := range fresh {
@@ -756,7 +761,7 @@ func (w *watch[T]) fill(fresh map[string]entry[T], turn uint64) {
 			fresh[key] = e
 		}
 	}
-	w.entries, w.failure, w.filled = fresh, nil, turn
+	w.entries, w.failure = fresh, nil
 	w.ready.Store(true)
 	w.changedLocked()
 }
@@ -797,35 +802,20 @@ func (w *watch[T]) all() []entry[T] {
 
 // wait waits until it was filled once, and fails if that can't be.
 func (w *watch[T]) wait(ctx context.Context) *Error {
-	switch {
-	case w.svc.base.Err() != nil:
+	if w.svc.base.Err() != nil {
 		return notRun(w.svc.closedError())
-	case w.ready.Load():
+	}
+	if w.ready.Load() {
 		return nil
 	}
-	return w.waitFor(ctx, 1)
-}
-
-// refresh fills it anew.
-func (w *watch[T]) refresh(ctx context.Context) *Error {
-	w.mu.Lock()
-	turn := w.begun + 1
-	w.failure = nil
-	w.mu.Unlock()
-	poke(w.again)
-	return w.waitFor(ctx, turn)
-}
-
-// waitFor waits until it was filled in that turn, or a later one.
-func (w *watch[T]) waitFor(ctx context.Context, turn uint64) *Error {
 	ctx, cancel := withDeadline(ctx, w.svc.cfg.timeout)
 	defer cancel()
 	for {
 		w.mu.Lock()
-		filled, failure, news := w.filled, w.failure, w.changed
+		failure, news := w.failure, w.changed
 		w.mu.Unlock()
 		switch {
-		case filled >= turn:
+		case w.ready.Load():
 			return nil
 		case failure != nil && failure.Code != ErrTimeout.Code:
 			return notRun(newError(failure, "%s", failure.Message))
@@ -944,26 +934,4 @@ func (s *Service) microStats(identity micro.ServiceIdentity) micro.Stats {
 // microName is a name in which no .*> are: order.* is order-ANY.
 func microName(name string) string {
 	return strings.NewReplacer(".", "-", "*", "ANY", ">", "ALL").Replace(name)
-}
-
-// askServing asks an instance of a service, any if none is given, whether it serves a subject: where there is no registry.
-func (s *Service) askServing(ctx context.Context, service, instance, subject string) (running []Instance, sv *served, failure *Error) {
-	ask := &exchange{subject: "$SRV.INFO." + service}
-	if instance != "" {
-		ask.subject += "." + instance
-	}
-	answer, failure := s.request(ctx, ask.within(ctx, whyTimeout))
-	if failure != nil {
-		return nil, nil, failure
-	}
-	var info micro.Info
-	if err := json.Unmarshal(answer.Data, &info); err != nil {
-		return nil, nil, newError(ErrInternal, "%s answers nonsense: %v", ask.subject, err)
-	}
-	for _, e := range info.Endpoints {
-		if e.Subject == subject {
-			sv = &served{exclusive: e.Metadata["exclusive"] != ""}
-		}
-	}
-	return []Instance{{ID: info.ID, Version: info.Version}}, sv, nil
 }
