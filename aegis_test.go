@@ -5167,6 +5167,58 @@ func TestDiscoverAfterBeingCutOff(t *testing.T) {
 	}
 }
 
+// A call in vain leaves nothing behind, neither here nor in the server, whatever name it was for.
+func TestCallsInVain(t *testing.T) { // not beside others, since it counts goroutines
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	client := newService(t, srv, "shop")
+	_, err := call[string, string](client, "nobody", "m", "")
+	fails(t, err, aegis.ErrUnavailable)
+	before := runtime.NumGoroutine()
+	for i := range 100 {
+		_, err := call[string, string](client, fmt.Sprint("nobody", i), "m", "")
+		fails(t, err, aegis.ErrUnavailable, "is not running")
+		_, err = call[string, string](client, "risk", "nothing", "")
+		fails(t, err, aegis.ErrUnimplemented)
+	}
+	if n := runtime.NumGoroutine() - before; n > 20 {
+		t.Errorf("%d goroutines are left", n)
+	}
+	st, err := manage(t, srv).Stream(t.Context(), "KV_aegis_registry")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := st.CachedInfo().State.Consumers; n > 0 {
+		t.Errorf("%d consumers are left", n)
+	}
+}
+
+// A JetStream that doesn't answer makes Discover wait, until its ctx ends.
+func TestDiscoverWithoutAnswer(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	if _, err := nc.Subscribe("$JS.API.>", func(*nats.Msg) {}); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	_, err = newService(t, srv, "shop").Discover(ctx, "risk")
+	fails(t, err, aegis.ErrTimeout)
+	if ctx.Err() == nil {
+		t.Error("it did not wait")
+	}
+}
+
 func TestThousandInstances(t *testing.T) { // not beside others, since it takes the whole machine
 	const n = 1000
 	srv := startServer(t, withJetStream(t))

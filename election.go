@@ -379,10 +379,7 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 		_, failure := c.put(claim{Term: c.highest, Lease: max(c.longest, c.policy.Lease)})
 		return nil, failure
 	}
-	if *now != c.seen || revision != c.revision {
-		c.observe(*now, revision)
-		poke(c.watch.again) // it has missed something
-	}
+	c.observe(*now, revision)
 	if c.vacant() > 0 {
 		return nil, nil
 	}

@@ -608,7 +608,6 @@ type watch[T any] struct {
 	sane           func(key string, v *T) bool // what isn't is left out
 	version        atomic.Uint64               // counts changes
 	ready          atomic.Bool                 // it was filled once
-	again          chan struct{}               // tells it to begin anew
 
 	mu      sync.Mutex // guards the rest
 	entries map[string]entry[T]
@@ -627,7 +626,7 @@ const watchSilence = 15 * time.Second // after which it begins anew: there is a 
 
 // newWatch follows the keys that match filter until the service is stopped.
 func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bool) *watch[T] {
-	w := &watch[T]{svc: s, bucket: bucket, filter: filter, sane: sane, again: make(chan struct{}, 1), changed: make(chan struct{})}
+	w := &watch[T]{svc: s, bucket: bucket, filter: filter, sane: sane, changed: make(chan struct{})}
 	ok := s.task(func() {
 		defer func() { w.fail(s.closedError()) }()
 		for trouble := 1; s.base.Err() == nil; trouble++ {
@@ -638,11 +637,7 @@ func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bo
 			if clock()-begin > time.Second || s.pick() == nil { // it went well, or there is nothing to ask
 				trouble = 1
 			}
-			select {
-			case <-w.again:
-			case <-time.After(backoff(trouble, fetchTick, time.Second)):
-			case <-s.base.Done():
-			}
+			sleep(s.base, backoff(trouble, fetchTick, time.Second))
 		}
 	})
 	if !ok {
@@ -651,57 +646,45 @@ func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bo
 	return w
 }
 
-// follow keeps the copy up to date until the connection drops, nothing comes any more, or it is told to begin anew.
+// follow keeps the copy up to date until the connection drops, or nothing comes any more.
 func (w *watch[T]) follow(ctx context.Context) *Error {
 	c := w.svc.pick()
 	if c == nil {
 		return w.svc.disconnectedError()
 	}
 	drops := c.drops.Load()
-	ctx, cancel := context.WithCancel(ctx) // ends the watcher
-	defer cancel()
-	beginning := time.AfterFunc(2*whyTimeout, cancel)
+	ctx, cancel := context.WithCancelCause(ctx) // ends the watcher
+	defer cancel(nil)
+	slow := time.AfterFunc(2*whyTimeout, func() { cancel(newError(ErrTimeout, "the bucket %s: no answer from JetStream", w.bucket)) })
 	asking, done := w.svc.asking(ctx)
-	defer done()
-	denied := context.AfterFunc(asking, cancel)
+	denied := context.AfterFunc(asking, func() { cancel(context.Cause(asking)) })
 	kv, err := c.js.KeyValue(ctx, w.bucket)
-	if errors.Is(err, jetstream.ErrBucketNotFound) {
-		w.fill(map[string]entry[T]{})
-		return nil
-	}
 	var watcher jetstream.KeyWatcher
 	if err == nil {
 		watcher, err = kv.Watch(ctx, w.filter)
 	}
-	if watcher != nil {
-		defer func() {
-			cancel()
-			go func() { // until it has noticed; it may be held up by what nobody takes
-				for range watcher.Updates() {
-				}
-			}()
-		}()
-	}
+	slow.Stop()
 	denied()
-	if !beginning.Stop() && err == nil {
-		err = context.DeadlineExceeded
+	done()
+	if errors.Is(err, jetstream.ErrBucketNotFound) {
+		w.fill(map[string]entry[T]{})
+		return nil
 	}
 	if err != nil {
-		if errors.Is(err, context.Canceled) && asking.Err() == nil {
-			err = context.DeadlineExceeded
-		}
-		return jetStreamError(asking, err, "the bucket "+w.bucket)
+		return jetStreamError(ctx, err, "the bucket "+w.bucket)
 	}
-	done()
+	defer func() {
+		cancel(nil)
+		go func() { // until it has noticed; it may be held up by what nobody takes
+			for range watcher.Updates() {
+			}
+		}()
+	}()
 	fresh := map[string]entry[T]{} // until it is complete
 	silence := clock()
 	tick := time.NewTicker(fetchTick)
 	defer tick.Stop()
 	for {
-		again := w.again
-		if fresh != nil { // first it is completed, or it might never be
-			again = nil
-		}
 		select {
 		case e, ok := <-watcher.Updates():
 			silence = clock()
@@ -714,12 +697,8 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 			default:
 				w.apply(fresh, e)
 			}
-		case <-again:
-			poke(w.again) // for what called this
-			return nil
 		case <-tick.C:
 			if c.drops.Load() != drops || clock()-silence > watchSilence {
-				poke(w.again)
 				return nil
 			}
 		case <-ctx.Done():
