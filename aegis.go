@@ -96,12 +96,11 @@ type Service struct {
 	acting      atomic.Int32          // functions of Lead that run
 	campaigns   sync.WaitGroup        // candidates
 
-	since   time.Time          // when it was made
-	unwell  atomic.Bool        // a health check fails
-	judging sync.Mutex         // one judge at a time
-	news    chan struct{}      // to beat: the entry has changed
-	enlist  chan chan struct{} // to beat: write it now, and close this
-	gone    context.Context    // ends beat
+	since   time.Time       // when it was made
+	unwell  atomic.Bool     // a health check fails
+	judging sync.Mutex      // one judge at a time
+	news    chan struct{}   // to beat: the entry has changed
+	gone    context.Context // ends beat
 	goAway  context.CancelFunc
 	beating sync.WaitGroup // beat
 
@@ -378,7 +377,6 @@ func New(name string, opts ...Option) (*Service, error) {
 		endpoints:  map[string]*endpoint{},
 		candidates: map[*candidate]bool{},
 		news:       make(chan struct{}, 1),
-		enlist:     make(chan chan struct{}),
 		done:       make(chan struct{}),
 		since:      time.Now(),
 	}
@@ -1124,7 +1122,7 @@ func (s *Service) register(e *endpoint, cfg handlerConfig) error {
 	begin := clock()
 	err := e.open(ctx)
 	if err == nil {
-		s.reportNow(ctx)
+		poke(s.news)
 		return errors.Join(s.runForLeader(ctx), s.allowed(ctx, begin))
 	}
 	s.mu.Lock()

@@ -501,36 +501,15 @@ func (s *Service) beat(failure *Error) {
 		if troubled = failure != nil; troubled && failure.Code == ErrTimeout.Code {
 			again = time.After(time.Second)
 		}
-		verb := "heartbeat"
-		var told chan struct{}
 		select {
 		case <-tick.C:
 			s.checkHealth()
 		case <-s.news:
 		case <-again:
-		case told = <-s.enlist:
-			verb = "register"
 		case <-s.gone.Done():
 			return
 		}
-		failure = s.report(s.base, verb)
-		if told != nil {
-			close(told)
-		}
-	}
-}
-
-// reportNow returns when the entry tells of all there is now, or ctx ends.
-func (s *Service) reportNow(ctx context.Context) {
-	told := make(chan struct{})
-	select {
-	case s.enlist <- told:
-	case <-ctx.Done():
-		return
-	}
-	select {
-	case <-told:
-	case <-ctx.Done():
+		failure = s.report(s.base, "heartbeat")
 	}
 }
 
