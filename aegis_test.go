@@ -5195,6 +5195,29 @@ func TestCallsInVain(t *testing.T) { // not beside others, since it counts gorou
 	}
 }
 
+// Who has the permissions of the README to send commands, and no more, isn't heard of each second.
+func TestWatchThatIsDenied(t *testing.T) {
+	t.Parallel()
+	publish, subscribe := allowances(t, "it sends commands")
+	srv := startServer(t, withJetStream(t), func(o *server.Options) {
+		o.Users = []*server.User{{Username: "admin"}, {Username: "user", Permissions: &server.Permissions{
+			Publish: &server.SubjectPermission{Allow: publish}, Subscribe: &server.SubjectPermission{Allow: subscribe},
+		}}}
+	})
+	svc := newService(t, srv, "orders", aegis.WithNATS(nats.UserInfo("admin", "")))
+	handleCommand(t, svc, "work", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil })
+	start(t, svc)
+	var logged safeBuffer
+	shop := newService(t, srv, "shop", aegis.WithNATS(nats.UserInfo("user", "")), aegis.WithLogger(slog.New(slog.NewTextHandler(&logged, nil))))
+	if _, err := aegis.SendCommand[int, int](t.Context(), shop, "orders", "work", 1); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(10 * time.Second)
+	if n := strings.Count(logged.String(), "ermissions"); n > 20 {
+		t.Errorf("%d denials in 10 s", n)
+	}
+}
+
 // A JetStream that doesn't answer makes Discover wait, until its ctx ends.
 func TestDiscoverWithoutAnswer(t *testing.T) {
 	t.Parallel()

@@ -326,6 +326,8 @@ func (s *Service) ask(ctx context.Context, service, instance, subject string) (*
 
 // unserved tells that instances of a service run, of which none serves a subject.
 func (s *Service) unserved(ctx context.Context, service, subject string) bool {
+	ctx, cancel := context.WithTimeout(ctx, whyTimeout) // who sends something can do without
+	defer cancel()
 	d, failure := s.discover(ctx, service)
 	if failure != nil {
 		return false
@@ -609,14 +611,17 @@ func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bo
 	ok := s.task(func() {
 		defer func() { w.fail(s.closedError()) }()
 		for trouble := 1; s.base.Err() == nil; trouble++ {
-			begin := clock()
+			begin, longest := clock(), time.Second
 			if failure := w.follow(s.base); failure != nil {
 				w.fail(failure)
+				if failure.Code == ErrDenied.Code { // each denial is logged, by the server too
+					longest = time.Minute
+				}
 			}
 			if clock()-begin > time.Second || s.pick() == nil { // it went well, or there is nothing to ask
 				trouble = 1
 			}
-			sleep(s.base, backoff(trouble, fetchTick, time.Second))
+			sleep(s.base, backoff(trouble, fetchTick, longest))
 		}
 	})
 	if !ok {
