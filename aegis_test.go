@@ -5378,10 +5378,19 @@ func TestBalance(t *testing.T) {
 	if by := count(300, aegis.Balance(aegis.Random)); by["0"] < 50 || by["1"] < 50 || by["2"] < 50 {
 		t.Errorf("random: %v", by)
 	}
-	for range 5 {
-		if who, err := call[int, string](client, "risk", "only0", 1, aegis.Balance(aegis.RoundRobin)); who != "0" || err != nil {
-			t.Error(who, err)
+	by := map[string]int{}
+	for range 10 { // the turns of one method are not another's
+		for range 2 {
+			if who, err := call[int, string](client, "risk", "only0", 1, aegis.Balance(aegis.RoundRobin)); who != "0" || err != nil {
+				t.Error(who, err)
+			}
 		}
+		for who := range count(1, aegis.Balance(aegis.RoundRobin)) {
+			by[who]++
+		}
+	}
+	if len(by) != 3 {
+		t.Errorf("in turn with calls of another method: %v", by)
 	}
 	_, err := call[int, string](client, "risk", "none", 1, aegis.Balance(aegis.RoundRobin))
 	fails(t, err, aegis.ErrUnimplemented, "rpc.risk.none")

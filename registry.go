@@ -180,7 +180,6 @@ func (s *Service) discover(ctx context.Context, service string) (*directory, *Er
 // A directory is the local copy of a service's entries, and what follows from them.
 type directory struct {
 	*watch[Instance]
-	turn   atomic.Uint32 // of RoundRobin
 	latest atomic.Pointer[view]
 }
 
@@ -195,7 +194,8 @@ type view struct {
 // served is what listens on a subject.
 type served struct {
 	exclusive bool
-	by        []peer // those that may be chosen
+	by        []peer         // those that may be chosen
+	turn      *atomic.Uint32 // of RoundRobin
 }
 
 // A peer is an instance that may be called.
@@ -223,7 +223,10 @@ func (d *directory) view() *view {
 		for _, e := range i.Endpoints {
 			sv := v.served[e.Subject]
 			if sv == nil {
-				sv = &served{}
+				sv = &served{turn: &atomic.Uint32{}}
+				if old := last.served[e.Subject]; old != nil {
+					sv.turn = old.turn
+				}
 				v.served[e.Subject] = sv
 			}
 			sv.exclusive = sv.exclusive || e.Exclusive
@@ -237,10 +240,10 @@ func (d *directory) view() *view {
 }
 
 // choose is the place of the peer that a call goes to.
-func (d *directory) choose(by []peer, strategy Strategy) int {
+func (sv *served) choose(by []peer, strategy Strategy) int {
 	switch strategy {
 	case RoundRobin:
-		return int(d.turn.Add(1) % uint32(len(by)))
+		return int(sv.turn.Add(1) % uint32(len(by)))
 	case LeastLoaded:
 		i := rand.IntN(len(by))
 		j := (i + 1 + rand.IntN(max(len(by)-1, 1))) % len(by) // another one, if there is
@@ -265,7 +268,7 @@ func (s *Service) requestAny(ctx context.Context, x *exchange, service string, s
 		return s.request(ctx, x) // the leader alone listens
 	}
 	for by := sv.by; len(by) > 0; {
-		i := d.choose(by, strategy)
+		i := sv.choose(by, strategy)
 		p := by[i]
 		x.subject = p.subject
 		p.calls.Add(1)
