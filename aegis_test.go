@@ -4925,10 +4925,10 @@ func TestPausedLeader(t *testing.T) {
 		if err := leader.Process.Signal(syscall.SIGCONT); err != nil {
 			t.Fatal(err)
 		}
-		_, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance(id))
-		if e := fails(t, err, aegis.ErrNotActive, other); e.Details["leader"] != other {
-			t.Errorf("got %+v", e)
-		}
+		eventually(t, "it knows who leads", func() bool {
+			_, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance(id))
+			return fails(t, err, aegis.ErrNotActive).Details["leader"] == other
+		})
 		if line := <-leader.told; !strings.Contains(line, refused.Error()) {
 			t.Errorf("the one that was paused says %q", line)
 		}

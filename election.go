@@ -367,7 +367,7 @@ func (c *candidate) observe(now claim, revision uint64) {
 
 // take takes the lease over if it is free, which it makes sure of first: what was seen may be old.
 func (c *candidate) take(parent context.Context) (*term, *Error) {
-	now, revision, failure := c.read(c.conn())
+	now, revision, failure := c.read()
 	if failure != nil {
 		c.changeConn()
 		return nil, failure
@@ -489,7 +489,7 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	if failure.Code != conflict.Code {
 		c.changeConn()
 	}
-	now, revision, unread := c.read(c.conn())
+	now, revision, unread := c.read()
 	if unread != nil {
 		c.changeConn()
 		return 0, unread
@@ -526,10 +526,10 @@ func (c *candidate) changeConn() {
 }
 
 // read is what the key holds, nil if there is nothing.
-func (c *candidate) read(on *conn) (now *claim, revision uint64, failure *Error) {
+func (c *candidate) read() (now *claim, revision uint64, failure *Error) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.policy.Timeout)
 	defer cancel()
-	data, revision, failure := c.svc.readKey(ctx, on, leadersBucket, c.key)
+	data, revision, failure := c.svc.readKey(ctx, c.conn(), leadersBucket, c.key)
 	if failure != nil || data == nil {
 		return nil, revision, failure
 	}
@@ -593,14 +593,7 @@ func (s *Service) busyExclusively() bool {
 func (c *candidate) notActive() *Error {
 	e := notRun(newError(ErrNotActive, "instance %s of %s stands by", c.svc.id, c.svc.name))
 	e.Source = c.svc.name
-	leader := c.svc.leaderOf(ended, c.svc.name)
-	if leader == c.svc.id || !c.svc.leaders(c.svc.name, defaultGroup).ready.Load() { // it was paused, or has just started, and doesn't know yet
-		leader = ""
-		if now, _, failure := c.read(nil); failure == nil && now != nil && now.leads() && now.Holder != c.svc.id {
-			leader = now.Holder
-		}
-	}
-	if leader != "" {
+	if leader := c.svc.leaderOf(ended, c.svc.name); leader != "" && leader != c.svc.id {
 		e.Message += ": " + leader + " leads"
 		e.Details = map[string]string{"leader": leader}
 	}
