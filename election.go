@@ -257,16 +257,12 @@ func (t *term) holds() bool { return t != nil && int64(clock()) < t.until.Load()
 
 // extend makes the lease end later; not if it has ended: a lapse ends the term.
 func (t *term) extend(until time.Duration) bool {
-	for {
-		old := t.until.Load()
-		if int64(clock()) >= old {
-			return false
-		}
-		if t.until.CompareAndSwap(old, int64(until)) {
-			t.lapse.Reset(until - clock())
-			return true
-		}
+	old := t.until.Load()
+	if int64(clock()) >= old || !t.until.CompareAndSwap(old, int64(until)) {
+		return false
 	}
+	t.lapse.Reset(until - clock())
+	return true
 }
 
 func (t *term) end() {
