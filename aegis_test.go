@@ -5167,7 +5167,7 @@ func TestDiscoverAfterBeingCutOff(t *testing.T) {
 	}
 }
 
-// A call in vain leaves nothing behind, neither here nor in the server, whatever name it was for.
+// A call in vain of a service that isn't there leaves nothing behind, neither here nor in the server.
 func TestCallsInVain(t *testing.T) { // not beside others, since it counts goroutines
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -5190,18 +5190,19 @@ func TestCallsInVain(t *testing.T) { // not beside others, since it counts gorou
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := st.CachedInfo().State.Consumers; n > 0 {
+	if n := st.CachedInfo().State.Consumers; n > 1 { // of risk's entries
 		t.Errorf("%d consumers are left", n)
 	}
 }
 
-// Who has the permissions of the README to send commands, and no more, isn't heard of each second.
-func TestWatchThatIsDenied(t *testing.T) {
+// What is denied isn't tried again and again, since each denial is logged, here and by the server.
+func TestDenialsAreFew(t *testing.T) {
 	t.Parallel()
 	publish, subscribe := allowances(t, "it sends commands")
 	srv := startServer(t, withJetStream(t), func(o *server.Options) {
 		o.Users = []*server.User{{Username: "admin"}, {Username: "user", Permissions: &server.Permissions{
-			Publish: &server.SubjectPermission{Allow: publish}, Subscribe: &server.SubjectPermission{Allow: subscribe},
+			Publish:   &server.SubjectPermission{Allow: append(publish, "rpc.>")},
+			Subscribe: &server.SubjectPermission{Allow: subscribe},
 		}}}
 	})
 	svc := newService(t, srv, "orders", aegis.WithNATS(nats.UserInfo("admin", "")))
@@ -5209,12 +5210,23 @@ func TestWatchThatIsDenied(t *testing.T) {
 	start(t, svc)
 	var logged safeBuffer
 	shop := newService(t, srv, "shop", aegis.WithNATS(nats.UserInfo("user", "")), aegis.WithLogger(slog.New(slog.NewTextHandler(&logged, nil))))
-	if _, err := aegis.SendCommand[int, int](t.Context(), shop, "orders", "work", 1); err != nil {
-		t.Fatal(err)
+	denials := func() int { return strings.Count(logged.String(), "ermissions") }
+	for range 100 {
+		if _, err := aegis.SendCommand[int, int](t.Context(), shop, "orders", "work", 1); err != nil {
+			t.Fatal(err)
+		}
+		_, err := call[int, int](shop, "orders", "missing", 1)
+		fails(t, err, aegis.ErrUnavailable, "$SRV.INFO.orders")
 	}
-	time.Sleep(10 * time.Second)
-	if n := strings.Count(logged.String(), "ermissions"); n > 20 {
-		t.Errorf("%d denials in 10 s", n)
+	if n := denials(); n > 2 { // one a connection
+		t.Errorf("%d denials of 200 questions", n)
+	}
+	_, err := shop.Discover(t.Context(), "orders")
+	fails(t, err, aegis.ErrDenied)
+	before := denials()
+	time.Sleep(8 * time.Second)
+	if n := denials() - before; n > 15 {
+		t.Errorf("%d denials in 8 s", n)
 	}
 }
 

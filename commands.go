@@ -238,7 +238,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if len(copyHeader(header)) < len(header) {
 		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q", service, command, slices.Collect(maps.Keys(header))))
 	}
-	if s.unserved(ctx, service, subject) {
+	if running, sv, failure := s.serving(ctx, service, "", subject); failure == nil && len(running) > 0 && sv == nil {
 		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
 	}
 	rec := &record{State: queued, Priority: cfg.priority, Source: s.name, Digest: digest(header, data)}

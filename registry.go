@@ -2,8 +2,8 @@ package aegis
 
 // This file is how services find out about each other. Each running instance has an entry in the bucket aegis_registry, which it
 // refreshes with each heartbeat and which expires after three (Instance). Whoever calls a service keeps a local copy of the entries
-// (Discover, Watch), from which it chooses (Balance). Why nobody answers a call it asks the instances. At the end: the buckets as such,
-// the local copies of their keys, which elections use too, and the $SRV subjects of NATS services.
+// (Discover, Watch), from which it chooses (Balance), and which tells why nobody answers. At the end: the buckets as such, the local
+// copies of their keys, which elections use too, and the $SRV subjects of NATS services.
 
 import (
 	"cmp"
@@ -291,55 +291,70 @@ func (s *Service) whyNobody(ctx context.Context, x *exchange, service, instance 
 	if instance != "" {
 		who, where = "instance "+instance+" of "+service, subject+"."+instance
 	}
-	info, e, failure := s.ask(ctx, service, instance, subject)
+	running, sv, failure := s.serving(ctx, service, instance, subject)
 	switch {
-	case failure == errNobody:
-		return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is not running", where, who))
-	case failure != nil:
+	case failure != nil && failure != errNobody:
 		return notRun(newError(ErrUnavailable, "nobody listens on %s, and nobody tells why: %s", where, failure.Message))
-	case e == nil:
-		return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", info.ID, info.Version, subject))
-	case e.Metadata["exclusive"] != "" && instance == "":
+	case len(running) == 0:
+		return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is not running", where, who))
+	case sv == nil:
+		return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", running[0].ID, running[0].Version, subject))
+	case sv.exclusive && instance == "":
 		return notRun(newError(ErrNotActive, "nobody listens on %s: no instance of %s leads for now", subject, service))
 	}
-	return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is starting or stopping", where, who))
+	return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is starting or stopping, or has crashed", where, who))
 }
 
-// ask asks an instance of a service, any if none is given, for its handler of a subject, which is nil if it has none.
-func (s *Service) ask(ctx context.Context, service, instance, subject string) (*micro.Info, *micro.EndpointInfo, *Error) {
+// serving tells which instances of a service run, or that one of them if it is given, and what serves a subject. What the copy of the
+// registry doesn't tell it asks the service itself; a copy is begun only of a service that there is.
+func (s *Service) serving(ctx context.Context, service, instance, subject string) (running []Instance, sv *served, failure *Error) {
+	ctx, cancel := context.WithTimeout(ctx, whyTimeout)
+	defer cancel()
+	listed := func(d *directory) bool {
+		v := d.view()
+		running, sv = v.instances, v.served[subject]
+		if instance != "" {
+			running = slices.DeleteFunc(slices.Clone(running), func(i Instance) bool { return i.ID != instance })
+		}
+		return sv != nil
+	}
+	if d := s.directories.all()[service]; d != nil && d.ready.Load() && listed(d) {
+		return running, sv, nil
+	}
+	info, failure := s.info(ctx, service, instance)
+	if failure != nil {
+		return nil, nil, failure
+	}
+	if d, unknown := s.discover(ctx, service); unknown == nil && listed(d) { // others may serve what the one who answered doesn't
+		return running, sv, nil
+	}
+	for _, e := range info.Endpoints {
+		if e.Subject == subject {
+			sv = &served{exclusive: e.Metadata["exclusive"] != ""}
+		}
+	}
+	return []Instance{{ID: info.ID, Version: info.Version}}, sv, nil
+}
+
+// info asks an instance of a service, any if none is given, about itself. It does not ask again and again what was denied: each denial
+// is logged, here and by the server.
+func (s *Service) info(ctx context.Context, service, instance string) (*micro.Info, *Error) {
 	x := &exchange{subject: "$SRV.INFO." + service}
 	if instance != "" {
 		x.subject += "." + instance
 	}
+	if denied := s.denied.since(clock()-time.Minute, x.subject); denied != nil {
+		return nil, denied
+	}
 	answer, failure := s.request(ctx, x.within(ctx, whyTimeout))
 	if failure != nil {
-		return nil, nil, failure
+		return nil, failure
 	}
 	info := &micro.Info{}
 	if err := json.Unmarshal(answer.Data, info); err != nil {
-		return nil, nil, newError(ErrInternal, "%s answers nonsense: %v", x.subject, err)
+		return nil, newError(ErrInternal, "%s answers nonsense: %v", x.subject, err)
 	}
-	for i := range info.Endpoints {
-		if e := &info.Endpoints[i]; e.Subject == subject {
-			return info, e, nil
-		}
-	}
-	return info, nil, nil
-}
-
-// unserved tells that instances of a service run, of which none serves a subject.
-func (s *Service) unserved(ctx context.Context, service, subject string) bool {
-	ctx, cancel := context.WithTimeout(ctx, whyTimeout) // who sends something can do without
-	defer cancel()
-	d, failure := s.discover(ctx, service)
-	if failure != nil {
-		return false
-	}
-	if v := d.view(); len(v.instances) == 0 || v.served[subject] != nil {
-		return false
-	}
-	_, e, failure := s.ask(ctx, service, "", subject) // what is new may not be known here yet
-	return failure == nil && e == nil
+	return info, nil
 }
 
 // Registration.
@@ -592,6 +607,7 @@ type watch[T any] struct {
 	sane           func(key string, v *T) bool // what isn't is left out
 	version        atomic.Uint64               // counts changes
 	ready          atomic.Bool                 // it was filled once
+	again          chan struct{}               // tells it to begin anew, once it is filled
 
 	mu      sync.Mutex // guards the rest
 	entries map[string]entry[T]
@@ -610,7 +626,7 @@ const watchSilence = 15 * time.Second // after which it begins anew: there is a 
 
 // newWatch follows the keys that match filter until the service is stopped.
 func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bool) *watch[T] {
-	w := &watch[T]{svc: s, bucket: bucket, filter: filter, sane: sane, changed: make(chan struct{})}
+	w := &watch[T]{svc: s, bucket: bucket, filter: filter, sane: sane, again: make(chan struct{}, 1), changed: make(chan struct{})}
 	ok := s.task(func() {
 		defer func() { w.fail(s.closedError()) }()
 		for trouble := 1; s.base.Err() == nil; trouble++ {
@@ -633,7 +649,7 @@ func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bo
 	return w
 }
 
-// follow keeps the copy up to date until the connection drops, or nothing comes any more.
+// follow keeps the copy up to date until the connection drops, nothing comes any more, or it is told to begin anew.
 func (w *watch[T]) follow(ctx context.Context) *Error {
 	c := w.svc.pick()
 	if c == nil {
@@ -669,6 +685,7 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	}()
 	fresh := map[string]entry[T]{} // until it is complete
 	silence := clock()
+	var again chan struct{}
 	tick := time.NewTicker(fetchTick)
 	defer tick.Stop()
 	for {
@@ -680,7 +697,7 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 				return nil
 			case e == nil:
 				w.fill(fresh)
-				fresh = nil
+				fresh, again = nil, w.again
 			default:
 				w.apply(fresh, e)
 			}
@@ -688,6 +705,8 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 			if c.drops.Load() != drops || clock()-silence > watchSilence {
 				return nil
 			}
+		case <-again:
+			return nil
 		case <-ctx.Done():
 			return nil
 		}
