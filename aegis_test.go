@@ -4425,6 +4425,12 @@ func TestLead(t *testing.T) {
 	fails(t, a.Lead(t.Context(), "no group", brisk, never), aegis.ErrInvalid, "no group")
 	fails(t, a.Lead(t.Context(), "g", aegis.FailoverPolicy{}, never), aegis.ErrInvalid, "Lease")
 	fails(t, a.Lead(t.Context(), "g", brisk, nil), aegis.ErrInvalid, "nil")
+	tooLong := brisk
+	tooLong.Lease = 25 * time.Hour // others would take the key for nonsense
+	fails(t, a.Lead(t.Context(), "g", tooLong, never), aegis.ErrInvalid, "24h")
+	exclusive := newService(t, srv, "risk")
+	handle(t, exclusive, "m", echo, aegis.Exclusive())
+	fails(t, exclusive.Lead(t.Context(), "default", brisk, never), aegis.ErrInvalid, "exclusive")
 	_, err := aegis.New("risk", aegis.WithURL(srv.ClientURL()), aegis.WithFailover(aegis.FailoverPolicy{Lease: 1, Valid: 2, Renew: 1, Timeout: 1}))
 	fails(t, err, aegis.ErrInvalid, "WithFailover")
 	promptly(t, func() {

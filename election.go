@@ -6,9 +6,9 @@ package aegis
 // The leader renews the key by compare-and-set, and may act until Valid after it sent the last renewal that was confirmed, by its
 // own monotonic clock. Another one takes over by compare-and-set, when it has seen the same revision of the key for Lease, by its
 // own clock too. It can't see a renewal before it was sent, and Valid is less than Lease: so no two lead at once, whatever becomes
-// of messages, processes, and the server and its clock. (On Linux that clock stands still while a machine is suspended: then the
-// term alone tells a former leader. Leases as such: Gray and Cheriton, "Leases: An Efficient Fault-Tolerant
-// Mechanism for Distributed File Cache Consistency", SOSP 1989.)
+// of messages, processes, and the server and its clock. (If the key is lost, that takes policies that are the same. On Linux that
+// clock stands still while a machine is suspended: then the term alone tells a former leader. Leases as such: Gray and Cheriton,
+// "Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache Consistency", SOSP 1989.)
 
 import (
 	"cmp"
@@ -26,9 +26,12 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// A FailoverPolicy says how soon a leader that crashed, hangs or is cut off is replaced. Lease > Valid > Renew > 0 and Timeout > 0.
-// The others wait for Lease until they replace a leader of whom they hear nothing; a leader whose renewals fail stops by itself
-// after Valid. What lies between the two has to make up for clocks that run at different speeds.
+// A FailoverPolicy says how soon a leader that crashed, hangs or is cut off is replaced. Lease > Valid > Renew > 0, Timeout > 0, and
+// Lease is at most 24 h. The others wait for Lease until they replace a leader of whom they hear nothing; a leader whose renewals
+// fail stops by itself after Valid. What lies between the two has to make up for clocks that run at different speeds.
+//
+// All instances of a service should have the same policy: where the key of the lease was deleted, by hand or with its bucket, an
+// instance that has not seen the leader's Lease waits for its own.
 type FailoverPolicy struct {
 	Lease   time.Duration // without any renewal, until another takes over
 	Valid   time.Duration // how long the leader may act after it sent the last renewal that was confirmed
@@ -46,10 +49,13 @@ var (
 )
 
 func (p FailoverPolicy) valid() bool {
-	return p.Lease > p.Valid && p.Valid > p.Renew && p.Renew > 0 && p.Timeout > 0
+	return p.Lease > p.Valid && p.Valid > p.Renew && p.Renew > 0 && p.Timeout > 0 && p.Lease <= maxLease
 }
 
-const wantPolicy = "want Lease > Valid > Renew > 0 and Timeout > 0, such as aegis.Balanced"
+const (
+	maxLease   = 24 * time.Hour
+	wantPolicy = "want 24h >= Lease > Valid > Renew > 0 and Timeout > 0, such as aegis.Balanced"
+)
 
 // WithFailover sets how soon the leader of the service's [Exclusive] handlers is replaced. The default is [Balanced].
 func WithFailover(p FailoverPolicy) Option {
@@ -77,7 +83,8 @@ func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = t
 // When fn returns while it leads, the leadership is released, and Lead returns fn's error. When the leadership is lost, or a
 // health check fails, Lead waits until fn has returned, and campaigns again. When ctx ends, so does fn's, and Lead releases and
 // returns [ErrCanceled] or [ErrTimeout]; when the service is stopped, [ErrClosed]. Other errors: [ErrInvalid] for a group or a
-// policy that is out of range, [ErrUnavailable] without JetStream. The group of the service's own exclusive handlers is "default".
+// policy that is out of range or the group "default" if the service has [Exclusive] handlers, whose group that is; [ErrUnavailable]
+// without JetStream.
 func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn func(ctx context.Context, term uint64) error) error {
 	switch {
 	case !isName(group, maxService):
@@ -86,6 +93,8 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 		return newError(ErrInvalid, "Lead: %+v: %s", p, wantPolicy)
 	case fn == nil:
 		return newError(ErrInvalid, "Lead: the function is nil")
+	case group == defaultGroup && s.exclusively():
+		return newError(ErrInvalid, "Lead: group %q is that of the exclusive handlers of %s: choose another", group, s.name)
 	}
 	c := s.newCandidate(group, p)
 	if !c.enter() {
@@ -215,7 +224,7 @@ func (c *claim) leads() bool { return c.Holder != "" && !c.Released }
 
 // sane tells that it can be from aegis.
 func (c *claim) sane() bool {
-	return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= 24*time.Hour
+	return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= maxLease
 }
 
 // A candidate takes part in the election of a group's leader. All but term and nudge belong to the goroutine that campaigns, or,
@@ -541,6 +550,13 @@ func (c *candidate) read() (now *claim, revision uint64, failure *Error) {
 
 // Exclusive handlers.
 
+// exclusively tells whether there are any.
+func (s *Service) exclusively() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.exclusive != nil
+}
+
 // runForLeader campaigns for the leadership of the service itself, until Stop, once exclusive handlers listen.
 func (s *Service) runForLeader(ctx context.Context) error {
 	s.mu.Lock()
@@ -557,7 +573,7 @@ func (s *Service) runForLeader(ctx context.Context) error {
 		return failure
 	}
 	s.probe(leadersPrefix+c.key, readSubject(leadersBucket))
-	s.leaderOf(ctx, s.name) // so that a call of one that stands by is told who leads
+	s.leaderOf(ctx, s.name) // so that it can tell who leads, if that can be found out now
 	if c.running.CompareAndSwap(false, true) && c.enter() {
 		go func() {
 			defer c.withdraw()
