@@ -3595,6 +3595,35 @@ func TestPriorities(t *testing.T) {
 	senders.Wait()
 }
 
+// The turn of the less urgent isn't lost to a level at which there is nothing.
+func TestPatientCommandBelowWhichThereIsNone(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	var urgent, before atomic.Int32
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (int, error) {
+		if time.Sleep(10 * time.Millisecond); c.Data == "patient" {
+			before.Store(urgent.Load())
+		} else {
+			urgent.Add(1)
+		}
+		return 0, nil
+	}, aegis.Concurrency(1))
+	const n = 200
+	var jobs []*aegis.Job[int]
+	for range n {
+		jobs = append(jobs, send[string, int](t, client, "risk", "work", "urgent", aegis.AtPriority(aegis.High)))
+	}
+	jobs = append(jobs, send[string, int](t, client, "risk", "work", "patient"))
+	start(t, svc)
+	for _, j := range jobs {
+		wait(t, j)
+	}
+	if before.Load() > 40 {
+		t.Errorf("it ran after %d more urgent ones", before.Load())
+	}
+}
+
 func TestThousandCommandsAtOnce(t *testing.T) {
 	t.Parallel()
 	const n = 1000

@@ -624,6 +624,7 @@ type feed struct {
 	ackWait  atomic.Int64           // the shortest
 	inbound  chan *nats.Msg         // from the server to fetch: what doesn't go right into the queue
 	starts   int                    // since a start of the least urgent, or all lanes were empty
+	otherEnd bool                   // the latest request was for the less urgent
 	on       atomic.Bool            // see share
 	wake     chan struct{}          // more can be asked for, or on has changed
 	settled  chan struct{}          // nothing more will come
@@ -991,9 +992,9 @@ func (f *feed) ask(c *conn) error {
 		case open, l.empty.Load() && now-l.emptyAt < emptyFor:
 			continue
 		case otherEnd:
-			f.starts = 0
 			free = max(free/16, 1)
 		}
+		f.otherEnd = otherEnd
 		l.empty.Store(false)
 		return f.request(c, l, free, true)
 	}
@@ -1066,7 +1067,9 @@ func (f *feed) receive(m *nats.Msg) (problem string) {
 			f.release()
 			return ""
 		}
-		f.starts++
+		if f.starts++; f.otherEnd {
+			f.starts, f.otherEnd = 0, false
+		}
 		f.queue <- m // never blocks for long: there is room for all that may run
 		return ""
 	}
