@@ -636,21 +636,16 @@ type conn struct {
 	pending []outgoing
 	spare   []outgoing
 
-	slotsMu sync.Mutex    // guards the rest
-	made    int           // slots that exist or are being made
 	inboxes atomic.Uint64 // made so far
-	slots   []*slot       // appended to, or replaced as a whole
-	free    []*slot       // the one used last comes last
-	sweeper *time.Timer
-	swept   atomic.Bool // the sweeper is set
+	slotsMu sync.Mutex    // guards the rest
+	slots   map[*slot]bool
+	free    []*slot // those without a call; the one used last comes last
 }
 
 const maxSlots = 8192 // calls that may wait for their answers on one connection
 
 func (s *Service) connect() (*conn, error) {
-	c := &conn{}
-	c.sweeper = time.AfterFunc(time.Hour, c.sweep)
-	c.sweeper.Stop()
+	c := &conn{slots: map[*slot]bool{}}
 	c.up.Store(true) // so that nothing but the callbacks below, which run in order, changes it
 	opts := nats.GetDefaultOptions()
 	opts.Servers = s.cfg.urls
@@ -700,7 +695,7 @@ func (s *Service) connect() (*conn, error) {
 		s.log.Error("NATS reports an error", "subject", subject, "error", err)
 		if errors.Is(err, nats.ErrPermissionViolation) {
 			s.denied.note(err)
-			c.wakeSlots(true)
+			c.wakeSlots()
 		}
 		c.told.Store(&err)
 		if failed != nil {
@@ -736,7 +731,7 @@ func (c *conn) connected(nc *nats.Conn) {
 func (c *conn) disconnected() {
 	c.up.Store(false)
 	c.drops.Add(1)
-	c.wakeSlots(false)
+	c.wakeSlots()
 }
 
 // pick returns the next connection that is up, nil if all are down.

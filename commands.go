@@ -423,8 +423,7 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 
 // followOn does so as long as the connection stands; no error means that it is over.
 func (s *Service) followOn(ctx context.Context, c *conn, sl *slot, key string, show func(*record, uint64) bool) *Error {
-	sl.drops.Store(c.drops.Load())
-	sl.since = clock()
+	sl.drops, sl.since = c.drops.Load(), clock()
 	for look := time.Second; ; look = followInterval {
 		rec, at, failure := s.readRecord(ctx, c, key) // after the server has seen the subscription, which came by the same way
 		switch {
@@ -435,8 +434,8 @@ func (s *Service) followOn(ctx context.Context, c *conn, sl *slot, key string, s
 		case !show(rec, at):
 			return nil
 		}
-		c.await(sl, clock()+look, sl.drops.Load())
 		for again := false; !again; {
+			sl.await(clock() + look)
 			select {
 			case m := <-sl.answers:
 				if m == nil {

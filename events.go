@@ -341,10 +341,9 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 		return todo
 	}
 	defer c.endSlot(sl)
-	sl.drops.Store(c.drops.Load())
-	sl.since = clock()
+	sl.drops, sl.since = c.drops.Load(), clock()
 	silence := b.cfg.policy().AttemptTimeout
-	extend := func() { c.await(sl, clock()+silence, sl.drops.Load()) }
+	extend := func() { sl.await(clock() + silence) }
 	extend()
 	prefix := sl.prefix + strconv.FormatUint(sl.calls, 36) + "." // the index in todo follows
 	answered := make([]bool, len(todo))

@@ -835,12 +835,14 @@ var errNobody = notRun(newError(ErrUnavailable, "nobody listens"))
 type slot struct {
 	sub     *nats.Subscription
 	prefix  string
-	missed  int // calls that were given up; their answers may still come, and fill answers
-	calls   uint64
 	answers chan *nats.Msg
-	since   time.Duration // when the call began
-	until   atomic.Int64  // in the time of clock; 0 while there is no call
-	drops   atomic.Uint32 // of the connection, when the call began
+	alarm   *time.Timer // wakes the call whose time is up
+	missed  int         // calls that were given up; their answers may still come, and fill answers
+	calls   uint64
+
+	// Of the present call:
+	since, until time.Duration
+	drops        uint32 // of the connection, when it began
 }
 
 // clock is monotonic time.
@@ -848,83 +850,67 @@ func clock() time.Duration { return time.Since(clockStart) }
 
 var clockStart = time.Now()
 
-const sweepInterval = 10 * time.Millisecond
-
-// sweep wakes the calls whose time is up, as long as there are calls.
-func (c *conn) sweep() {
-	if !c.wakeSlots(false) {
-		c.swept.Store(false)
-		if !c.wakeSlots(false) || !c.swept.CompareAndSwap(false, true) {
-			return
-		}
-	}
-	c.sweeper.Reset(sweepInterval)
+// await has the slot woken at that time.
+func (sl *slot) await(until time.Duration) {
+	sl.until = until
+	sl.alarm.Reset(until - clock())
 }
 
-// wakeSlots wakes the calls that have to look why, or all. It tells whether there are any.
-func (c *conn) wakeSlots(all bool) (calls bool) {
+// wake has the one who reads the answers look why.
+func (sl *slot) wake() {
+	select {
+	case sl.answers <- nil:
+	default: // then there is something to wake it already
+	}
+}
+
+func (c *conn) wakeSlots() {
 	c.slotsMu.Lock()
-	slots := c.slots
-	c.slotsMu.Unlock()
-	now, drops := int64(clock()), c.drops.Load()
-	for _, sl := range slots {
-		until := sl.until.Load()
-		calls = calls || until != 0
-		if until != 0 && (all || until <= now || sl.drops.Load() != drops) {
-			select {
-			case sl.answers <- nil:
-			default: // there is something to wake it already
-			}
-		}
-	}
-	return calls
-}
-
-// await has the slot woken at that time, or when the connection is lost for more than the drops-th time.
-func (c *conn) await(sl *slot, until time.Duration, drops uint32) {
-	sl.drops.Store(drops)
-	sl.until.Store(int64(until))
-	if !c.swept.Load() && c.swept.CompareAndSwap(false, true) {
-		c.sweeper.Reset(sweepInterval)
+	defer c.slotsMu.Unlock()
+	for sl := range c.slots {
+		sl.wake()
 	}
 }
 
 // slot takes the free slot that was used last, or makes one.
 func (c *conn) slot() (*slot, *Error) {
 	c.slotsMu.Lock()
-	if n := len(c.free); n > 0 {
-		sl := c.free[n-1]
-		c.free = c.free[:n-1]
+	n := len(c.free)
+	if n == 0 {
 		c.slotsMu.Unlock()
-		return sl, nil
+		return c.newSlot(c.newInbox()+".", 4*maxMissed)
 	}
+	sl := c.free[n-1]
+	c.free = c.free[:n-1]
 	c.slotsMu.Unlock()
-	return c.newSlot(c.newInbox()+".", 4*maxMissed)
+	for len(sl.answers) > 0 { // late ones
+		<-sl.answers
+	}
+	return sl, nil
 }
 
 // newSlot makes a slot for what comes under prefix, with room for so many messages.
 func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
+	sl := &slot{prefix: prefix, calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
+	sl.alarm = time.AfterFunc(time.Hour, sl.wake)
 	c.slotsMu.Lock()
-	if c.made == maxSlots {
-		c.slotsMu.Unlock()
+	full := len(c.slots) >= maxSlots
+	if !full {
+		c.slots[sl] = true
+	}
+	c.slotsMu.Unlock()
+	if full {
 		return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers: try later, or use WithPool for more connections", maxSlots))
 	}
-	c.made++
-	c.slotsMu.Unlock()
-	sl := &slot{prefix: prefix, calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	subject := prefix
 	if strings.HasSuffix(prefix, ".") {
 		subject += ">"
 	}
-	sub, err := c.nc.ChanSubscribe(subject, sl.answers)
-	c.slotsMu.Lock()
-	defer c.slotsMu.Unlock()
-	if err != nil { // the connection is closed
-		c.made--
+	var err error
+	if sl.sub, err = c.nc.ChanSubscribe(subject, sl.answers); err != nil { // the connection is closed
+		c.endSlot(sl)
 		return nil, errDropped
 	}
-	sl.sub = sub
-	c.slots = append(c.slots, sl)
 	return sl, nil
 }
 
@@ -935,7 +921,7 @@ const maxMissed = 8
 
 // release puts a slot back, or ends it if many late answers to it may be on their way.
 func (c *conn) release(sl *slot, answered bool) {
-	sl.until.Store(0)
+	sl.alarm.Stop()
 	if !answered {
 		sl.missed++
 	}
@@ -949,11 +935,11 @@ func (c *conn) release(sl *slot, answered bool) {
 }
 
 func (c *conn) endSlot(sl *slot) {
+	sl.alarm.Stop()
 	_ = sl.sub.Unsubscribe() // fails only on a closed connection
 	c.slotsMu.Lock()
 	defer c.slotsMu.Unlock()
-	c.made--
-	c.slots = slices.DeleteFunc(slices.Clone(c.slots), func(other *slot) bool { return other == sl })
+	delete(c.slots, sl)
 }
 
 // request publishes x and waits for its answer, for x.limit at most. Whatever goes wrong becomes an Error here.
@@ -992,9 +978,6 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 var errDropped = &Error{}
 
 func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) (*nats.Msg, *Error) {
-	for len(sl.answers) > 0 { // late ones
-		<-sl.answers
-	}
 	sl.calls += 1 + mrand.Uint64N(1<<20) // no one can tell the next from the last
 	var buf [256]byte
 	b := append(buf[:0], sl.prefix...)
@@ -1004,14 +987,14 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 	}
 	b = strconv.AppendInt(append(b, '.'), max(x.limit.Milliseconds(), 1), 10)
 	x.reply = string(b)
-	drops := c.drops.Load()
+	sl.drops = c.drops.Load()
 	if !c.up.Load() {
 		return nil, errDropped
 	}
 	sl.since = x.until - x.limit
-	c.await(sl, x.until, drops)
+	sl.await(x.until)
 
-	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data, x.until, drops}); {
+	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data, x.until, sl.drops}); {
 	case err == nil:
 		x.sent = true
 	case errors.Is(err, nats.ErrReconnectBufExceeded):
@@ -1038,16 +1021,14 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 				return nil, s.unanswered(asError(ctx.Err()), x)
 			}
 		}
-		switch {
-		case m != nil && m.Subject == x.reply:
+		if m != nil && m.Subject == x.reply {
 			if isNobody(m) {
 				return nil, errNobody
 			}
 			return m, nil
-		case m == nil:
-			if failure := s.over(c, sl, x.subject); failure != nil {
-				return nil, s.unanswered(failure, x)
-			}
+		}
+		if failure := s.over(c, sl, x.subject); failure != nil {
+			return nil, s.unanswered(failure, x)
 		}
 	}
 }
@@ -1069,9 +1050,9 @@ func (s *Service) over(c *conn, sl *slot, subject string) *Error {
 		return denied
 	case s.base.Err() != nil:
 		return s.closedError()
-	case c.drops.Load() != sl.drops.Load():
+	case c.drops.Load() != sl.drops:
 		return newError(ErrUnavailable, "the connection was lost")
-	case int64(clock()) >= sl.until.Load():
+	case clock() >= sl.until:
 		return newError(ErrTimeout, "%v", context.DeadlineExceeded)
 	}
 	return nil
