@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"math/big"
 	"math/rand/v2"
 	"net"
@@ -427,6 +428,28 @@ func TestDeadlineReachesHandler(t *testing.T) {
 	_, err := aegis.Call[int, int](ctx, client, "svc", "wait", 1)
 	if e := fails(t, err, aegis.ErrTimeout); !e.NotRun {
 		t.Error("a call past its deadline was sent")
+	}
+}
+
+// A deadline that is never to come is one all the same.
+func TestFarDeadline(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client", aegis.WithTimeout(math.MaxInt64))
+	handle(t, svc, "left", func(ctx context.Context, _ int) (int64, error) {
+		deadline, _ := ctx.Deadline()
+		return int64(time.Until(deadline)), nil
+	})
+	start(t, svc)
+	for _, opts := range [][]aegis.CallOption{nil, {aegis.Idempotent(), aegis.Retry(aegis.RetryPolicy{AttemptTimeout: math.MaxInt64})}} {
+		if left, err := call[int, int64](client, "svc", "left", 1, opts...); err != nil || left < int64(time.Hour) {
+			t.Error(time.Duration(left), err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), math.MaxInt64)
+		if left, err := aegis.Call[int, int64](ctx, client, "svc", "left", 1, opts...); err != nil || left < int64(time.Hour) {
+			t.Error(time.Duration(left), err)
+		}
+		cancel()
 	}
 }
 

@@ -485,7 +485,6 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 		subject: leadersPrefix + c.key,
 		data:    data,
 		header:  nats.Header{jetstream.ExpectedLastSubjSeqHeader: {strconv.FormatUint(c.revision, 10)}},
-		limit:   c.policy.Timeout,
 		until:   next.Sent + c.policy.Timeout,
 		on:      c.conn(),
 	}

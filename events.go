@@ -214,7 +214,7 @@ func nobodyStores(subject string) *Error {
 
 // provideFor makes the stream that x is for.
 func (s *Service) provideFor(ctx context.Context, x *exchange, stream jetstream.StreamConfig) *Error {
-	ctx, cancel := context.WithTimeout(ctx, x.limit)
+	ctx, cancel := context.WithTimeout(ctx, x.until-clock())
 	defer cancel()
 	_, failure := s.provide(ctx, stream, x.subject)
 	if failure != nil && failure.Code == ErrTimeout.Code {
@@ -1118,10 +1118,7 @@ func (f *feed) pending() (n int64) {
 func (f *feed) count() {
 	end := clock() + pendingTimeout
 	for _, l := range f.lanes {
-		answer, failure := f.svc.request(f.svc.base, &exchange{
-			subject: "$JS.API.CONSUMER.INFO." + f.stream.Name + "." + l.config.Durable,
-			limit:   end - clock(), until: end,
-		})
+		answer, failure := f.svc.request(f.svc.base, &exchange{subject: "$JS.API.CONSUMER.INFO." + f.stream.Name + "." + l.config.Durable, until: end})
 		if failure != nil {
 			return
 		}

@@ -686,17 +686,14 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 // which holds x.data, if no attempt can still wait to be published.
 func (s *Service) persist(ctx context.Context, x *exchange, cfg *callConfig, buf *packer, attempt func() (answer *nats.Msg, failure *Error, again bool)) (*nats.Msg, *Error) {
 	policy := cfg.policy()
-	now := clock()
-	end := now + s.cfg.timeout
-	if deadline, ok := ctx.Deadline(); ok {
-		end = now + time.Until(deadline)
-	}
+	end := clock() + timeLeft(ctx, s.cfg.timeout)
 	mayHaveRun := false
 	var last *Error
 	for n := 1; ; n++ {
-		x.limit, x.until = end-now, end
-		if cfg.idempotent && x.limit > policy.AttemptTimeout {
-			x.limit, x.until = policy.AttemptTimeout, now+policy.AttemptTimeout
+		x.until = end
+		if cfg.idempotent {
+			now := clock()
+			x.until = now + min(end-now, policy.AttemptTimeout)
 		}
 		answer, failure, again := attempt()
 		if failure == nil {
@@ -715,8 +712,7 @@ func (s *Service) persist(ctx context.Context, x *exchange, cfg *callConfig, buf
 		}
 		last = failure
 		sleep(ctx, min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
-		now = clock()
-		if err := ctx.Err(); err != nil || now >= end {
+		if err := ctx.Err(); err != nil || clock() >= end {
 			given := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, n)
 			if errors.Is(err, context.Canceled) {
 				given.Code = ErrCanceled.Code
@@ -809,8 +805,7 @@ type exchange struct {
 	header      nats.Header
 	data        []byte
 	correlation string        // "" for one of its own
-	limit       time.Duration // to be told to the handler
-	until       time.Duration // by the clock
+	until       time.Duration // by the clock; what is left then is told to the handler
 	on          *conn         // to send it on; nil for any that is up
 	reply       string
 	sent        bool
@@ -818,12 +813,19 @@ type exchange struct {
 
 // within gives x the time that ctx has, most at the most.
 func (x *exchange) within(ctx context.Context, most time.Duration) *exchange {
-	if deadline, ok := ctx.Deadline(); ok {
-		most = min(most, time.Until(deadline))
-	}
-	x.limit, x.until = most, clock()+most
+	x.until = clock() + min(timeLeft(ctx, most), most)
 	return x
 }
+
+// timeLeft is what ctx gives, or if it has no deadline, usual.
+func timeLeft(ctx context.Context, usual time.Duration) time.Duration {
+	if deadline, ok := ctx.Deadline(); ok {
+		usual = time.Until(deadline)
+	}
+	return min(usual, maxBudget)
+}
+
+const maxBudget = 365 * 24 * time.Hour // a deadline farther away has no room in a reply subject, or on the clock
 
 // errNobody is request's answer if no one listens on the subject.
 var errNobody = notRun(newError(ErrUnavailable, "nobody listens"))
@@ -942,12 +944,13 @@ func (c *conn) endSlot(sl *slot) {
 	delete(c.slots, sl)
 }
 
-// request publishes x and waits for its answer, for x.limit at most. Whatever goes wrong becomes an Error here.
+// request publishes x and waits for its answer, until x.until at most. Whatever goes wrong becomes an Error here.
 func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) {
 	if err := ctx.Err(); err != nil {
 		return nil, notRun(asError(err))
 	}
-	if x.limit <= 0 || x.until <= clock() {
+	begin := clock()
+	if x.until <= begin {
 		return nil, notRun(newError(ErrTimeout, "no time left for %s", x.subject))
 	}
 	x.sent = false
@@ -961,6 +964,7 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 		var answer *nats.Msg
 		sl, failure := c.slot()
 		if failure == nil {
+			sl.since = begin
 			answer, failure = s.exchange(ctx, c, sl, x)
 			c.release(sl, failure == nil)
 		}
@@ -985,13 +989,12 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 	if x.correlation != "" {
 		b = append(append(b, '-'), x.correlation...)
 	}
-	b = strconv.AppendInt(append(b, '.'), max(x.limit.Milliseconds(), 1), 10)
+	b = strconv.AppendInt(append(b, '.'), max((x.until-clock()).Milliseconds(), 1), 10)
 	x.reply = string(b)
 	sl.drops = c.drops.Load()
 	if !c.up.Load() {
 		return nil, errDropped
 	}
-	sl.since = x.until - x.limit
 	sl.await(x.until)
 
 	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data, x.until, sl.drops}); {
@@ -1018,7 +1021,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 			select {
 			case m = <-sl.answers:
 			case <-done:
-				return nil, s.unanswered(asError(ctx.Err()), x)
+				return nil, unanswered(asError(ctx.Err()), sl, x)
 			}
 		}
 		if m != nil && m.Subject == x.reply {
@@ -1028,7 +1031,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 			return m, nil
 		}
 		if failure := s.over(c, sl, x.subject); failure != nil {
-			return nil, s.unanswered(failure, x)
+			return nil, unanswered(failure, sl, x)
 		}
 	}
 }
@@ -1059,11 +1062,11 @@ func (s *Service) over(c *conn, sl *slot, subject string) *Error {
 }
 
 // unanswered adds to the error of a call that may have run what it takes to find it in the logs of both sides.
-func (s *Service) unanswered(e *Error, x *exchange) *Error {
+func unanswered(e *Error, sl *slot, x *exchange) *Error {
 	if e.Code == ErrDenied.Code {
 		return e
 	}
-	e.Message = fmt.Sprintf("no answer from %s within %v: %s", x.subject, x.limit.Round(time.Millisecond), e.Message)
+	e.Message = fmt.Sprintf("no answer from %s within %v: %s", x.subject, (x.until - sl.since).Round(time.Millisecond), e.Message)
 	e.Details = map[string]string{"correlation_id": parseAddress(x.reply).correlationID()}
 	return e
 }
