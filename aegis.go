@@ -983,10 +983,9 @@ type Message struct {
 // An endpoint is a handler and the workers that run it.
 //
 // The read loops of all connections put its messages into one channel. A few resident workers take them from there and run
-// the handler right away, so that fast handlers pay for no goroutine of their own. More workers, up to the limit, are started
-// where handlers take long: ahead of need if they do so on average, else by a watchdog that finds workers held up. They leave
-// when there is nothing to do. At the limit, a gate takes over the channel: it lets as many messages wait as may run, and
-// refuses the rest at once.
+// the handler right away, so that fast handlers pay for no goroutine of their own. More workers, up to the limit, are hired
+// where handlers take long: ahead of need if they do so on average, else by watch, which finds workers held up. They leave when
+// there is nothing to do. At the limit, watch lets as many messages wait as may run, and refuses the rest.
 type endpoint struct {
 	svc                 *Service
 	source              source
@@ -998,30 +997,27 @@ type endpoint struct {
 	spare               int64 // bytes of the server's max_payload that an answer must leave
 
 	queue    chan *nats.Msg  // from the source
-	waiting  chan job        // from the gate; taken before the queue
-	refuse   func(*nats.Msg) // what the gate does to the rest; nil if the source brings no more than may run
+	waiting  chan job        // those that watch lets wait; they come before the queue
+	refuse   func(*nats.Msg) // what becomes of the rest; nil if the source brings no more than may run
 	stopping chan struct{}   // closed when no more messages will come
+	gone     chan struct{}   // closed when all are handled
 
 	idle    atomic.Int32 // workers that wait for a message
-	gated   atomic.Bool
-	watched atomic.Bool  // the watchdog is set
 	average atomic.Int64 // nanoseconds that the latest messages took, a moving average
+	watched atomic.Bool  // watch runs
 	meter   *meter
 
-	mu       sync.Mutex // guards the rest
-	workers  map[*worker]bool
-	alive    int           // workers and gate
-	gone     chan struct{} // closed when stopping and none is alive
-	watchdog *time.Timer
-	quiet    int // rounds of the watchdog in which no worker moved
+	staff   sync.WaitGroup // workers and watch; none comes when stopping is closed and all have gone
+	mu      sync.Mutex     // guards the rest
+	workers map[*worker]bool
 }
 
 type worker struct {
-	turns atomic.Uint32 // odd while it handles a message
-	msg   atomic.Pointer[nats.Msg]
-	seen  uint32 // by the watchdog, under the endpoint's mu
-	kept  uint32 // by longRunning, likewise
-	long  int
+	msg   atomic.Pointer[nats.Msg] // that it handles, nil while it waits for one
+	turns atomic.Uint32            // messages that it has begun
+	seen  uint32                   // turns when watch looked last; this and the next are guarded by the endpoint's mu
+	kept  uint32                   // turns when longRunning looked last
+	long  int                      // how often it saw the same
 }
 
 type job struct {
@@ -1034,8 +1030,6 @@ const (
 	queueAlarm    = queueSize / 8    // a longer queue is too much for the machine, however fast the handler
 	slowHandler   = 100_000          // nanoseconds on average that are worth a worker for each message
 	watchInterval = time.Millisecond // a worker that handles one message for longer is held up
-	watchRounds   = 16               // without any movement, until the watchdog sleeps
-	gateInterval  = 10 * time.Millisecond
 )
 
 // A source brings messages into an endpoint's queue.
@@ -1047,8 +1041,8 @@ type source interface {
 	interrupt()                     // is called before the ctx of what is being handled ends
 	settle()                        // is called when nothing more will come; then all is in the queue
 	forget(ctx context.Context)     // is called when all is handled
-	serve(j job, now time.Time)     // handles one message
-	pending() int64                 // what waits elsewhere to be brought
+	serve(m *nats.Msg, arrived time.Time)
+	pending() int64 // what waits elsewhere to be brought
 	done(r *request, data []byte, failure *Error)
 }
 
@@ -1077,8 +1071,6 @@ func (s *Service) register(e *endpoint, cfg handlerConfig) error {
 	e.resident = min(e.limit, runtime.GOMAXPROCS(0))
 	e.workers = map[*worker]bool{}
 	e.average.Store(2 * slowHandler) // until it is known better
-	e.watchdog = time.AfterFunc(time.Hour, e.watch)
-	e.watchdog.Stop()
 	e.queue = make(chan *nats.Msg, queueSize)
 	e.waiting = make(chan job, e.limit)
 	e.stopping, e.gone = make(chan struct{}), make(chan struct{})
@@ -1132,7 +1124,11 @@ func (s *Service) register(e *endpoint, cfg handlerConfig) error {
 }
 
 func (e *endpoint) open(ctx context.Context) error {
-	e.hire(e.resident)
+	e.mu.Lock()
+	if !isClosed(e.stopping) {
+		e.hireLocked(e.resident)
+	}
+	e.mu.Unlock()
 	if err := e.source.open(ctx); err != nil {
 		return err
 	}
@@ -1175,189 +1171,73 @@ func (e *endpoint) finish(ctx context.Context) {
 	e.source.settle()
 	e.mu.Lock()
 	close(e.stopping)
-	if e.alive == 0 {
-		close(e.gone)
-	}
 	e.mu.Unlock()
-	<-e.gone
-	e.watchdog.Stop()
+	e.staff.Wait()
+	close(e.gone)
 	e.source.forget(ctx)
-}
-
-func (e *endpoint) hire(n int) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.hireLocked(n)
 }
 
 // hireLocked starts up to n workers within the limit, and returns how many.
 func (e *endpoint) hireLocked(n int) int {
-	n = max(min(n, e.limit-len(e.workers)), 0)
-	if e.alive == 0 && e.stopped() {
-		return 0
-	}
-	e.alive += n
+	n = min(n, e.limit-len(e.workers))
 	for range n {
 		w := &worker{}
 		e.workers[w] = true
-		go e.work(w)
+		e.staff.Go(func() { e.work(w) })
 	}
 	return n
 }
 
-func (e *endpoint) stopped() bool { return isClosed(e.stopping) }
-
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
-	}
-}
-
-func (e *endpoint) leave(w *worker) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if w == nil { // the gate
-		e.gated.Store(false)
-	}
-	delete(e.workers, w)
-	e.alive--
-	if e.alive == 0 && e.stopped() {
-		close(e.gone)
-	}
-}
-
-func (e *endpoint) busy() bool {
-	return len(e.queue) > 0 || len(e.waiting) > 0 || len(e.handling()) > 0
-}
-
 func (e *endpoint) work(w *worker) {
-	done := false
+	left := false
 	defer func() {
-		if done {
-			e.leave(w)
-		} else { // the handler has ended its goroutine (runtime.Goexit)
-			w.turns.Add(1)
-			go e.work(w)
+		if !left { // the handler has ended its goroutine (runtime.Goexit)
+			w.msg.Store(nil)
+			e.staff.Go(func() { e.work(w) })
 		}
 	}()
 	for {
 		j, ok := e.take()
 		if !ok {
-			done = true
-			return
+			break
 		}
-		w.msg.Store(j.msg)
 		w.turns.Add(1)
+		w.msg.Store(j.msg)
 		if !e.watched.Load() && e.watched.CompareAndSwap(false, true) {
-			e.watchdog.Reset(watchInterval)
+			e.staff.Go(e.watch)
 		}
 		average := e.average.Load()
 		if e.idle.Load() == 0 && average > slowHandler {
-			e.hire(1)
+			e.mu.Lock()
+			e.hireLocked(1)
+			e.mu.Unlock()
 		}
 		begin := time.Now()
-		if j.arrived.IsZero() {
-			j.arrived = begin
-		}
-		e.source.serve(j, begin)
+		e.source.serve(j.msg, cmp.Or(j.arrived, begin))
 		e.average.Store(average + (int64(time.Since(begin))-average)/8)
-		w.turns.Add(1)
+		w.msg.Store(nil)
 	}
-}
-
-// watch is the watchdog: it sees to it that somebody takes the next message though workers are held up.
-func (e *endpoint) watch() {
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	moved, stuck := e.lookLocked()
-	e.quiet++
-	if moved {
-		e.quiet = 0
-	}
-	if free := len(e.workers) - stuck; stuck > 0 && free < e.resident {
-		if free+e.hireLocked(e.resident-free+len(e.queue)) == 0 {
-			e.gateLocked()
-		}
-	}
-	if e.alive == 0 {
-		return
-	}
-	if e.quiet >= watchRounds {
-		e.watched.Store(false)
-		if moved, _ := e.lookLocked(); !moved || !e.watched.CompareAndSwap(false, true) {
-			return
-		}
-	}
-	e.watchdog.Reset(watchInterval)
-}
-
-// lookLocked tells whether any worker did anything since the last look, and how many still handle the same message.
-func (e *endpoint) lookLocked() (moved bool, stuck int) {
-	for w := range e.workers {
-		turns := w.turns.Load()
-		if turns != w.seen {
-			w.seen, moved = turns, true
-		} else if turns%2 == 1 {
-			stuck++
-		}
-	}
-	return moved, stuck
-}
-
-// longRunning are the messages that workers still handle since the last look, and did not in more than most looks.
-func (e *endpoint) longRunning(most int) (msgs []*nats.Msg) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for w := range e.workers {
-		if turns := w.turns.Load(); turns%2 == 0 || turns != w.kept {
-			w.kept, w.long = turns, 0
-		} else if w.long++; w.long <= most {
-			msgs = append(msgs, w.msg.Load())
-		}
-	}
-	return msgs
-}
-
-// handling are the messages that workers handle now.
-func (e *endpoint) handling() (msgs []*nats.Msg) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for w := range e.workers {
-		if w.turns.Load()%2 == 1 {
-			msgs = append(msgs, w.msg.Load())
-		}
-	}
-	return msgs
+	delete(e.workers, w)
+	e.mu.Unlock()
+	left = true
 }
 
 // take waits for the next message; not ok tells the worker to leave.
 func (e *endpoint) take() (j job, ok bool) {
 	for {
-		over := e.stopped() && !e.gated.Load()
-		if over || e.gated.Load() {
-			select {
-			case j := <-e.waiting:
-				return j, true
-			default:
-			}
+		last := isClosed(e.stopping) // what isn't there now won't come
+		select {
+		case j := <-e.waiting:
+			return j, true
+		default:
 		}
 		select {
 		case m := <-e.queue:
-			if len(e.queue) > queueAlarm {
-				e.mu.Lock()
-				e.gateLocked()
-				e.mu.Unlock()
-			}
 			return job{msg: m}, true
 		default:
 		}
-		if over {
-			return job{}, false
-		}
-		if int(e.idle.Add(1)) > e.resident {
+		if idle := e.idle.Add(1); last || int(idle) > e.resident {
 			e.idle.Add(-1)
 			return job{}, false
 		}
@@ -1370,39 +1250,97 @@ func (e *endpoint) take() (j job, ok bool) {
 			return j, true
 		case <-e.stopping:
 			e.idle.Add(-1)
-			runtime.Gosched() // the gate is about to end
 		}
 	}
 }
 
-// gateLocked lets as many messages wait as may run at once, and refuses the rest, until a worker is free again.
-func (e *endpoint) gateLocked() {
-	if e.refuse == nil || e.gated.Load() || e.stopped() {
-		return
-	}
-	e.gated.Store(true)
-	e.alive++
-	go func() {
-		defer e.leave(nil)
-		tick := time.NewTicker(gateInterval)
-		defer tick.Stop()
-		for {
-			select {
-			case m := <-e.queue:
-				select {
-				case e.waiting <- job{m, time.Now()}:
-				default:
-					e.refuse(m)
-				}
-			case <-tick.C:
-				if len(e.waiting) == 0 && e.idle.Load() > 0 {
-					return
-				}
-			case <-e.stopping:
+// watch runs while no worker is idle. It sees to it that somebody takes the next message though workers are held up, and that no
+// more wait than may.
+func (e *endpoint) watch() {
+	full := false // since no worker was free, until one is idle
+	for {
+		time.Sleep(watchInterval)
+		e.mu.Lock()
+		free := len(e.workers)
+		for w := range e.workers {
+			if turns := w.turns.Load(); turns != w.seen {
+				w.seen = turns
+			} else if w.msg.Load() != nil {
+				free--
+			}
+		}
+		if free < e.resident {
+			free += e.hireLocked(e.resident - free + len(e.queue))
+		}
+		e.mu.Unlock()
+		if full = full || free == 0 || len(e.queue) > queueAlarm; full {
+			e.shed()
+		}
+		needless := func() bool {
+			return e.idle.Load() > 0 || full && e.refuse == nil || isClosed(e.stopping) && len(e.queue)+len(e.waiting) == 0
+		}
+		if needless() {
+			e.watched.Store(false)
+			if needless() || !e.watched.CompareAndSwap(false, true) { // whoever has taken a message in between saw that it ran
 				return
 			}
 		}
-	}()
+	}
+}
+
+// shed lets as many messages wait as may run at once, and refuses the rest.
+func (e *endpoint) shed() {
+	for e.refuse != nil && !isClosed(e.stopping) {
+		select {
+		case m := <-e.queue:
+			select {
+			case e.waiting <- job{m, time.Now()}:
+			default:
+				e.refuse(m)
+			}
+		default:
+			return
+		}
+	}
+}
+
+// handling are the messages that workers handle now.
+func (e *endpoint) handling() (msgs []*nats.Msg) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for w := range e.workers {
+		if m := w.msg.Load(); m != nil {
+			msgs = append(msgs, m)
+		}
+	}
+	return msgs
+}
+
+// longRunning are the messages that workers still handle since the last look, and did not in more than most looks.
+func (e *endpoint) longRunning(most int) (msgs []*nats.Msg) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for w := range e.workers {
+		if turns, m := w.turns.Load(), w.msg.Load(); m == nil || turns != w.kept {
+			w.kept, w.long = turns, 0
+		} else if w.long++; w.long <= most {
+			msgs = append(msgs, m)
+		}
+	}
+	return msgs
+}
+
+func (e *endpoint) busy() bool {
+	return len(e.queue) > 0 || len(e.waiting) > 0 || len(e.handling()) > 0
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
 }
 
 // logger is for what concerns one message.

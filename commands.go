@@ -565,8 +565,7 @@ func (ex *executions) open(ctx context.Context) error {
 }
 
 // serve handles one command.
-func (ex *executions) serve(j job, now time.Time) {
-	m := j.msg
+func (ex *executions) serve(m *nats.Msg, arrived time.Time) {
 	defer ex.release()
 	d, id := ex.delivery(m), m.Header.Get(headerID)
 	if d == nil || id == "" {
@@ -577,7 +576,7 @@ func (ex *executions) serve(j job, now time.Time) {
 	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id}
 	x.over, x.end = context.WithCancel(context.Background())
 	d.id = id
-	x.r = ex.newRequest(m, d, now)
+	x.r = ex.newRequest(m, d, arrived)
 	x.r.run = x
 	if ex.svc.draining.Load() || !ex.admit(x.r) {
 		ex.tell(m, ex.returned())

@@ -1217,13 +1217,13 @@ func (f *feed) delivery(m *nats.Msg) *delivery {
 	return d
 }
 
-func (f *feed) newRequest(m *nats.Msg, d *delivery, now time.Time) *request {
+func (f *feed) newRequest(m *nats.Msg, d *delivery, arrived time.Time) *request {
 	r := &request{
 		svc:      f.svc,
 		msg:      Message{Kind: f.kind, Subject: d.subject, Header: m.Header, Data: m.Data},
 		in:       m,
 		id:       d.id,
-		deadline: now.Add(f.cfg.deadline),
+		deadline: arrived.Add(f.cfg.deadline),
 		delivery: d,
 	}
 	if name := m.Header.Get(headerSource); isName(name, maxService) {
@@ -1236,8 +1236,7 @@ func (f *feed) newRequest(m *nats.Msg, d *delivery, now time.Time) *request {
 type subscription struct{ *feed }
 
 // serve handles one event.
-func (f *subscription) serve(j job, now time.Time) {
-	m := j.msg
+func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
 	if !f.take(m) {
 		return
 	}
@@ -1251,7 +1250,7 @@ func (f *subscription) serve(j job, now time.Time) {
 		f.tell(m, "+ACK")
 		return
 	}
-	r := f.newRequest(m, d, now)
+	r := f.newRequest(m, d, arrived)
 	if f.svc.draining.Load() || !f.admit(r) {
 		f.giveBack(r)
 		return

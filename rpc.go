@@ -424,8 +424,7 @@ func (q *subjects) pending() int64 { return 0 }
 func (q *subjects) forget(context.Context) {}
 
 // serve handles one request and answers it.
-func (q *subjects) serve(j job, now time.Time) {
-	m := j.msg
+func (q *subjects) serve(m *nats.Msg, arrived time.Time) {
 	r := &request{
 		svc:   q.svc,
 		msg:   Message{Kind: q.kind, Subject: m.Subject, Header: m.Header, Data: m.Data},
@@ -437,9 +436,9 @@ func (q *subjects) serve(j job, now time.Time) {
 	if m.Reply == "" {
 		r.id = rand.Text()
 	}
-	r.deadline = j.arrived.Add(cmp.Or(r.from.budget, q.svc.cfg.timeout))
+	r.deadline = arrived.Add(cmp.Or(r.from.budget, q.svc.cfg.timeout))
 	switch {
-	case now.After(r.deadline):
+	case time.Until(r.deadline) <= 0:
 		q.meter.expired.Add(1)
 		q.meter.ended(r.msg.Source, errExpired)
 	case q.svc.cancels.has(m.Reply):
