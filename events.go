@@ -621,36 +621,41 @@ type feed struct {
 	lanes    []*lane                // the most urgent first
 	claimed  atomic.Int64           // messages asked for, waiting in the queue, or being handled
 	ackWait  atomic.Int64           // the shortest
-	inbound  chan *nats.Msg         // from the server to fetch: what doesn't go right into the queue
-	starts   int                    // since a start of the least urgent, or all lanes were empty
-	otherEnd bool                   // the latest request was for the less urgent
+	starts   int                    // since a start of the less urgent, or all lanes were empty
 	on       atomic.Bool            // see share
+	failed   atomic.Bool            // something was wrong with a request
 	wake     chan struct{}          // more can be asked for, or on has changed
 	settled  chan struct{}          // nothing more will come
 	keeping  sync.WaitGroup         // keepAlive, of commands also what writes progress or looks at records
 	look     func()                 // is called when it does, unless it is nil
 	counting sync.Mutex             // guards counted
 	counted  time.Duration          // when count was called last
-	busy     sync.WaitGroup         // fetch
+	fetching sync.WaitGroup         // fetch and what it has begun
 
-	mu      sync.Mutex // guards the rest
+	mu      sync.Mutex // guards the rest, and that no inbox is made once drained
 	drained bool
 	cancel  context.CancelFunc // ends the asking
 }
 
-// A lane is one of a feed's consumers. Its fields but current are fetch's, or before that open's.
+// A lane is one of a feed's consumers. It is asked for one thing at a time. The fields without a guard are fetch's, or before that
+// open's.
 type lane struct {
 	config   jetstream.ConsumerConfig
 	redrive  string // a subject besides the one in config, "" for none
 	provided atomic.Bool
 	most     int64 // to ask for at once
 	expiry   time.Duration
-	floor    uint64                 // all up to this sequence is done with
-	current  atomic.Pointer[asking] // the latest
-	empty    atomic.Bool            // there was nothing; it may be asked for one message, beyond what is claimed
-	emptyAt  time.Duration          // when that was found
-	askedAt  time.Duration
-	pending  atomic.Int64 // messages, as far as is known
+	floor    uint64                // all up to this sequence is done with
+	asked    atomic.Bool           // for what has not come yet
+	inbox    atomic.Pointer[inbox] // where that comes
+	inbound  chan *nats.Msg        // from there, and from those before
+	pending  atomic.Int64          // messages, as far as is known
+}
+
+type inbox struct {
+	sub   *nats.Subscription
+	on    *conn
+	drops uint32 // of the connection, when it was made
 }
 
 func newLane(consumer, subject string) *lane {
@@ -667,12 +672,10 @@ func newLane(consumer, subject string) *lane {
 }
 
 func newFeed(e *endpoint, cfg handlerConfig, stream jetstream.StreamConfig, lanes ...*lane) *feed {
-	return &feed{
-		endpoint: e, cfg: cfg, stream: stream, lanes: lanes,
-		inbound: make(chan *nats.Msg, cfg.concurrency+64),
-		wake:    make(chan struct{}, 1),
-		settled: make(chan struct{}),
+	for _, l := range lanes {
+		l.inbound = make(chan *nats.Msg, cfg.concurrency+64)
 	}
+	return &feed{endpoint: e, cfg: cfg, stream: stream, lanes: lanes, wake: make(chan struct{}, 1), settled: make(chan struct{})}
 }
 
 func (f *feed) open(ctx context.Context) error {
@@ -696,7 +699,7 @@ func (f *feed) open(ctx context.Context) error {
 		f.svc.probe(l.next(f.stream.Name), "$JS.ACK."+f.stream.Name+"."+l.config.Durable)
 	}
 	f.svc.probe(f.letters(), returnPrefix+f.lanes[0].config.Durable)
-	f.busy.Go(func() { f.fetch(ctx) })
+	f.fetching.Go(func() { f.fetch(ctx) })
 	f.keeping.Go(f.keepAlive)
 	return nil
 }
@@ -788,29 +791,34 @@ func (f *feed) drain(ctx context.Context) {
 	f.mu.Unlock()
 	end := clock() + fetchExpiry + fetchSlack
 	for _, l := range f.lanes {
-		a := l.current.Load()
-		if a == nil {
+		in := l.inbox.Load()
+		if in == nil {
 			continue
 		}
-		if a.on.nc.ConnectedClusterName() != "" {
-			for a.open.Load() > 0 && clock() < end && a.on.up.Load() && sleep(ctx, 5*time.Millisecond) {
+		if in.on.nc.ConnectedClusterName() != "" {
+			for l.asked.Load() && clock() < end && in.on.up.Load() && sleep(ctx, 5*time.Millisecond) {
 			}
 		}
-		_ = a.sub.Drain() // fails only on a closed connection
+		_ = in.sub.Drain() // fails only on a closed connection
 	}
 }
 
 func (f *feed) cut(c *conn) {
 	for _, l := range f.lanes {
-		if a := l.current.Load(); a != nil && a.on == c {
-			_ = a.sub.Unsubscribe() // fails only on a closed connection
+		if in := l.inbox.Load(); in != nil && in.on == c {
+			_ = in.sub.Unsubscribe() // fails only on a closed connection
 		}
 	}
 }
 
 func (f *feed) settle() {
 	close(f.settled)
-	f.busy.Wait()
+	f.fetching.Wait()
+	for _, l := range f.lanes {
+		for len(l.inbound) > 0 {
+			f.accept(<-l.inbound)
+		}
+	}
 }
 
 func (f *feed) forget(ctx context.Context) {
@@ -828,201 +836,194 @@ const (
 	fetchTick    = 250 * time.Millisecond // between looks at the connection
 	fetchExpiry  = time.Second            // of what was asked for
 	fetchSlack   = time.Second            // until the server has told so
-	fetchSession = 15 * time.Second       // until all is looked at anew
-	emptyFor     = 5 * time.Millisecond   // a lane is taken to be empty, unless it waits
+	fetchSession = 15 * time.Second       // until the consumers are looked at anew
 )
 
-// fetch brings events until the feed is closed.
+// fetch brings events until ctx ends.
 func (f *feed) fetch(ctx context.Context) {
-	for trouble := 0; ; {
-		for ctx.Err() == nil && !f.on.Load() {
+	looked, trouble := clock(), 0
+	for ctx.Err() == nil {
+		free := int64(f.limit) - f.claimed.Load()
+		goOn := f.on.Load() && free > 0
+		if goOn && f.worthAsking(free) {
+			goOn = f.ask(free)
+		} else if goOn {
+			sleep(ctx, time.Millisecond) // for more to be free, or what came to be taken
+		}
+		failed := f.failed.Swap(false)
+		if failed {
+			trouble++
+			sleep(ctx, backoff(trouble, fetchTick, 2*time.Second))
+		} else {
+			trouble = 0
+		}
+		if failed || clock()-looked > fetchSession {
+			within, cancel := context.WithTimeout(ctx, 5*time.Second)
+			if failure := f.provide(within); failure != nil && ctx.Err() == nil {
+				f.svc.log.Warn("events can't be fetched", "endpoint", f.name, "error", failure)
+			}
+			cancel()
+			looked = clock()
+		}
+		if !goOn && !failed {
 			select {
-			case m := <-f.inbound: // it was asked for before
-				f.receive(m)
 			case <-f.wake:
 			case <-ctx.Done():
 			}
 		}
-		c := f.svc.pick()
-		if c != nil && f.pull(ctx, c) {
-			trouble = 0
-		} else if trouble++; !sleep(ctx, backoff(trouble, fetchTick, 2*time.Second)) {
-			<-f.settled
-			for len(f.inbound) > 0 {
-				f.receive(<-f.inbound)
-			}
-			return
-		}
-		if c == nil || ctx.Err() != nil {
-			continue
-		}
-		within, cancel := context.WithTimeout(ctx, 5*time.Second)
-		if failure := f.provide(within); failure != nil && ctx.Err() == nil {
-			f.svc.log.Warn("events can't be fetched", "endpoint", f.name, "error", failure)
-		}
-		cancel()
 	}
 }
 
-// An asking is what was asked for by one inbox.
-type asking struct {
-	sub   *nats.Subscription
-	on    *conn
-	inbox string
-	open  atomic.Int64 // messages that were asked for and haven't come
-	came  atomic.Bool
-}
-
-const askingOver = -1 << 40 // so that open stays negative
-
-// direct tells that messages go from the read loop right into the queue, since there is nothing to choose.
-func (f *feed) direct() bool { return len(f.lanes) == 1 }
-
-// pull asks for messages on c for a while, or until that gets nowhere or the feed is settled, and tells whether it went well.
-// Not every request that the server drops is told; those are forgotten when all others have come.
-func (f *feed) pull(ctx context.Context, c *conn) bool {
-	drops := c.drops.Load()
-	defer f.hangUp()
-	if !f.listen(c) {
-		return false
+// ask asks for what can be handled, and tells whether there may be more at once. If there are several lanes, it asks each what it has
+// there, the urgent ones first, until one has something; those that are empty wait for their next message meanwhile. One start in
+// 16 goes to the other end, so that nothing waits forever.
+func (f *feed) ask(free int64) bool {
+	if len(f.lanes) == 1 {
+		f.bring(f.lanes[0], free, false)
+		return true
 	}
-	begun := clock()
-	tick := time.NewTicker(fetchTick)
-	defer tick.Stop()
-	for {
-		now := clock()
-		over := now-begun > fetchSession || ctx.Err() != nil || !f.on.Load()
-		if !over && f.ask(c) != nil {
-			return false
-		}
-		select {
-		case m := <-f.inbound:
-			if problem := f.receive(m); problem != "" && ctx.Err() == nil {
-				f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", problem)
-				return false
-			}
-		case <-f.wake:
-		case <-tick.C:
-			if c.drops.Load() != drops {
-				return false
-			}
-			if slices.ContainsFunc(f.lanes, func(l *lane) bool {
-				return l.current.Load().open.Load() > 0 && now-l.askedAt > l.expiry+fetchSlack
-			}) {
-				return slices.ContainsFunc(f.lanes, func(l *lane) bool { return l.current.Load().came.Load() })
-			}
-		case <-f.settled:
-			return true // fetch sees to what is left
-		}
-		if over && f.asked() <= 0 && ctx.Err() == nil {
-			return true
-		}
-	}
-}
-
-// asked is how many messages were asked for and haven't come, but for those that empty lanes wait for.
-func (f *feed) asked() (n int64) {
-	for _, l := range f.lanes {
-		if a := l.current.Load(); a != nil && !l.empty.Load() {
-			n += max(a.open.Load(), 0)
-		}
-	}
-	return n
-}
-
-// listen subscribes to new inboxes.
-func (f *feed) listen(c *conn) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.drained {
-		return false
-	}
-	into := f.inbound
-	if f.direct() {
-		into = f.queue
-	}
-	for _, l := range f.lanes {
-		a := &asking{on: c, inbox: c.newInbox()}
-		var err error
-		if a.sub, err = c.nc.ChanSubscribe(a.inbox, into); err != nil {
-			return false
-		}
-		l.current.Store(a)
-		l.empty.Store(false)
-	}
-	return true
-}
-
-// hangUp ends what listen began. What is under way still comes.
-func (f *feed) hangUp() {
-	for _, l := range f.lanes {
-		if a := l.current.Load(); a != nil {
-			_ = a.sub.Drain() // fails only on a closed connection
-			if n := a.open.Swap(askingOver); n > 0 && !l.empty.Load() {
-				f.claimed.Add(-n)
-			}
-		}
-	}
-}
-
-// ask asks for what can be handled. If there are several lanes, it asks each what it has there and then, the urgent ones first,
-// and waits for the answer before it goes on to the next; only when all are empty it waits for the first message of any. One
-// start in 16 goes to the other end, so that nothing waits forever.
-func (f *feed) ask(c *conn) error {
-	free := int64(f.limit) - f.claimed.Load()
-	if !f.worthAsking(free) {
-		return nil
-	}
-	if f.direct() {
-		return f.request(c, f.lanes[0], free, false)
-	}
-	lanes := f.lanes
-	otherEnd := f.starts >= 15
+	lanes, otherEnd := f.lanes, f.starts >= 15
 	if otherEnd {
 		lanes = slices.Clone(lanes)
 		slices.Reverse(lanes)
+		free = max(free/16, 1)
 	}
-	now := clock()
 	for _, l := range lanes {
-		open := l.current.Load().open.Load() > 0
-		switch {
-		case open && !l.empty.Load(): // the answer decides
-			return nil
-		case open, l.empty.Load() && now-l.emptyAt < emptyFor:
+		if l.asked.Load() { // it is empty
 			continue
-		case otherEnd:
-			free = max(free/16, 1)
 		}
-		f.otherEnd = otherEnd
-		l.empty.Store(false)
-		return f.request(c, l, free, true)
+		if n := f.bring(l, free, true); n > 0 {
+			f.starts += n
+			if otherEnd {
+				f.starts = 0
+			}
+			return true
+		}
+		f.await(l)
 	}
 	f.starts = 0
-	for _, l := range lanes {
-		if l.current.Load().open.Load() <= 0 {
-			if err := f.request(c, l, 1, false); err != nil {
-				return err
+	return false
+}
+
+// bring asks a lane for up to n messages, hands on those that come, and returns how many. It is done when no more will: those that
+// are there now have come, or also those that come before the request expires.
+func (f *feed) bring(l *lane, n int64, now bool) (came int) {
+	n = min(n, l.most)
+	f.claimed.Add(n)
+	if f.request(l, n, now) {
+		f.collect(l, n, func(m *nats.Msg) {
+			came++
+			f.queue <- m // never blocks for long: there is room for all that may run
+		})
+	}
+	f.claimed.Add(int64(came) - n)
+	return came
+}
+
+// await has an empty lane tell of its next message, which is beyond what is claimed.
+func (f *feed) await(l *lane) {
+	if f.request(l, 1, false) {
+		f.fetching.Go(func() {
+			f.collect(l, 1, f.accept)
+			poke(f.wake)
+		})
+	}
+}
+
+// accept takes a message that isn't claimed yet. If there is no room, it hands a command back; an event would lose an attempt.
+func (f *feed) accept(m *nats.Msg) {
+	if f.claimed.Add(1) > int64(f.limit) && f.kind == kindCommand { // others came at the same time
+		f.tell(m, "-NAK")
+		f.release()
+		return
+	}
+	f.queue <- m
+}
+
+// collect takes what has been asked for, until n messages have come or no more will.
+func (f *feed) collect(l *lane, n int64, take func(*nats.Msg)) {
+	defer l.asked.Store(false)
+	in, begun := l.inbox.Load(), clock()
+	tick := time.NewTicker(fetchTick)
+	defer tick.Stop()
+	for n > 0 {
+		select {
+		case m := <-l.inbound:
+			status := m.Header.Get("Status")
+			message := m.Reply != "" || status == ""
+			switch {
+			case message && m.Sub == in.sub:
+				n--
+				take(m)
+			case message: // of a request that was given up
+				f.accept(m)
+			case m.Sub != in.sub:
+			case status == "404", status == "408", m.Header.Get("Nats-Pending-Messages") != "": // no more there, or it has expired
+				return
+			default:
+				f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", status+" "+m.Header.Get("Description"))
+				f.failed.Store(true)
+				return
 			}
+		case <-tick.C:
+			if in.on.drops.Load() != in.drops || clock()-begun > fetchExpiry+fetchSlack { // not every request that is dropped is told
+				f.hangUp(l)
+				f.failed.Store(true)
+				return
+			}
+		case <-f.settled:
+			return // settle sees to what is left
 		}
 	}
-	return nil
+}
+
+// listen is the lane's inbox, a new one if there is none or its connection was lost; nil if there is no connection or no more is to
+// be asked for.
+func (f *feed) listen(l *lane) *inbox {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.drained {
+		return nil
+	}
+	in := l.inbox.Load()
+	if in == nil || in.drops != in.on.drops.Load() {
+		f.hangUp(l)
+		c := f.svc.pick()
+		if c == nil {
+			return nil
+		}
+		in = &inbox{on: c, drops: c.drops.Load()}
+		var err error
+		if in.sub, err = c.nc.ChanSubscribe(c.newInbox(), l.inbound); err != nil {
+			return nil
+		}
+		l.inbox.Store(in)
+	}
+	l.asked.Store(true)
+	return in
+}
+
+// hangUp gives a lane's inbox up. What is under way still comes.
+func (f *feed) hangUp(l *lane) {
+	if in := l.inbox.Swap(nil); in != nil {
+		_ = in.sub.Drain() // fails only on a closed connection
+	}
 }
 
 // request asks a lane for n messages: those that are there, or also those that come before it expires.
-func (f *feed) request(c *conn, l *lane, n int64, now bool) error {
-	n = min(n, l.most)
+func (f *feed) request(l *lane, n int64, now bool) bool {
 	ask := pullRequest{Batch: n, NoWait: now}
 	if !now {
 		ask.Expires = l.expiry
 	}
-	a := l.current.Load()
-	a.open.Add(n)
-	l.askedAt = clock()
-	if !l.empty.Load() {
-		f.claimed.Add(n)
-	}
 	data, _ := json.Marshal(ask) // numbers: it can't fail
-	return c.nc.PublishRequest(l.next(f.stream.Name), a.inbox, data)
+	in := f.listen(l)
+	if in != nil && in.on.nc.PublishRequest(l.next(f.stream.Name), in.sub.Subject, data) == nil {
+		return true
+	}
+	l.asked.Store(false)
+	f.failed.Store(true)
+	return false
 }
 
 func (l *lane) next(stream string) string {
@@ -1033,66 +1034,6 @@ type pullRequest struct {
 	Batch   int64         `json:"batch"`
 	Expires time.Duration `json:"expires,omitempty"`
 	NoWait  bool          `json:"no_wait,omitempty"`
-}
-
-// receive takes what came for fetch: what the server says about a request or, if there are several lanes, a message. It returns
-// what is wrong with a request.
-func (f *feed) receive(m *nats.Msg) (problem string) {
-	var l *lane
-	for _, other := range f.lanes {
-		if a := other.current.Load(); a != nil && m.Sub == a.sub {
-			l = other
-		}
-	}
-	status := m.Header.Get("Status")
-	if m.Reply != "" || status == "" { // a message
-		waited := l != nil && l.empty.Load()
-		if l == nil || waited || l.current.Load().open.Add(-1) < 0 {
-			f.claimed.Add(1)
-		}
-		if l != nil {
-			l.current.Load().came.Store(true)
-			if waited {
-				l.current.Load().open.Store(0)
-				l.empty.Store(false)
-			}
-		}
-		room := int64(f.limit)
-		if !waited { // else what is asked for comes first: it is more urgent
-			room += f.asked()
-		}
-		if f.claimed.Load() > room { // others came at the same time
-			f.tell(m, "-NAK")
-			f.release()
-			return ""
-		}
-		if f.starts++; f.otherEnd {
-			f.starts, f.otherEnd = 0, false
-		}
-		f.queue <- m // never blocks for long: there is room for all that may run
-		return ""
-	}
-	if l == nil {
-		return "" // of a request that was given up
-	}
-	a := l.current.Load()
-	n, err := strconv.ParseInt(m.Header.Get("Nats-Pending-Messages"), 10, 64) // which won't come
-	if status == "404" || status == "408" && err != nil {                     // nothing there, or what is there is for others that wait
-		n, err = a.open.Load(), nil
-	}
-	if err != nil || n < 0 {
-		return status + " " + m.Header.Get("Description")
-	}
-	n = min(n, a.open.Load())
-	a.open.Add(-n)
-	if !l.empty.Load() {
-		f.claimed.Add(-n)
-	}
-	if a.open.Load() <= 0 && !f.direct() {
-		l.empty.Store(!l.empty.Load()) // not if it has waited: that is over
-		l.emptyAt = clock()
-	}
-	return ""
 }
 
 const (
@@ -1131,29 +1072,9 @@ func (f *feed) count() {
 	}
 }
 
-// worthAsking tells whether it is time to ask for more: not for each single one as long as others are on their way.
+// worthAsking tells whether it is time to ask for more: not for each single one as long as others wait to be handled.
 func (f *feed) worthAsking(free int64) bool {
-	return free > 0 && (free >= int64(f.limit)/8 || f.asked() <= 0)
-}
-
-// take accounts for a message that came directly. It returns false for what the server says about a request.
-func (f *feed) take(m *nats.Msg) bool {
-	if !f.direct() {
-		return true
-	}
-	if m.Reply == "" && m.Header.Get("Status") != "" {
-		select {
-		case f.inbound <- m:
-		default: // then it will seem lost
-		}
-		return false
-	}
-	a := f.lanes[0].current.Load()
-	a.came.Store(true)
-	if m.Sub != a.sub || a.open.Add(-1) < 0 {
-		f.claimed.Add(1) // it was given up
-	}
-	return true
+	return free > 0 && (free >= int64(f.limit)/8 || len(f.queue) == 0)
 }
 
 func (f *feed) release() {
@@ -1237,9 +1158,6 @@ type subscription struct{ *feed }
 
 // serve handles one event.
 func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
-	if !f.take(m) {
-		return
-	}
 	defer f.release()
 	d := f.delivery(m)
 	if d == nil {
