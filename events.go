@@ -628,8 +628,8 @@ type feed struct {
 	settled  chan struct{}          // nothing more will come
 	keeping  sync.WaitGroup         // keepAlive, of commands also what writes progress or looks at records
 	look     func()                 // is called when it does, unless it is nil
-	counting sync.Mutex             // guards counted
-	counted  time.Duration          // when count was called last
+	counting sync.Mutex             // guards counted, and what the lanes have pending
+	counted  time.Duration          // when the server was asked for that
 	fetching sync.WaitGroup         // fetch and what it has begun
 
 	mu      sync.Mutex // guards the rest, and that no inbox is made once drained
@@ -649,7 +649,7 @@ type lane struct {
 	asked    atomic.Bool           // for what has not come yet
 	inbox    atomic.Pointer[inbox] // where that comes
 	inbound  chan *nats.Msg        // from there, and from those before
-	pending  atomic.Int64          // messages, as far as is known
+	pending  int64                 // messages, as far as is known; guarded by the feed's counting
 }
 
 type inbox struct {
@@ -1043,33 +1043,22 @@ const (
 
 // pending is what the consumers had when the server was asked last, which this does if nobody did just now.
 func (f *feed) pending() (n int64) {
-	if f.counting.TryLock() {
-		if f.counted == 0 || clock()-f.counted > pendingAge {
-			f.count()
-			f.counted = clock()
+	f.counting.Lock()
+	defer f.counting.Unlock()
+	if js, failure := f.svc.jetStream(); failure == nil && (f.counted == 0 || clock()-f.counted > pendingAge) {
+		ctx, cancel := context.WithTimeout(f.svc.base, pendingTimeout)
+		defer cancel()
+		for _, l := range f.lanes {
+			if consumer, err := js.Consumer(ctx, f.stream.Name, l.config.Durable); err == nil {
+				l.pending = int64(consumer.CachedInfo().NumPending)
+			}
 		}
-		f.counting.Unlock()
+		f.counted = clock()
 	}
 	for _, l := range f.lanes {
-		n += l.pending.Load()
+		n += l.pending
 	}
 	return n
-}
-
-func (f *feed) count() {
-	end := clock() + pendingTimeout
-	for _, l := range f.lanes {
-		answer, failure := f.svc.request(f.svc.base, &exchange{subject: "$JS.API.CONSUMER.INFO." + f.stream.Name + "." + l.config.Durable, until: end})
-		if failure != nil {
-			return
-		}
-		var info struct {
-			Pending *int64 `json:"num_pending"` // not in an error
-		}
-		if json.Unmarshal(answer.Data, &info) == nil && info.Pending != nil {
-			l.pending.Store(*info.Pending)
-		}
-	}
 }
 
 // worthAsking tells whether it is time to ask for more: not for each single one as long as others wait to be handled.
