@@ -6675,6 +6675,34 @@ func TestPermissions(t *testing.T) {
 	}
 }
 
+// Stop doesn't wait for what it may not do: the consumer of a broadcast is left to expire.
+func TestStopWithoutPermissionToDelete(t *testing.T) {
+	t.Parallel()
+	publish, subscribe := allowances(t, "it subscribes")
+	permissions := &server.Permissions{Publish: &server.SubjectPermission{Allow: publish}, Subscribe: &server.SubjectPermission{Allow: subscribe}}
+	srv := startServer(t, withJetStream(t), func(o *server.Options) {
+		o.Users = []*server.User{{Username: "admin"}, {Username: "user", Permissions: permissions}}
+	})
+	admin := newService(t, srv, "admin", aegis.WithNATS(nats.UserInfo("admin", "")))
+	if err := aegis.Subscribe(admin, "x.y", into(&journal[int]{})); err != nil { // makes the streams
+		t.Fatal(err)
+	}
+	start(t, admin)
+	svc := newService(t, srv, "orders", aegis.WithNATS(nats.UserInfo("user", "")))
+	var got journal[int]
+	if err := aegis.Subscribe(svc, "order.*", into(&got), aegis.Broadcast()); err != nil {
+		t.Fatal(err)
+	}
+	start(t, svc)
+	begin := time.Now()
+	if err := svc.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if d := time.Since(begin); d > 500*time.Millisecond {
+		t.Errorf("it took %v", d)
+	}
+}
+
 func TestTLSAndCredentials(t *testing.T) {
 	t.Parallel()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)

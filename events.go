@@ -827,6 +827,8 @@ func (f *feed) forget(ctx context.Context) {
 		if js, failure := f.svc.jetStream(); failure == nil {
 			ctx, cancel := context.WithTimeout(ctx, time.Second)
 			defer cancel()
+			ctx, done := f.svc.asking(ctx)
+			defer done()
 			_ = js.DeleteConsumer(ctx, f.stream.Name, l.config.Durable) // else the server does, in an hour
 		}
 	}
