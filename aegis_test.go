@@ -4045,6 +4045,28 @@ func TestFailedCommandWhileDeadLettersCannotBeStored(t *testing.T) {
 	eventually(t, "it runs again", func() bool { return runs.Load() == 2 })
 }
 
+// A command that was not sent, and that nobody can send again, leaves nothing that stays.
+func TestCommandThatIsNotSentLeavesNoRecord(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	handleCommand(t, svc, "work", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil })
+	start(t, svc)
+	limitMessages(t, srv, "AEGIS_COMMANDS", 1)
+	_, err := aegis.SendCommand[int, int](t.Context(), client, "risk", "work", 1)
+	if e := fails(t, err, aegis.ErrInvalid); !e.NotRun {
+		t.Error("it may have run?")
+	}
+	st, err := manage(t, srv).Stream(t.Context(), "KV_aegis_commands")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := st.GetLastMsgForSubject(t.Context(), "$KV.aegis_commands.risk.work.>")
+	if err != nil || m.Header.Get("Nats-TTL") == "" {
+		t.Errorf("the record stays: %v, %v", m, err)
+	}
+}
+
 // limitMessages makes a stream refuse larger messages.
 func limitMessages(tb testing.TB, srv *server.Server, stream string, size int32) {
 	tb.Helper()

@@ -257,7 +257,12 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if failure != nil {
 		return failure
 	}
-	return s.wake(ctx, subject+suffixes[now.Priority], key, revision, header, data, buf, cfg)
+	failure = s.wake(ctx, subject+suffixes[now.Priority], key, revision, header, data, buf, cfg)
+	if failure != nil && failure.NotRun && cfg.key == "" { // nobody can send it again: let its record expire
+		rec.State = canceled
+		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
+	}
+	return failure
 }
 
 // wake publishes what makes a worker look at a record that is queued.
