@@ -832,7 +832,7 @@ var errNobody = notRun(newError(ErrUnavailable, "nobody listens"))
 // A slot waits for the answer to one call at a time. It is a subscription that is kept and used again, to
 // <inbox>.<slot>.>, so that the connection's read loop hands an answer straight to its caller; the call's number in the reply
 // subject tells it from a late one to an earlier call. A nil among the answers tells the caller to look whether its time is up
-// or its connection was lost; waiting for those in a select would cost more than all the rest of a call.
+// or its connection was lost.
 type slot struct {
 	sub     *nats.Subscription
 	prefix  string
@@ -1011,17 +1011,12 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 		return nil, newError(ErrUnavailable, "publishing to %s: %v", x.subject, err)
 	}
 
-	done := ctx.Done()
 	for {
 		var m *nats.Msg
-		if done == nil {
-			m = <-sl.answers
-		} else {
-			select {
-			case m = <-sl.answers:
-			case <-done:
-				return nil, unanswered(asError(ctx.Err()), sl, x)
-			}
+		select {
+		case m = <-sl.answers:
+		case <-ctx.Done():
+			return nil, unanswered(asError(ctx.Err()), sl, x)
 		}
 		if m != nil && m.Subject == x.reply {
 			if isNobody(m) {
