@@ -382,6 +382,7 @@ func New(name string, opts ...Option) (*Service, error) {
 	}
 	s.calls.most = 1024
 	s.cancels.watch = map[string]context.CancelFunc{}
+	s.denied.asking = map[*context.CancelCauseFunc]bool{}
 	s.quitting, s.quit = context.WithCancel(context.Background())
 	s.base, s.cancel = context.WithCancel(context.Background())
 	s.gone, s.goAway = context.WithCancel(context.Background())
@@ -693,7 +694,7 @@ func (s *Service) connect() (*conn, error) {
 		}
 		s.log.Error("NATS reports an error", "subject", subject, "error", err)
 		if errors.Is(err, nats.ErrPermissionViolation) {
-			s.denied.note(err)
+			s.denied.note(err, nc.Opts.InboxPrefix)
 			c.wakeSlots()
 		}
 		c.told.Store(&err)
@@ -853,77 +854,70 @@ func (s *Service) notify(subject string, data []byte) {
 
 // denials are what the server has said that it doesn't allow. It doesn't say so to what was denied, but by the way.
 type denials struct {
-	mu      sync.Mutex // guards the rest
-	latest  map[string]denial
-	changed chan struct{} // closed at the next one
+	mu     sync.Mutex                        // guards the rest
+	latest map[string]time.Duration          // when that was, by what was denied: toPublish or toSubscribe, and the subject
+	asking map[*context.CancelCauseFunc]bool // see asking
 }
 
-type denial struct {
-	at   time.Duration
-	verb string
-}
-
-const maxDenials = 256
+const (
+	toPublish   = "publish to "
+	toSubscribe = "subscribe to "
+	maxDenials  = 256
+)
 
 var denialPattern = regexp.MustCompile(`(Publish|Subscription) to "([^"]+)"`)
 
-func (d *denials) note(err error) {
+func (d *denials) note(err error, inbox string) {
 	m := denialPattern.FindStringSubmatch(err.Error())
 	if m == nil {
 		return
 	}
+	what := toPublish + m[2]
+	if m[1] == "Subscription" {
+		what = toSubscribe + m[2]
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.latest == nil || len(d.latest) >= maxDenials {
-		d.latest = map[string]denial{}
+		d.latest = map[string]time.Duration{}
 	}
-	if d.changed != nil {
-		close(d.changed)
-		d.changed = nil
+	d.latest[what] = clock()
+	if covers(toPublish+"$JS.>", what) || covers(toSubscribe+inbox+".>", what) {
+		for cancel := range d.asking {
+			(*cancel)(deniedError(what))
+		}
 	}
-	d.latest[m[2]] = denial{clock(), map[string]string{"Publish": "publish", "Subscription": "subscribe"}[m[1]]}
 }
 
-func (d *denials) news() <-chan struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.changed == nil {
-		d.changed = make(chan struct{})
-	}
-	return d.changed
-}
-
-// since is a denial of a subject that matches one of these patterns, of any if there is none, at that time or later.
+// since is a denial of what one of these patterns covers, of anything if there is none, at that time or later.
 func (d *denials) since(begin time.Duration, patterns ...string) *Error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for denied, l := range d.latest {
-		if l.at >= begin && (len(patterns) == 0 || slices.ContainsFunc(patterns, func(p string) bool { return covers(p, denied) })) {
-			return notRun(newError(ErrDenied, "the server's permissions don't allow to %s to %s", l.verb, denied))
+	for what, at := range d.latest {
+		if at >= begin && (len(patterns) == 0 || slices.ContainsFunc(patterns, func(p string) bool { return covers(p, what) })) {
+			return deniedError(what)
 		}
 	}
 	return nil
 }
 
+func deniedError(what string) *Error {
+	return notRun(newError(ErrDenied, "the server's permissions don't allow to %s", what))
+}
+
 // asking is for what nats.go asks JetStream by itself: a ctx that ends, with the denial for its cause, when the server denies such
 // a question or its answer.
 func (s *Service) asking(ctx context.Context) (context.Context, context.CancelFunc) {
-	begin, inbox := clock(), s.conns[0].nc.Opts.InboxPrefix
 	ctx, cancel := context.WithCancelCause(ctx)
-	go func() { // until the ctx ends
-		for {
-			news := s.denied.news()
-			if denied := s.denied.since(begin, "$JS.>", inbox+".>"); denied != nil {
-				cancel(denied)
-			}
-			select {
-			case <-news:
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
-	return ctx, func() { cancel(nil) }
+	s.denied.mu.Lock()
+	defer s.denied.mu.Unlock()
+	s.denied.asking[&cancel] = true
+	return ctx, func() {
+		cancel(nil)
+		s.denied.mu.Lock()
+		defer s.denied.mu.Unlock()
+		delete(s.denied.asking, &cancel)
+	}
 }
 
 // probe makes sure that the server tells, before allowed returns, if the service may not publish what it will publish later. It

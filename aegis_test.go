@@ -6495,6 +6495,31 @@ func allowances(tb testing.TB, who string) (publish, subscribe []string) {
 	return nil, nil
 }
 
+// That a service may not listen on a subject says nothing about a call to the same one.
+func TestDenialOfSomethingElse(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) {
+		o.Users = []*server.User{{Username: "admin"}, {Username: "user", Permissions: &server.Permissions{Subscribe: &server.SubjectPermission{Deny: []string{"rpc.svc.m"}}}}}
+	})
+	svc := newService(t, srv, "svc", aegis.WithNATS(nats.UserInfo("admin", "")))
+	running, release := make(chan struct{}), make(chan struct{})
+	handle(t, svc, "m", func(_ context.Context, n int) (int, error) { close(running); <-release; return n, nil })
+	start(t, svc)
+	both := newService(t, srv, "svc", aegis.WithNATS(nats.UserInfo("user", "")))
+	result := make(chan error)
+	go func() {
+		_, err := call[int, int](both, "svc", "m", 1)
+		result <- err
+	}()
+	<-running
+	handle(t, both, "m", func(_ context.Context, n int) (int, error) { return n, nil })
+	fails(t, both.Start(t.Context()), aegis.ErrDenied, "subscribe to rpc.svc.m")
+	close(release)
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+}
+
 // TestPermissions has a server that allows each role what the README says, which has to be enough; and then all of that but one
 // subject, which has to fail, with an error that names it: so the README names no subject too many.
 func TestPermissions(t *testing.T) {

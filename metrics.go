@@ -436,8 +436,8 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 		switch {
 		case s.base.Err() != nil:
 			return nil, s.closedError()
-		case s.denied.since(begin, survey, inbox) != nil:
-			return nil, s.denied.since(begin, survey, inbox)
+		case s.denied.since(begin, toPublish+survey, toSubscribe+inbox) != nil:
+			return nil, s.denied.since(begin, toPublish+survey, toSubscribe+inbox)
 		case c.drops.Load() != drops:
 			return nil, newError(ErrUnavailable, "asking all services: the connection was lost")
 		case ctx.Err() != nil:

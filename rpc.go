@@ -1035,9 +1035,9 @@ func isNobody(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get("Statu
 
 // over tells why no answer to what was sent to subject will come to a slot that was woken, nil if one may.
 func (s *Service) over(c *conn, sl *slot, subject string) *Error {
-	denied := s.denied.since(sl.since, subject)
+	denied := s.denied.since(sl.since, toPublish+subject)
 	if denied == nil {
-		if denied = s.denied.since(sl.since, sl.sub.Subject); denied != nil {
+		if denied = s.denied.since(sl.since, toSubscribe+sl.sub.Subject); denied != nil {
 			denied.NotRun = false
 			sl.missed = maxMissed - 1 // it hears nothing
 		}
