@@ -859,7 +859,7 @@ func (f *feed) fetch(ctx context.Context) {
 		} else {
 			trouble = 0
 		}
-		if failed || clock()-looked > fetchSession {
+		if (failed || clock()-looked > fetchSession) && f.svc.pick() != nil {
 			within, cancel := context.WithTimeout(ctx, 5*time.Second)
 			if failure := f.provide(within); failure != nil && ctx.Err() == nil {
 				f.svc.log.Warn("events can't be fetched", "endpoint", f.name, "error", failure)
