@@ -559,6 +559,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		s.campaigns.Wait() // an exclusive handler must have come to its end before
 	})
 	var late error
+	leaving := ctx
 	select {
 	case <-finished:
 	case <-ctx.Done():
@@ -580,13 +581,13 @@ func (s *Service) Stop(ctx context.Context) error {
 			for end := clock() + returnTimeout; s.returning.Load() > 0 && clock() < end; time.Sleep(time.Millisecond) {
 			}
 		}
-		flushCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelGrace)
+		var cancel context.CancelFunc
+		leaving, cancel = context.WithTimeout(context.WithoutCancel(ctx), cancelGrace)
 		defer cancel()
-		ctx = flushCtx
 	}
-	s.leave(ctx)
+	s.leave(leaving)
 	for _, c := range s.conns {
-		if err := c.flush(ctx); err != nil {
+		if err := c.flush(leaving); err != nil {
 			lost = err
 		}
 	}
