@@ -343,7 +343,7 @@ func (s *Service) info(ctx context.Context, service, instance string) (*micro.In
 	if instance != "" {
 		x.subject += "." + instance
 	}
-	if denied := s.denied.since(clock()-time.Minute, x.subject); denied != nil {
+	if denied := s.denied.since(clock()-time.Minute, toPublish+x.subject); denied != nil {
 		return nil, denied
 	}
 	answer, failure := s.request(ctx, x.within(ctx, whyTimeout))
