@@ -1636,7 +1636,7 @@ func TestRetry(t *testing.T) {
 	}
 
 	// Giving up says why, and that nothing ran, unless an attempt was still unanswered.
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err = aegis.Call[int, int](ctx, client, "never", "m", 1, aegis.Sticky())
 	if e := fails(t, err, aegis.ErrTimeout, "never is not running"); !e.NotRun && strings.HasPrefix(e.Message, "gave up") || !errors.Is(err, aegis.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) {
