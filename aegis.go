@@ -290,8 +290,9 @@ func (c *handlerConfig) check(ok bool, format string, args ...any) {
 }
 
 // Concurrency sets how many messages the handler works on at once, 1 or more, in each instance. The default is that of
-// [WithConcurrency]. Events are handled in the order in which they were stored if it is 1, by all instances together: one
-// waits until the one before it is done with, retries included.
+// [WithConcurrency], for handlers that wait for something; one that computes is best given about as many as there are CPUs, so
+// that what is too much is refused early. Events are handled in the order in which they were stored if it is 1, by all instances
+// together: one waits until the one before it is done with, retries included.
 func Concurrency(n int) HandlerOption {
 	return func(c *handlerConfig) {
 		c.check(n >= 1 && n <= maxConcurrency, "Concurrency(%d): want 1 to %d", n, maxConcurrency)
