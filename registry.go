@@ -633,8 +633,9 @@ func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bo
 			begin, longest := clock(), time.Second
 			if failure := w.follow(s.base); failure != nil {
 				w.fail(failure)
-				if failure.Code == ErrDenied.Code { // each denial is logged, by the server too
+				if failure.Code == ErrDenied.Code { // each denial is logged, by the server too: so it soon asks rarely
 					longest = time.Minute
+					trouble++
 				}
 			}
 			if clock()-begin > time.Second || s.pick() == nil { // it went well, or there is nothing to ask
