@@ -4067,6 +4067,51 @@ func TestCommandThatIsNotSentLeavesNoRecord(t *testing.T) {
 	}
 }
 
+// A key joins senders of the same data, whatever they encode it with, and in whatever order their fields are.
+func TestKeyJoinsAcrossEncodings(t *testing.T) {
+	t.Parallel()
+	type order struct {
+		SKU    string
+		Amount int64
+		Limits map[string]float64
+	}
+	type reordered struct {
+		Limits map[string]float64
+		Amount int64
+		SKU    string
+	}
+	srv := startServer(t, withJetStream(t))
+	svc, other := newService(t, srv, "risk"), newService(t, srv, "shop", aegis.WithCodec(aegis.JSON))
+	var runs atomic.Int32
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[order]) (int64, error) {
+		runs.Add(1)
+		return c.Data.Amount, nil
+	})
+	start(t, svc)
+	const amount = 1<<62 + 1
+	limits := map[string]float64{"a": 0.5, "b": 1, "c": 1e9}
+	key := aegis.IdempotencyKey("k")
+	send := func(s *aegis.Service, data any) (*aegis.Job[int64], error) {
+		return aegis.SendCommand[any, int64](t.Context(), s, "risk", "work", data, key)
+	}
+	for _, s := range []*aegis.Service{svc, other} {
+		for _, data := range []any{order{"x", amount, limits}, reordered{limits, amount, "x"}} {
+			job, err := send(s, data)
+			if err != nil {
+				t.Fatalf("%T: %v", data, err)
+			}
+			if n, err := job.Wait(t.Context()); n != amount || err != nil {
+				t.Errorf("%T: %d, %v", data, n, err)
+			}
+		}
+		_, err := send(s, order{"x", amount + 1, limits})
+		fails(t, err, aegis.ErrInvalid, "other data")
+	}
+	if n := runs.Load(); n != 1 {
+		t.Errorf("it ran %d times", n)
+	}
+}
+
 // limitMessages makes a stream refuse larger messages.
 func limitMessages(tb testing.TB, srv *server.Server, stream string, size int32) {
 	tb.Helper()

@@ -8,6 +8,7 @@ package aegis
 // whoever follows it.
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -271,15 +272,23 @@ func (s *Service) wake(ctx context.Context, subject, key string, revision uint64
 	return s.keep(ctx, &exchange{subject: subject, header: header, data: data}, s.commandStream(), cfg, buf)
 }
 
-// digest is the same for equal data: MessagePack may have the keys of a map in any order.
+// digest is the same for equal data, whatever order its encoder has put the keys of a map in.
 func digest(h nats.Header, data []byte) string {
 	var v any
-	if c, err := codecFor(h, data, JSON); err == nil && c == MsgPack && c.Unmarshal(data, &v) == nil {
-		if sorted, err := json.Marshal(v); err == nil {
-			data = sorted
+	canonical := data
+	if c, err := codecFor(h, data, JSON); err == nil && (c == JSON || c == MsgPack) {
+		if c == JSON {
+			d := json.NewDecoder(bytes.NewReader(data))
+			d.UseNumber() // lest large numbers become equal
+			err = d.Decode(&v)
+		} else {
+			err = c.Unmarshal(data, &v)
+		}
+		if sorted, unsorted := json.Marshal(v); err == nil && unsorted == nil {
+			canonical = sorted
 		}
 	}
-	sum := sha256.Sum256(data)
+	sum := sha256.Sum256(canonical)
 	return hex.EncodeToString(sum[:16])
 }
 
