@@ -1584,6 +1584,41 @@ func flaky(failures int32, how func() error) (fn func(context.Context, int) (int
 	}, called
 }
 
+// An attempt that the end of ctx cuts short doesn't hide what the one before it has found out.
+func TestGivingUpTellsWhatIsKnown(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	client := newService(t, srv, "client")
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	sent := func() int64 {
+		v, err := srv.Varz(nil)
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		return v.InMsgs
+	}
+	before := sent()
+	ctx, cancel := context.WithTimeout(t.Context(), 900*time.Millisecond)
+	defer cancel()
+	result := make(chan error, 1)
+	go func() {
+		_, err := aegis.Call[int, int](ctx, client, "never", "m", 1, aegis.Sticky())
+		result <- err
+	}()
+	eventually(t, "some attempts", func() bool { return sent() > before+8 })
+	if _, err := nc.Subscribe("$SRV.INFO.never", func(*nats.Msg) {}); err != nil { // so that nobody tells why any more
+		t.Fatal(err)
+	}
+	if e := fails(t, <-result, aegis.ErrTimeout, "never is not running"); !e.NotRun {
+		t.Errorf("got %+v", e)
+	}
+}
+
 func TestRetry(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)

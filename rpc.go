@@ -709,14 +709,16 @@ func (s *Service) persist(ctx context.Context, x *exchange, cfg *callConfig, buf
 			}
 			return nil, failure
 		}
-		last = failure
+		if last == nil || !failure.NotRun || ctx.Err() == nil && clock() < end { // else the end cut it short, so it tells less than the one before
+			last = failure
+		}
 		sleep(ctx, min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
 		if err := ctx.Err(); err != nil || clock() >= end {
 			given := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, n)
 			if errors.Is(err, context.Canceled) {
 				given.Code = ErrCanceled.Code
 			}
-			given.NotRun, given.Cause = failure.NotRun, failure
+			given.NotRun, given.Cause = failure.NotRun, last
 			return nil, given
 		}
 	}
