@@ -1,8 +1,5 @@
 package aegis
 
-// This file turns values into bytes and back: the two codecs, how the format of a received payload is told, and the check
-// that keeps a hostile MessagePack payload from costing more memory or stack than its size warrants.
-
 import (
 	"bytes"
 	"encoding/binary"
@@ -15,6 +12,9 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/vmihailenco/msgpack/v5"
 )
+
+// This file turns values into bytes and back: the two codecs, how the format of a received payload is told, and the check
+// that keeps a hostile MessagePack payload from costing more memory or stack than its size warrants.
 
 // A Codec turns values into payloads and back. Its methods are called from many goroutines at once.
 //
@@ -39,9 +39,11 @@ var (
 
 type jsonCodec struct{}
 
-func (jsonCodec) Marshal(v any) ([]byte, error)      { return json.Marshal(v) }
+func (jsonCodec) Marshal(v any) ([]byte, error) { return json.Marshal(v) }
+
 func (jsonCodec) Unmarshal(data []byte, v any) error { return json.Unmarshal(data, v) }
-func (jsonCodec) ContentType() string                { return "application/json" }
+
+func (jsonCodec) ContentType() string { return "application/json" }
 
 type msgpackCodec struct{}
 

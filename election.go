@@ -1,15 +1,5 @@
 package aegis
 
-// This file is leader election: of the instances that campaign for a group one leads, by a lease on a key of the bucket
-// aegis_leaders.
-//
-// The leader renews the key by compare-and-set, and may act until Valid after it sent the last renewal that was confirmed, by its
-// own monotonic clock. Another one takes over by compare-and-set, when it has seen the same revision of the key for Lease, by its
-// own clock too. It can't see a renewal before it was sent, and Valid is less than Lease: so no two lead at once, whatever becomes
-// of messages, processes, and the server and its clock. (If the key is lost, that takes policies that are the same. On Linux that
-// clock stands still while a machine is suspended: then the term alone tells a former leader. Leases as such: Gray and Cheriton,
-// "Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache Consistency", SOSP 1989.)
-
 import (
 	"cmp"
 	"context"
@@ -25,6 +15,16 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
+
+// This file is leader election: of the instances that campaign for a group one leads, by a lease on a key of the bucket
+// aegis_leaders.
+//
+// The leader renews the key by compare-and-swap, and may act until Valid after it sent the last renewal that was confirmed, by its
+// own monotonic clock. Another one takes over by compare-and-swap, when it has seen the same revision of the key for Lease, by its
+// own clock too. It can't see a renewal before it was sent, and Valid is less than Lease: so no two lead at once, whatever becomes
+// of messages, processes, and the server and its clock. (If the key is lost, that takes policies that are the same. On Linux that
+// clock stands still while a machine is suspended: then the term alone tells a former leader. Leases as such: Gray and Cheriton,
+// "Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache Consistency", SOSP 1989.)
 
 // A FailoverPolicy says how soon a leader that crashed, hangs or is cut off is replaced. Lease > Valid > Renew > 0, Timeout > 0, and
 // Lease is at most 24 h. The others wait for Lease until they replace a leader of whom they hear nothing; a leader whose renewals
@@ -48,32 +48,14 @@ var (
 	Conservative = FailoverPolicy{Lease: 7500 * time.Millisecond, Valid: 6 * time.Second, Renew: 1500 * time.Millisecond, Timeout: time.Second}
 )
 
-func (p FailoverPolicy) valid() bool {
-	return p.Lease > p.Valid && p.Valid > p.Renew && p.Renew > 0 && p.Timeout > 0 && p.Lease <= maxLease
-}
-
 const (
 	maxLease   = 24 * time.Hour
 	wantPolicy = "want 24h >= Lease > Valid > Renew > 0 and Timeout > 0, such as aegis.Balanced"
 )
 
-// WithFailover sets how soon the leader of the service's [Exclusive] handlers is replaced. The default is [Balanced].
-func WithFailover(p FailoverPolicy) Option {
-	return func(c *config) {
-		c.check(p.valid(), "WithFailover(%+v): %s", p, wantPolicy)
-		c.failover = p
-	}
+func (p FailoverPolicy) valid() bool {
+	return p.Lease > p.Valid && p.Valid > p.Renew && p.Renew > 0 && p.Timeout > 0 && p.Lease <= maxLease
 }
-
-// Exclusive has the handler run in one instance of the service only, the leader, which is the same for all its exclusive handlers.
-// The others stand by. One that gets a request nevertheless, addressed to it or since it has just lost the leadership, answers
-// [ErrNotActive], with the leader's id, if it knows it, in Details["leader"].
-//
-// The handler's ctx ends when the leadership does, and [Term] is its fencing token: a store that remembers the highest one can
-// refuse what a former leader still tries, which may not have noticed yet. If the leadership was lost while the handler ran, the
-// caller gets [ErrFenced] instead of its answer: it ran, and its effect may or may not stand. An event or a command is given to
-// the next leader then; that uses up an attempt only if the server couldn't be told so within 5 s.
-func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
 // Lead campaigns for the leadership of a group among the instances of the service, [A-Za-z][A-Za-z0-9_-]* and at most 64
 // characters, and calls fn each time it is won, with the term: a number that rises from leader to leader, and never falls. It
@@ -546,8 +528,6 @@ func (c *candidate) read() (now *claim, revision uint64, failure *Error) {
 	}
 	return now, revision, nil
 }
-
-// Exclusive handlers.
 
 // exclusively tells whether there are any.
 func (s *Service) exclusively() bool {

@@ -1,8 +1,5 @@
 package aegis
 
-// This file is what can be seen of a running service: its counters (Stats), the same over HTTP for Prometheus beside the probes of
-// its health (Handler), and who calls whom (Dependencies, Mermaid).
-
 import (
 	"bytes"
 	"cmp"
@@ -20,6 +17,9 @@ import (
 
 	"github.com/nats-io/nats.go/micro"
 )
+
+// This file is what can be seen of a running service: its counters (Stats), the same over HTTP for Prometheus beside the probes of
+// its health (Handler), and who calls whom (Dependencies, Mermaid).
 
 // Stats is what an instance has counted since [New], and its state, at one moment.
 type Stats struct {
@@ -261,8 +261,6 @@ func (s *Service) groups() map[string]uint64 {
 	return groups
 }
 
-// Over HTTP.
-
 // Handler serves /metrics, for Prometheus, in its text format; /healthz, which is 200 until the service is stopped, then 503; and
 // /readyz, which is 503 also while there is no connection, a health check fails, or the service doesn't serve its handlers, since
 // Start isn't through or Stop has begun. The two answer a JSON object, in which "status" is "ok" or "unavailable", and "checks" has
@@ -392,8 +390,6 @@ func truth(b bool) float64 {
 	}
 	return 0
 }
-
-// Who calls whom.
 
 // A Dependency says how often one service has called an endpoint of another, or published what it handles.
 type Dependency struct {

@@ -1,10 +1,5 @@
 package aegis
 
-// This file is how services find out about each other. Each running instance has an entry in the bucket aegis_registry, which it
-// refreshes with each heartbeat and which expires after three (Instance). Whoever calls a service keeps a local copy of the entries
-// (Discover, Watch), from which it chooses (Balance), and which tells why nobody answers. At the end: the buckets as such, the local
-// copies of their keys, which elections use too, and the $SRV subjects of NATS services.
-
 import (
 	"cmp"
 	"context"
@@ -25,6 +20,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nats-io/nats.go/micro"
 )
+
+// This file is how services find out about each other. Each running instance has an entry in the bucket aegis_registry, which it
+// refreshes with each heartbeat and which expires after three (Instance). Whoever calls a service keeps a local copy of the entries
+// (Discover, Watch), from which it chooses (Balance). At the end are the $SRV subjects of NATS services.
 
 // An Instance is what a running instance of a service tells about itself. Maps and slices in it are shared, and must not be changed.
 type Instance struct {
@@ -56,51 +55,6 @@ const (
 	leaving   = "STOPPING"
 )
 
-// WithHeartbeat sets how often the instance refreshes its entry in the registry, and runs its health checks: at least 1 s. The
-// default is 10 s. The entry of an instance that crashed expires after three heartbeats, in whole seconds, rounded down.
-func WithHeartbeat(interval time.Duration) Option {
-	return func(c *config) {
-		c.check(interval >= time.Second, "WithHeartbeat(%v): want 1 s or more, since NATS counts in whole seconds", interval)
-		c.heartbeat = interval
-	}
-}
-
-// WithMetadata adds to what the instance tells about itself in the registry. The entry has to fit the server's max_payload.
-func WithMetadata(md map[string]string) Option {
-	return func(c *config) { c.metadata = maps.Clone(md) }
-}
-
-// WithHealthCheck adds a check of the instance's health, which runs at Start and with each heartbeat, and fails when it returns an
-// error, or not within a heartbeat; its ctx ends then. While any fails the instance is UNHEALTHY: it gives up the leadership,
-// takes no calls, events and commands but those addressed to it, and is not chosen by [Balance]. An empty or repeated name is invalid.
-func WithHealthCheck(name string, fn func(context.Context) error) Option {
-	return func(c *config) {
-		known := slices.ContainsFunc(c.checks, func(h *healthCheck) bool { return h.name == name })
-		c.check(name != "" && !known && fn != nil, "WithHealthCheck(%q): want a name of its own, and a function", name)
-		c.checks = append(c.checks, &healthCheck{name: name, fn: fn})
-	}
-}
-
-// A Strategy says which instance a call goes to; see [Balance].
-type Strategy int
-
-const (
-	RoundRobin  Strategy = iota // each in turn
-	Random                      // any
-	LeastLoaded                 // of two random ones that with fewer handlers running and fewer calls from here
-)
-
-// Balance addresses the call to an instance chosen by a strategy, where by default NATS chooses at random. An instance that is
-// UNHEALTHY or STOPPING is not chosen, one that doesn't listen any more is skipped at once, and calls of an [Exclusive] handler go
-// to the leader. The first such call of a service asks the registry, and fails as [Service.Discover] does.
-func Balance(strategy Strategy) CallOption {
-	return func(c *callConfig) {
-		c.check(c.kind == kindRPC, "Balance(%d): only calls are addressed to an instance", strategy)
-		c.check(strategy >= RoundRobin && strategy <= LeastLoaded, "Balance(%d): want RoundRobin, Random or LeastLoaded", strategy)
-		c.balanced, c.strategy = true, strategy
-	}
-}
-
 const (
 	registryBucket = "aegis_registry"
 	registryPrefix = "$KV." + registryBucket + "."
@@ -112,8 +66,6 @@ func (s *Service) registryStream() jetstream.StreamConfig {
 	config.AllowMsgTTL, config.SubjectDeleteMarkerTTL = true, markerTTL
 	return config
 }
-
-// Discovery.
 
 // Discover lists the instances of a service, by id; none if there is no such service. The first call for a service asks the server,
 // until ctx ends or for [WithTimeout]. Later ones answer from a copy that is kept up to date; while there is no connection, it stays
@@ -357,8 +309,6 @@ func (s *Service) info(ctx context.Context, service, instance string) (*micro.In
 	return info, nil
 }
 
-// Registration.
-
 // A healthCheck is one of WithHealthCheck.
 type healthCheck struct {
 	name    string
@@ -428,13 +378,6 @@ func (s *Service) judge() {
 func (s *Service) changed() {
 	s.share()
 	poke(s.news)
-}
-
-func poke(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default: // it is told already
-	}
 }
 
 // instance is this one's entry.
@@ -547,315 +490,6 @@ func (s *Service) leave(ctx context.Context) {
 		_ = s.report(ctx, "unregister") // else it expires
 	}
 }
-
-// Buckets, and local copies of what is in them.
-
-// bucket is the stream of a key-value bucket.
-func (s *Service) bucket(name string) jetstream.StreamConfig {
-	return jetstream.StreamConfig{
-		Name:              "KV_" + name,
-		Subjects:          []string{"$KV." + name + ".>"},
-		MaxMsgsPerSubject: 1,
-		Discard:           jetstream.DiscardNew,
-		AllowRollup:       true,
-		DenyDelete:        true,
-		AllowDirect:       true,
-		Replicas:          s.cfg.replicas,
-	}
-}
-
-// readKey asks a bucket's leader for the latest value of a key, nil if there is none; on a certain connection, if c is not nil. It
-// waits until ctx ends, but for WithTimeout at most.
-func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (value []byte, revision uint64, failure *Error) {
-	ask, _ := json.Marshal(map[string]string{"last_by_subj": "$KV." + bucket + "." + key}) // a string: it can't fail
-	x := &exchange{subject: readSubject(bucket), data: ask, on: c}
-	answer, failure := s.request(ctx, x.within(ctx, s.cfg.timeout))
-	if failure == errNobody {
-		failure = notRun(newError(ErrUnavailable, "no JetStream: run nats-server with -js, and enable it for the account"))
-	}
-	if failure != nil {
-		return nil, 0, failure
-	}
-	var got struct {
-		Message struct {
-			Sequence uint64 `json:"seq"`
-			Data     []byte `json:"data"`
-		} `json:"message"`
-		Error *jetstream.APIError `json:"error"`
-	}
-	if err := json.Unmarshal(answer.Data, &got); err != nil {
-		return nil, 0, newError(ErrInternal, "reading %s of %s: %v", key, bucket, err)
-	}
-	switch {
-	case got.Error != nil && got.Error.Code == 404:
-		return nil, 0, nil
-	case got.Error != nil:
-		return nil, 0, jetStreamError(ctx, got.Error, "the key "+key+" of "+bucket)
-	case len(got.Message.Data) == 0: // deleted
-		return nil, got.Message.Sequence, nil
-	}
-	return got.Message.Data, got.Message.Sequence, nil
-}
-
-func readSubject(bucket string) string { return "$JS.API.STREAM.MSG.GET.KV_" + bucket }
-
-// A watch is a local copy of some keys of a bucket. It survives reconnects: then it is filled anew, aside, and replaced when that is
-// complete; until then it stays as it is.
-type watch[T any] struct {
-	svc            *Service
-	bucket, filter string
-	sane           func(key string, v *T) bool // what isn't is left out
-	version        atomic.Uint64               // counts changes
-	ready          atomic.Bool                 // it was filled once
-	again          chan struct{}               // tells it to begin anew, once it is filled
-
-	mu      sync.Mutex // guards the rest
-	entries map[string]entry[T]
-	failure *Error // of the latest attempt to fill it
-	changed chan struct{}
-}
-
-type entry[T any] struct {
-	value    T
-	revision uint64
-	created  time.Time     // by the server's clock
-	seen     time.Duration // by the clock
-}
-
-const watchSilence = 15 * time.Second // after which it begins anew: there is a heartbeat or a renewal before that
-
-// newWatch follows the keys that match filter until the service is stopped.
-func newWatch[T any](s *Service, bucket, filter string, sane func(string, *T) bool) *watch[T] {
-	w := &watch[T]{svc: s, bucket: bucket, filter: filter, sane: sane, again: make(chan struct{}, 1), changed: make(chan struct{})}
-	ok := s.task(func() {
-		defer func() { w.fail(s.closedError()) }()
-		for trouble := 1; s.base.Err() == nil; trouble++ {
-			begin, longest := clock(), time.Second
-			if failure := w.follow(s.base); failure != nil {
-				w.fail(failure)
-				if failure.Code == ErrDenied.Code { // each denial is logged, by the server too: so it soon asks rarely
-					longest = time.Minute
-					trouble++
-				}
-			}
-			if clock()-begin > time.Second || s.pick() == nil { // it went well, or there is nothing to ask
-				trouble = 1
-			}
-			sleep(s.base, backoff(trouble, fetchTick, longest))
-		}
-	})
-	if !ok {
-		w.failure = s.closedError()
-	}
-	return w
-}
-
-// follow keeps the copy up to date until the connection drops, nothing comes any more, or it is told to begin anew.
-func (w *watch[T]) follow(ctx context.Context) *Error {
-	c := w.svc.pick()
-	if c == nil {
-		return w.svc.disconnectedError()
-	}
-	drops := c.drops.Load()
-	ctx, cancel := context.WithCancelCause(ctx) // ends the watcher
-	defer cancel(nil)
-	slow := time.AfterFunc(2*whyTimeout, func() { cancel(newError(ErrTimeout, "the bucket %s: no answer from JetStream", w.bucket)) })
-	asking, done := w.svc.asking(ctx)
-	denied := context.AfterFunc(asking, func() { cancel(context.Cause(asking)) })
-	kv, err := c.js.KeyValue(ctx, w.bucket)
-	var watcher jetstream.KeyWatcher
-	if err == nil {
-		watcher, err = kv.Watch(ctx, w.filter)
-	}
-	slow.Stop()
-	denied()
-	done()
-	if errors.Is(err, jetstream.ErrBucketNotFound) {
-		w.fill(map[string]entry[T]{})
-		return nil
-	}
-	if err != nil {
-		return jetStreamError(ctx, err, "the bucket "+w.bucket)
-	}
-	defer func() {
-		cancel(nil)
-		go func() { // until it has noticed; it may be held up by what nobody takes
-			for range watcher.Updates() {
-			}
-		}()
-	}()
-	fresh := map[string]entry[T]{} // until it is complete
-	silence := clock()
-	var again chan struct{}
-	tick := time.NewTicker(fetchTick)
-	defer tick.Stop()
-	for {
-		select {
-		case e, ok := <-watcher.Updates():
-			silence = clock()
-			switch {
-			case !ok:
-				return nil
-			case e == nil:
-				w.fill(fresh)
-				fresh, again = nil, w.again
-			default:
-				w.apply(fresh, e)
-			}
-		case <-tick.C:
-			if c.drops.Load() != drops || clock()-silence > watchSilence {
-				return nil
-			}
-		case <-again:
-			return nil
-		case <-ctx.Done():
-			return nil
-		}
-	}
-}
-
-// apply notes a change, in fresh until that is nil.
-func (w *watch[T]) apply(fresh map[string]entry[T], e jetstream.KeyValueEntry) {
-	now := entry[T]{revision: e.Revision(), created: e.Created(), seen: clock()}
-	gone := e.Operation() != jetstream.KeyValuePut
-	if !gone {
-		if err := json.Unmarshal(e.Value(), &now.value); err != nil || !w.sane(e.Key(), &now.value) {
-			w.svc.log.Warn("an entry is not from aegis, and left out", "bucket", w.bucket, "key", e.Key(), "revision", now.revision, "error", err)
-			gone = true
-		}
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	into := fresh
-	if fresh == nil {
-		into = w.entries
-		w.changedLocked()
-	}
-	if gone {
-		delete(into, e.Key())
-	} else {
-		into[e.Key()] = now
-	}
-}
-
-func (w *watch[T]) fill(fresh map[string]entry[T]) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for key, e := range fresh {
-		if old, ok := w.entries[key]; ok && old.revision == e.revision {
-			e.seen = old.seen
-			fresh[key] = e
-		}
-	}
-	w.entries, w.failure = fresh, nil
-	w.ready.Store(true)
-	w.changedLocked()
-}
-
-func (w *watch[T]) changedLocked() {
-	w.version.Add(1)
-	close(w.changed)
-	w.changed = make(chan struct{})
-}
-
-// fail notes why it can't be filled.
-func (w *watch[T]) fail(failure *Error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.failure = failure
-	w.changedLocked()
-}
-
-// news is closed at the next change.
-func (w *watch[T]) news() <-chan struct{} {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.changed
-}
-
-func (w *watch[T]) get(key string) (entry[T], bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	e, ok := w.entries[key]
-	return e, ok
-}
-
-func (w *watch[T]) all() []entry[T] {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return slices.Collect(maps.Values(w.entries))
-}
-
-// wait waits until it was filled once, and fails if that can't be.
-func (w *watch[T]) wait(ctx context.Context) *Error {
-	if w.svc.base.Err() != nil {
-		return notRun(w.svc.closedError())
-	}
-	if w.ready.Load() {
-		return nil
-	}
-	ctx, cancel := withDeadline(ctx, w.svc.cfg.timeout)
-	defer cancel()
-	for {
-		w.mu.Lock()
-		failure, news := w.failure, w.changed
-		w.mu.Unlock()
-		switch {
-		case w.ready.Load():
-			return nil
-		case failure != nil && failure.Code != ErrTimeout.Code:
-			return notRun(newError(failure, "%s", failure.Message))
-		}
-		select {
-		case <-news:
-		case <-ctx.Done():
-			return notRun(newError(asError(ctx.Err()), "the bucket %s: %v", w.bucket, ctx.Err()))
-		}
-	}
-}
-
-// A lookup is a map that is filled as it is asked. What is there already is read without a lock.
-type lookup[T any] struct {
-	most int                          // keys, if not 0; later ones share the key others
-	of   atomic.Pointer[map[string]T] // replaced as a whole
-	mu   sync.Mutex                   // guards the replacing
-}
-
-const others = "OTHERS"
-
-func (l *lookup[T]) get(key string, make func() T) T {
-	find := func() (v T, ok bool) {
-		of := l.all()
-		if v, ok = of[key]; !ok && l.most > 0 && len(of) >= l.most {
-			key = others
-			v, ok = of[key]
-		}
-		return v, ok
-	}
-	if v, ok := find(); ok {
-		return v
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if v, ok := find(); ok {
-		return v
-	}
-	v := make()
-	of := map[string]T{strings.Clone(key): v} // it may be a part of something large
-	maps.Copy(of, l.all())
-	l.of.Store(&of)
-	return v
-}
-
-// all must not be changed.
-func (l *lookup[T]) all() map[string]T {
-	if of := l.of.Load(); of != nil {
-		return *of
-	}
-	return nil
-}
-
-// The subjects of NATS services: https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-32.md
 
 // answerSurvey answers $SRV.PING, $SRV.INFO and $SRV.STATS, so that `nats micro` shows the instance.
 func (s *Service) answerSurvey(m *nats.Msg) {
