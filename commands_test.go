@@ -1,0 +1,529 @@
+package aegis_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+func handleCommand[T, R any](tb testing.TB, s *aegis.Service, command string, fn func(context.Context, *aegis.Command[T]) (R, error), opts ...aegis.HandlerOption) {
+	tb.Helper()
+	if err := aegis.HandleCommand(s, command, fn, opts...); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func TestCommand(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
+		t.Run(codec.ContentType(), func(t *testing.T) {
+			name := "risk-" + strings.TrimPrefix(codec.ContentType(), "application/")
+			svc, client := newService(t, srv, name, aegis.WithCodec(codec)), newService(t, srv, "shop", aegis.WithCodec(codec))
+			reported := make(chan struct{})
+			var got aegis.Command[Order]
+			handleCommand(t, svc, "rebalance", func(ctx context.Context, c *aegis.Command[Order]) (Receipt, error) {
+				got = *c
+				if err := c.Progress(25, "a quarter"); err != nil {
+					t.Error(err)
+				}
+				<-reported
+				for i := range 1000 { // faster than they are written
+					if err := c.Progress(25+float64(i)/1000, "more"); err != nil {
+						t.Error(err)
+					}
+				}
+				if err := c.Progress(99, "nearly"); err != nil {
+					t.Error(err)
+				}
+				fails(t, c.Progress(101, ""), aegis.ErrInvalid, "101")
+				return Receipt{ID: c.Data.SKU + "-" + aegis.CorrelationID(ctx)}, nil
+			})
+			handleCommand(t, svc, "count", func(_ context.Context, c *aegis.Command[int]) (int, error) { return c.Data + 1, nil })
+			start(t, svc)
+			j := send[Order, Receipt](t, client, name, "rebalance", Order{SKU: "x"}, aegis.IdempotencyKey("k.1/"+name), aegis.AtPriority(aegis.High))
+			var states []string
+			for p, err := range j.Updates(t.Context()) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				states = append(states, fmt.Sprint(p.State, " ", p.Percent, " ", p.Message, " ", p.Attempt))
+				if p.Percent == 25 {
+					close(reported)
+				}
+			}
+			if n := len(states); n < 2 || n > 12 || states[n-1] != "completed 99 nearly 1" || !slices.Contains(states, "running 25 a quarter 1") {
+				t.Errorf("got %q", states)
+			}
+			if r := wait(t, j); r.ID != "x-k.1/"+name {
+				t.Errorf("got %+v", r)
+			}
+			if got.ID != "k.1/"+name || got.Source != "shop" || got.Priority != aegis.High || got.Attempt != 1 || got.Fence == 0 || got.Data.SKU != "x" {
+				t.Errorf("got %+v", got)
+			}
+			elsewhere := newService(t, srv, "ops", aegis.WithCodec(codec))
+			if r := wait(t, aegis.Attach[Receipt](elsewhere, name, "rebalance", j.ID)); r.ID != "x-"+j.ID {
+				t.Errorf("attached, got %+v", r)
+			}
+			for n := range 130 {
+				if r := wait(t, send[int, int](t, client, name, "count", n)); r != n+1 {
+					t.Fatalf("got %d after %d", r, n)
+				}
+			}
+		})
+	}
+}
+
+func TestCommandFails(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t), func(o *server.Options) { o.MaxPayload = 64 << 10 })
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	var attempts journal[string]
+	var mended atomic.Bool
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) ([]byte, error) {
+		attempts.add(fmt.Sprint(c.Data, " ", c.Attempt))
+		switch {
+		case c.Data == "panic":
+			panic("ouch")
+		case c.Data == "large":
+			return make([]byte, 64<<10), nil
+		case c.Data == "once" && c.Attempt == 1, c.Data == "never" && !mended.Load():
+			return nil, &aegis.Error{Code: "NO_LIMIT", Message: "no limit set"}
+		}
+		return []byte(c.Data), nil
+	}, aegis.Attempts(2), aegis.Backoff(time.Millisecond, time.Millisecond))
+	start(t, svc)
+
+	if r := wait(t, send[string, []byte](t, client, "risk", "work", "once")); string(r) != "once" {
+		t.Errorf("got %q", r)
+	}
+	never := send[string, []byte](t, client, "risk", "work", "never", aegis.IdempotencyKey("never"))
+	if e := fails(t, waitError(t, never), &aegis.Error{Code: "NO_LIMIT"}, "no limit set"); e.Source != "risk" {
+		t.Errorf("got %+v", e)
+	}
+	all := updates(t, never)
+	if last := all[len(all)-1]; last.State != "failed" || last.Attempt != 2 {
+		t.Errorf("got %+v", all)
+	}
+	fails(t, waitError(t, send[string, []byte](t, client, "risk", "work", "panic")), aegis.ErrInternal, "ouch")
+	fails(t, waitError(t, send[string, []byte](t, client, "risk", "work", "large")), aegis.ErrInternal, "max_payload")
+	fails(t, waitError(t, send[[]int, []byte](t, client, "risk", "work", []int{1})), aegis.ErrInvalid, "string")
+	want := []string{"once 1", "once 2", "never 1", "never 2", "panic 1", "panic 2", "large 1"}
+	if got := attempts.all(); !slices.Equal(got, want) {
+		t.Errorf("attempts %q", got)
+	}
+	letters := deadLetters(t, svc)
+	if len(letters) != 4 || letters[0].Subject != "commands.risk.work" || letters[0].Attempts != 2 || !strings.Contains(letters[0].Reason, "NO_LIMIT") {
+		t.Fatalf("dead letters %+v", letters)
+	}
+
+	mended.Store(true)
+	if err := client.Redrive(t.Context(), letters[0]); err != nil {
+		t.Fatal(err)
+	}
+	if r := wait(t, never); string(r) != "never" {
+		t.Errorf("got %q", r)
+	}
+	fails(t, client.Redrive(t.Context(), letters[0]), aegis.ErrNotFound)
+	if n := len(deadLetters(t, svc)); n != 3 {
+		t.Errorf("%d dead letters are left", n)
+	}
+}
+
+func TestPriorities(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	release := make(chan struct{})
+	var order journal[string]
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (int, error) {
+		<-release
+		order.add(c.Data)
+		return 0, nil
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	var jobs []*aegis.Job[int]
+	add := func(data string, p aegis.Priority) {
+		jobs = append(jobs, send[string, int](t, client, "risk", "work", data, aegis.AtPriority(p)))
+	}
+	add("first", aegis.Normal)
+	eventually(t, "the first is taken", func() bool {
+		for p, err := range jobs[0].Updates(t.Context()) {
+			return err == nil && p.State == "running"
+		}
+		return false
+	})
+	for range 3 {
+		add("low", aegis.Low)
+		add("normal", aegis.Normal)
+		add("high", aegis.High)
+		add("critical", aegis.Critical)
+	}
+	close(release)
+	for _, j := range jobs {
+		wait(t, j)
+	}
+	want := []string{"first", "critical", "critical", "critical", "high", "high", "high", "normal", "normal", "normal", "low", "low", "low"}
+	if got := order.all(); !slices.Equal(got, want) {
+		t.Errorf("got %q", got)
+	}
+
+	// However many critical ones there are, a low one gets its turn.
+	low := send[string, int](t, client, "risk", "work", "patient", aegis.AtPriority(aegis.Low))
+	stop := make(chan struct{})
+	var senders sync.WaitGroup
+	for range 8 {
+		senders.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				j := send[string, int](t, client, "risk", "work", "urgent", aegis.AtPriority(aegis.Critical))
+				wait(t, j)
+			}
+		})
+	}
+	wait(t, low)
+	close(stop)
+	senders.Wait()
+}
+
+// The turn of the less urgent isn't lost to a level at which there is nothing.
+func TestPatientCommandBelowWhichThereIsNone(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	var urgent, before atomic.Int32
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (int, error) {
+		if time.Sleep(10 * time.Millisecond); c.Data == "patient" {
+			before.Store(urgent.Load())
+		} else {
+			urgent.Add(1)
+		}
+		return 0, nil
+	}, aegis.Concurrency(1))
+	const n = 200
+	var jobs []*aegis.Job[int]
+	for range n {
+		jobs = append(jobs, send[string, int](t, client, "risk", "work", "urgent", aegis.AtPriority(aegis.High)))
+	}
+	jobs = append(jobs, send[string, int](t, client, "risk", "work", "patient"))
+	start(t, svc)
+	for _, j := range jobs {
+		wait(t, j)
+	}
+	if before.Load() > 40 {
+		t.Errorf("it ran after %d more urgent ones", before.Load())
+	}
+}
+
+func TestThousandCommandsAtOnce(t *testing.T) {
+	t.Parallel()
+	const n = 1000
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var now atomic.Int32
+	release := make(chan struct{})
+	instance := func() *aegis.Service {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) {
+			now.Add(1)
+			defer now.Add(-1)
+			if err := c.Progress(50, strconv.Itoa(c.Data)); err != nil {
+				return 0, err
+			}
+			select {
+			case <-release:
+				return c.Data*1000 + c.Attempt, nil
+			case <-ctx.Done():
+				return 0, ctx.Err()
+			}
+		}, aegis.Attempts(1))
+		start(t, svc)
+		return svc
+	}
+	svc := instance()
+	jobs := make([]*aegis.Job[int], n)
+	var sending sync.WaitGroup
+	for p := range 50 {
+		sending.Go(func() {
+			for i := p; i < n; i += 50 {
+				jobs[i] = send[int, int](t, client, "risk", "work", i)
+			}
+		})
+	}
+	sending.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	eventually(t, "all run", func() bool { return now.Load() == n })
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	fails(t, svc.Stop(ctx), aegis.ErrTimeout)
+	cancel()
+	eventually(t, "all were told", func() bool { return now.Load() == 0 })
+	close(release)
+	second := instance()
+	for i, j := range jobs { // each ran in vain once, which counts as nothing
+		if r := wait(t, j); r != i*1000+1 {
+			t.Fatalf("command %d: got %d", i, r)
+		}
+	}
+	if letters := deadLetters(t, second); len(letters) > 0 {
+		t.Errorf("%d dead letters", len(letters))
+	}
+}
+
+// A command's sender and its worker get through a restart of the server.
+func TestCommandThroughServerRestart(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
+	svc, client := newService(t, srv, "risk", reconnect), newService(t, srv, "shop", reconnect)
+	running, release := make(chan struct{}), make(chan struct{})
+	var runs atomic.Int32
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		if runs.Add(1) == 1 {
+			close(running)
+		}
+		<-release
+		return "done", nil
+	})
+	start(t, svc)
+	j := send[string, string](t, client, "risk", "work", "x")
+	result := make(chan string, 1)
+	go func() { result <- wait(t, j) }()
+	<-running
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	close(release) // it ends while there is no server
+	startServer(t, samePort, store)
+	if r := <-result; r != "done" {
+		t.Errorf("got %q", r)
+	}
+	if runs.Load() != 1 {
+		t.Errorf("%d runs", runs.Load())
+	}
+}
+
+func TestCommandStreamsThatCannotBeUsed(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		words  []string
+		config jetstream.StreamConfig
+	}{
+		"bucket": {[]string{"KV_aegis_commands", "republish", "aegis.jobs.>"}, jetstream.StreamConfig{Name: "KV_aegis_commands", Subjects: []string{"$KV.aegis_commands.>"}, AllowMsgTTL: true}},
+		"queue":  {[]string{"AEGIS_COMMANDS", "workqueue"}, jetstream.StreamConfig{Name: "AEGIS_COMMANDS", Subjects: []string{"commands.>"}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			if _, err := manage(t, srv).CreateStream(t.Context(), c.config); err != nil {
+				t.Fatal(err)
+			}
+			svc := newService(t, srv, "risk")
+			handleCommand(t, svc, "work", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil })
+			fails(t, svc.Start(t.Context()), aegis.ErrInvalid, c.words...)
+		})
+	}
+}
+
+func TestKilledWorker(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	first := startProcess(t, "commands", srv)
+	if line, _ := first.line(t); line != "ready" {
+		t.Fatal(line)
+	}
+	shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second)
+	client := newService(t, srv, "shop")
+	j := send[string, string](t, client, "risk", "work", "x")
+	for p, err := range j.Updates(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.Percent == 50 {
+			break
+		}
+	}
+	if err := first.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	svc := newService(t, srv, "risk")
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		return fmt.Sprint(c.Attempt, " ", c.Last.Percent, " ", c.Last.Message), nil
+	}, aegis.Attempts(2))
+	start(t, svc)
+	if r := wait(t, j); r != "2 50 half of x" {
+		t.Errorf("got %q", r)
+	}
+
+	// One that kills its process each time is set aside.
+	if err := svc.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	exit := send[string, string](t, client, "risk", "work", "EXIT")
+	for range 3 {
+		p := startProcess(t, "commands", srv)
+		eventually(t, "it dies, or the command has failed", func() bool {
+			select {
+			case _, ok := <-p.lines:
+				return !ok
+			default:
+			}
+			return len(deadLetters(t, client)) > 0
+		})
+	}
+	fails(t, waitError(t, exit), aegis.ErrInternal, "2 times", "never finished")
+}
+
+// A worker that was paused for longer than its ack wait has lost its command: it learns of that, with or without reporting
+// progress, and neither overwrites the outcome nor acknowledges the message.
+func TestPausedWorker(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS == "windows" {
+		t.Skip("no SIGSTOP")
+	}
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	for _, data := range []string{"PAUSED", "SILENT"} {
+		paused := startProcess(t, "commands", srv)
+		if line, _ := paused.line(t); line != "ready" {
+			t.Fatal(line)
+		}
+		shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second) // for those that start later
+		j := send[string, string](t, client, "risk", "work", data)
+		if line, _ := paused.line(t); line != data+" 1 " {
+			t.Fatal(line)
+		}
+		if err := paused.Process.Signal(syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		svc := newService(t, srv, "risk")
+		attempts, release := make(chan int, 10), make(chan struct{})
+		handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+			attempts <- c.Attempt
+			<-release
+			return "the second", nil
+		})
+		start(t, svc)
+		if n := <-attempts; n != 2 {
+			t.Errorf("attempt %d", n)
+		}
+		if err := paused.Process.Signal(syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		if line, _ := paused.line(t); line != "FENCED" {
+			t.Errorf("the one that was paused says %q", line)
+		}
+		close(release)
+		if r := wait(t, j); r != "the second" {
+			t.Errorf("got %q", r)
+		}
+		eventually(t, "the queue is empty", func() bool {
+			st, err := manage(t, srv).Stream(t.Context(), "AEGIS_COMMANDS")
+			return err == nil && st.CachedInfo().State.Msgs == 0
+		})
+		if len(attempts) > 0 {
+			t.Error("it ran once more")
+		}
+		if err := svc.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if err := paused.Process.Kill(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A command that was queued again, and then sent again, has two messages, but runs once at a time.
+func TestCommandWokenUpTwice(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var running, overlaps, runs atomic.Int32
+	instance := func(fn func(context.Context) error) *aegis.Service {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[map[string]int]) (int, error) {
+			runs.Add(1)
+			if running.Add(1) > 1 {
+				overlaps.Add(1)
+			}
+			defer running.Add(-1)
+			return c.Attempt, fn(ctx)
+		}, aegis.Concurrency(1))
+		start(t, svc)
+		return svc
+	}
+	data := map[string]int{}
+	for i := range 20 { // whose order in the encoded data is random
+		data[strconv.Itoa(i)] = i
+	}
+	first := instance(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
+	j := send[map[string]int, int](t, client, "risk", "work", data, aegis.IdempotencyKey("k"))
+	eventually(t, "it runs", func() bool { return running.Load() == 1 })
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	fails(t, first.Stop(ctx), aegis.ErrTimeout)
+	eventually(t, "it was told", func() bool { return running.Load() == 0 })
+	send[map[string]int, int](t, client, "risk", "work", data, aegis.IdempotencyKey("k"))
+	for range 2 {
+		instance(func(context.Context) error { time.Sleep(500 * time.Millisecond); return nil })
+	}
+	if r := wait(t, j); r != 1 || runs.Load() != 2 || overlaps.Load() != 0 {
+		t.Errorf("result of attempt %d, %d runs, %d of them while another went on", r, runs.Load(), overlaps.Load())
+	}
+}
+
+func TestOddCommands(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	answers := func(next aegis.HandlerFunc) aegis.HandlerFunc { // instead of the handler
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			if m.Header.Get("X-Answer") != "" {
+				return []byte{7}, nil
+			}
+			return next(ctx, m)
+		}
+	}
+	svc := newService(t, srv, "risk", aegis.WithMiddleware(answers))
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) {
+		return 1, c.Progress(1, strings.Repeat("long", 1<<20))
+	})
+	handleCommand(t, svc, "fail", func(context.Context, *aegis.Command[int]) (int, error) {
+		return 0, errors.New(strings.Repeat("long", 1<<20))
+	}, aegis.Attempts(1))
+	start(t, svc)
+	if r := wait(t, send[int, int](t, client, "risk", "work", 1)); r != 1 {
+		t.Errorf("got %d", r)
+	}
+	fails(t, waitError(t, send[int, int](t, client, "risk", "fail", 1)), aegis.ErrInternal, "longlong")
+	j, err := aegis.SendCommand[int, int](aegis.WithHeader(t.Context(), "X-Answer", "x"), client, "risk", "work", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := wait(t, j); r != 7 {
+		t.Errorf("got %d", r)
+	}
+	_, err = aegis.SendCommand[int, int](aegis.WithHeader(t.Context(), "bad key", "x"), client, "risk", "work", 1, aegis.IdempotencyKey("bad"))
+	fails(t, err, aegis.ErrInvalid, "bad key")
+	fails(t, waitError(t, aegis.Attach[int](client, "risk", "work", "bad")), aegis.ErrNotFound) // nothing is left behind
+}

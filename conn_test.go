@@ -1,0 +1,389 @@
+package aegis_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+)
+
+func TestServerRestartUnderLoad(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
+	svc, client := newService(t, srv, "svc", reconnect), newService(t, srv, "client", reconnect, aegis.WithPool(3))
+	handle(t, svc, "m", echo)
+	running := make(chan struct{})
+	handle(t, svc, "hang", func(ctx context.Context, _ int) (int, error) {
+		close(running)
+		<-ctx.Done()
+		return 0, ctx.Err()
+	})
+	start(t, svc)
+	var unavailable atomic.Int64
+	stop := hammer(t, client, 8, "svc", "m", func(err error) {
+		if !errors.Is(err, aegis.ErrUnavailable) {
+			t.Error(err)
+		}
+		unavailable.Add(1)
+		time.Sleep(time.Millisecond)
+	})
+	hanging := make(chan error)
+	go func() {
+		_, err := call[int, int](client, "svc", "hang", 1)
+		hanging <- err
+	}()
+	<-running
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	promptly(t, func() {
+		if e := fails(t, <-hanging, aegis.ErrUnavailable, "connection was lost"); e.NotRun || e.Details["correlation_id"] == "" {
+			t.Errorf("got %+v", e)
+		}
+	})
+	eventually(t, "calls fail at once", func() bool { return unavailable.Load() > 100 })
+	again := startServer(t, samePort)
+	eventually(t, "calls succeed again", func() bool {
+		_, err := call[string, string](client, "svc", "m", "")
+		return err == nil
+	})
+	eventually(t, "all connections are back", func() bool { return again.NumClients() == 5 })
+	eventually(t, "all connections serve", func() bool {
+		for range 30 {
+			if _, err := call[string, string](client, "svc", "m", ""); err != nil {
+				return false
+			}
+		}
+		return true
+	})
+	stop()
+}
+
+func TestPoolSkipsWhatIsDown(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	var lost atomic.Int32
+	client := newService(t, srv, "client", aegis.WithPool(3), aegis.WithNATS(
+		nats.CustomReconnectDelay(func(int) time.Duration { return time.Hour }),
+		nats.DisconnectErrHandler(func(*nats.Conn, error) { lost.Add(1) })))
+	id, err := client.Conn().GetClientID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := srv.DisconnectClientByID(id); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the user's handler is told", func() bool { return lost.Load() == 1 })
+	for range 30 {
+		if _, err := call[string, string](client, "svc", "m", ""); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A responder that answers late, twice, and to calls that are long over must never get an answer to another call.
+func TestLateAnswers(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	type held struct {
+		*nats.Msg
+		since time.Time
+	}
+	var old []held // calls that were not answered in time; only the subscription's goroutine uses it
+	if _, err := nc.Subscribe("rpc.svc.m", func(m *nats.Msg) {
+		for len(old) > 0 && time.Since(old[0].since) > 40*time.Millisecond {
+			_ = old[0].Respond(old[0].Data)
+			_ = old[0].Respond(old[0].Data)
+			old = old[1:]
+		}
+		if rand.IntN(4) == 0 {
+			old = append(old, held{m, time.Now()})
+			return
+		}
+		_ = m.Respond(m.Data)
+		_ = m.Respond(m.Data)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	client := newService(t, srv, "client", aegis.WithPool(1), aegis.WithTimeout(20*time.Millisecond))
+	var late atomic.Int64
+	stop := hammer(t, client, 4, "svc", "m", func(err error) {
+		if !errors.Is(err, aegis.ErrTimeout) {
+			t.Error(err)
+		}
+		late.Add(1)
+	})
+	eventually(t, "many answers are late", func() bool { return late.Load() > 100 })
+	if stop() == 0 {
+		t.Error("no call was answered in time")
+	}
+}
+
+func TestManyCallsAtOnce(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	handle(t, svc, "m", func(_ context.Context, s string) (string, error) {
+		time.Sleep(time.Duration(rand.IntN(1000)) * time.Microsecond)
+		return s, nil
+	})
+	start(t, svc)
+	var calls atomic.Int64
+	stop := hammer(t, client, 500, "svc", "m", func(err error) { t.Error(err) })
+	eventually(t, "some time passes", func() bool { return calls.Add(1) > 200 })
+	if n := stop(); n < 500 {
+		t.Errorf("only %d calls", n)
+	}
+}
+
+// A request that can't be sent fails as such in whatever company it is.
+func TestTooLargeInACrowd(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) { o.MaxPayload = 32 << 10 })
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	handle(t, svc, "take", func(_ context.Context, b []byte) (int, error) { return len(b), nil })
+	start(t, svc)
+	promptly(t, func() {
+		var calls sync.WaitGroup
+		for i := range 64 {
+			calls.Go(func() {
+				switch i % 4 {
+				case 0:
+					_, err := call[[]byte, int](client, "svc", "take", make([]byte, 40<<10))
+					fails(t, err, aegis.ErrInvalid, "32768")
+				case 1:
+					_, err := aegis.Call[[]byte, int](aegis.WithHeader(t.Context(), "bad key", "v"), client, "svc", "take", nil)
+					fails(t, err, aegis.ErrInvalid, "bad key")
+				default:
+					if n, err := call[[]byte, int](client, "svc", "take", make([]byte, 10<<10)); n != 10<<10 || err != nil {
+						t.Error(n, err)
+					}
+				}
+			})
+		}
+		calls.Wait()
+	})
+}
+
+// A peer that takes nothing any more holds up neither calls beyond their deadline nor Stop.
+func TestStalledConnection(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	p := startProxy(t, srv)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "take", func(_ context.Context, b []byte) (int, error) { return len(b), nil })
+	start(t, svc)
+	client := newService(t, srv, "client", aegis.WithURL("nats://"+p.address))
+	if _, err := call[[]byte, int](client, "svc", "take", nil); err != nil {
+		t.Fatal(err)
+	}
+	p.stall()
+	begin := time.Now()
+	var calls sync.WaitGroup
+	for range 100 {
+		calls.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			defer cancel()
+			_, err := aegis.Call[[]byte, int](ctx, client, "svc", "take", make([]byte, 500<<10))
+			if !errors.Is(err, aegis.ErrTimeout) && !errors.Is(err, aegis.ErrUnavailable) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	calls.Wait()
+	if took := time.Since(begin); took > 8*time.Second { // nats.go holds them up for a flush and a connect, 2 s each, on both connections
+		t.Errorf("calls with 0.5 s to live took %v", took)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	begin = time.Now()
+	fails(t, client.Stop(ctx), aegis.ErrUnavailable)
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("Stop with 1 s took %v", took)
+	}
+}
+
+// Late answers to many calls that were given up must leave room for the answer to the next.
+func TestManyLateAnswersAtOnce(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	requests := make(chan *nats.Msg, 100)
+	if _, err := nc.ChanSubscribe("rpc.svc.m", requests); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	client := newService(t, srv, "client", aegis.WithPool(1))
+	for len(requests) < 20 { // some may be given up before they are sent
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		_, err := aegis.Call[int, int](ctx, client, "svc", "m", 1)
+		cancel()
+		fails(t, err, aegis.ErrTimeout)
+	}
+	result := make(chan error)
+	go func() {
+		n, err := call[int, int](client, "svc", "m", 7)
+		if err == nil && n != 7 {
+			err = fmt.Errorf("got %d, want 7", n)
+		}
+		result <- err
+	}()
+	for last := false; !last; {
+		m := <-requests
+		last = m.Data[0] == 7
+		for range 3 {
+			_ = m.Respond(m.Data)
+		}
+	}
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+}
+
+// flaky fails the first calls: each instance of it can be asked how often it was called.
+func flaky(failures int32, how func() error) (fn func(context.Context, int) (int, error), called *atomic.Int32) {
+	called = new(atomic.Int32)
+	return func(context.Context, int) (int, error) {
+		if called.Add(1) <= failures {
+			return 0, how()
+		}
+		return 7, nil
+	}, called
+}
+
+// An attempt that the end of ctx cuts short doesn't hide what the one before it has found out.
+func TestGivingUpTellsWhatIsKnown(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	client := newService(t, srv, "client")
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	sent := func() int64 {
+		v, err := srv.Varz(nil)
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		return v.InMsgs
+	}
+	before := sent()
+	ctx, cancel := context.WithTimeout(t.Context(), 900*time.Millisecond)
+	defer cancel()
+	result := make(chan error, 1)
+	go func() {
+		_, err := aegis.Call[int, int](ctx, client, "never", "m", 1, aegis.Sticky())
+		result <- err
+	}()
+	eventually(t, "some attempts", func() bool { return sent() > before+8 })
+	if _, err := nc.Subscribe("$SRV.INFO.never", func(*nats.Msg) {}); err != nil { // so that nobody tells why any more
+		t.Fatal(err)
+	}
+	if e := fails(t, <-result, aegis.ErrTimeout, "never is not running"); !e.NotRun {
+		t.Errorf("got %+v", e)
+	}
+}
+
+func TestRetry(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	policy := aegis.RetryPolicy{Attempts: 4, Backoff: time.Millisecond, AttemptTimeout: time.Second}
+
+	// What ran is not sent again, whatever its error says.
+	fn, called := flaky(99, func() error { return &aegis.Error{Code: "UNAVAILABLE", NotRun: true} })
+	handle(t, svc, "ran", fn)
+	slow, slowCalled := flaky(1, func() error { time.Sleep(1200 * time.Millisecond); return nil })
+	handle(t, svc, "slow", slow)
+	start(t, svc)
+	for _, opts := range [][]aegis.CallOption{{aegis.Retry(policy)}, {aegis.Sticky()}, {aegis.Idempotent(), aegis.Retry(policy)}} {
+		called.Store(0)
+		_, err := call[int, int](client, "svc", "ran", 1, opts...)
+		if e := fails(t, err, aegis.ErrUnavailable); e.NotRun || called.Load() != 1 {
+			t.Errorf("called %d times, %+v", called.Load(), e)
+		}
+	}
+
+	// A missing answer is waited for, unless the call is idempotent.
+	if got, err := call[int, int](client, "svc", "slow", 1, aegis.Retry(policy)); got != 0 || err != nil || slowCalled.Load() != 1 {
+		t.Errorf("got %d, %v after %d calls", got, err, slowCalled.Load())
+	}
+	slowCalled.Store(0)
+	if got, err := call[int, int](client, "svc", "slow", 1, aegis.Idempotent(), aegis.Retry(policy)); got != 7 || err != nil || slowCalled.Load() != 2 {
+		t.Errorf("got %d, %v after %d calls", got, err, slowCalled.Load())
+	}
+
+	// What did not reach a handler is sent again.
+	started := time.Now()
+	_, err := call[int, int](client, "late", "m", 1, aegis.Retry(policy))
+	if e := fails(t, err, aegis.ErrUnavailable, "late"); !e.NotRun {
+		t.Error("it says that it may have run")
+	}
+	if time.Since(started) > 2*time.Second {
+		t.Error("retrying took", time.Since(started))
+	}
+	result := make(chan error)
+	go func() {
+		_, err := call[int, int](client, "late", "m", 1, aegis.Sticky())
+		result <- err
+	}()
+	late := newService(t, srv, "late")
+	ok, _ := flaky(0, nil)
+	handle(t, late, "m", ok)
+	start(t, late)
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+
+	// Giving up says why, and that nothing ran, unless an attempt was still unanswered.
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	_, err = aegis.Call[int, int](ctx, client, "never", "m", 1, aegis.Sticky())
+	if e := fails(t, err, aegis.ErrTimeout, "never is not running"); !e.NotRun && strings.HasPrefix(e.Message, "gave up") || !errors.Is(err, aegis.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %+v", e)
+	}
+
+	// Once an attempt may have run, the call may have, even if the last attempt did not.
+	once := newService(t, srv, "once")
+	release := make(chan struct{})
+	defer close(release)
+	handle(t, once, "m", func(context.Context, int) (int, error) {
+		go func() { _ = once.Stop(context.Background()) }()
+		<-release
+		return 0, nil
+	})
+	start(t, once)
+	_, err = call[int, int](client, "once", "m", 1, aegis.Idempotent(), aegis.Retry(aegis.RetryPolicy{Attempts: 2, Backoff: time.Millisecond, AttemptTimeout: 500 * time.Millisecond}))
+	if e := fails(t, err, aegis.ErrUnavailable, "once is not running"); e.NotRun {
+		t.Error("the first attempt ran, and the error says that none did")
+	}
+}

@@ -1,0 +1,288 @@
+package aegis_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"reflect"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
+)
+
+func deadLetters(tb testing.TB, s *aegis.Service) (letters []aegis.DeadLetter) {
+	tb.Helper()
+	for d, err := range s.DeadLetters(context.Background()) {
+		if err != nil {
+			tb.Fatal(err)
+		}
+		letters = append(letters, d)
+	}
+	return letters
+}
+
+func TestEventIsRetriedThenSetAside(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, other := newService(t, srv, "risk"), newService(t, srv, "audit")
+	ways := map[string]func() error{
+		"error": func() error { return &aegis.Error{Code: "NO_LIMIT", Message: "no limit set"} },
+		"panic": func() error { panic("ouch") },
+		"exit":  func() error { runtime.Goexit(); return nil },
+	}
+	var attempts journal[aegis.Event[string]]
+	var mended atomic.Bool
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[string]) error {
+		attempts.add(e)
+		if way := ways[e.Data]; way != nil && !mended.Load() {
+			return way()
+		}
+		return nil
+	}, aegis.Attempts(3), aegis.Backoff(time.Millisecond, 5*time.Millisecond))
+	var others journal[string]
+	subscribe(t, other, ">", into(&others))
+	subscribe(t, svc, "*.created", into(&others), aegis.Broadcast())
+	start(t, svc)
+	start(t, other)
+
+	reasons := map[string]string{"error": "NO_LIMIT: no limit set", "panic": "ouch", "exit": "Goexit"}
+	for data := range ways {
+		publish(t, other, "order", "created", data, aegis.IdempotencyKey(data), aegis.EventVersion("2.0"))
+	}
+	var letters []aegis.DeadLetter
+	eventually(t, "three dead letters", func() bool { letters = deadLetters(t, svc); return len(letters) == 3 })
+	if n := len(attempts.all()); n != 9 {
+		t.Errorf("%d attempts, want 9", n)
+	}
+	for _, d := range letters {
+		var data string
+		if err := aegis.MsgPack.Unmarshal(d.Data, &data); err != nil {
+			t.Fatal(err)
+		}
+		if d.Subject != "events.order.created" || !strings.Contains(d.Consumer, "risk") || !strings.Contains(d.Reason, reasons[data]) || d.Attempts != 3 ||
+			time.Since(d.Time) > time.Minute || d.Sequence == 0 {
+			t.Errorf("got %+v", d)
+		}
+	}
+	others.wait(t, 6)
+
+	// Redriven, it reaches the consumer that failed it and no other, as it was but for the sequence.
+	mended.Store(true)
+	first := attempts.all()[0]
+	i := slices.IndexFunc(letters, func(d aegis.DeadLetter) bool { return bytes.HasSuffix(d.Data, []byte(first.Data)) })
+	if err := other.Redrive(t.Context(), letters[i]); err != nil {
+		t.Fatal(err)
+	}
+	again := attempts.wait(t, 10)[9]
+	if again.Sequence <= first.Sequence {
+		t.Errorf("sequence %d after %d", again.Sequence, first.Sequence)
+	}
+	again.Sequence = first.Sequence
+	if !again.Time.Equal(first.Time) {
+		t.Errorf("time %v, was %v", again.Time, first.Time)
+	}
+	again.Time = first.Time
+	if !reflect.DeepEqual(again, first) {
+		t.Errorf("got %+v, was %+v", again, first)
+	}
+	if left := deadLetters(t, other); len(left) != 2 {
+		t.Errorf("left are %+v", left)
+	}
+	fails(t, other.Redrive(t.Context(), letters[i]), aegis.ErrNotFound, "dead letter "+strconv.FormatUint(letters[i].Sequence, 10))
+	fails(t, other.Redrive(t.Context(), aegis.DeadLetter{}), aegis.ErrInvalid)
+	publish(t, other, "user", "created", "last")
+	others.wait(t, 8)
+	if n := len(others.all()); n != 8 {
+		t.Errorf("others got %v", others.all())
+	}
+
+	// What fails again is set aside again, and can be redriven again, mended.
+	mended.Store(false)
+	i = (i + 1) % 3
+	if err := svc.Redrive(t.Context(), letters[i]); err != nil {
+		t.Fatal(err)
+	}
+	attempts.wait(t, 13)
+	eventually(t, "it is set aside again", func() bool { letters = deadLetters(t, svc); return len(letters) == 2 })
+	last := letters[1]
+	last.Data, _ = aegis.MsgPack.Marshal("mended")
+	last.Header = nil
+	if err := svc.Redrive(t.Context(), last); err != nil {
+		t.Fatal(err)
+	}
+	if e := attempts.wait(t, 14)[13]; e.Data != "mended" || e.Domain != "order" || e.Type != "created" || e.Attempt != 1 {
+		t.Errorf("got %+v", e)
+	}
+}
+
+func TestUndecodableEventIsSetAsideAtOnce(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var got journal[Order]
+	subscribe(t, svc, "order.*", into(&got), aegis.Backoff(time.Minute, time.Minute))
+	start(t, svc)
+	publish(t, svc, "order", "created", []int{1, 2})
+	publish(t, svc, "order", "created", Order{SKU: "x"})
+	var letters []aegis.DeadLetter
+	eventually(t, "it is set aside", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
+	if d := letters[0]; d.Attempts != 1 || !strings.Contains(d.Reason, "INVALID_ARGUMENT") || !strings.Contains(d.Reason, "Order") {
+		t.Errorf("got %+v", d)
+	}
+	got.wait(t, 1)
+}
+
+// As long as dead letters can't be stored, their events wait; then they have the true reason.
+func TestDeadLettersWhileTheirStreamIsOutOfOrder(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var got journal[int]
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+		got.add(e.Attempt)
+		return errors.New("the true reason")
+	}, aegis.Attempts(2), aegis.Backoff(time.Millisecond, time.Millisecond))
+	start(t, svc)
+	js := manage(t, srv)
+	takes := func(subject string) {
+		st, err := js.Stream(t.Context(), "AEGIS_DEAD")
+		if err != nil {
+			t.Fatal(err)
+		}
+		config := st.CachedInfo().Config
+		config.Subjects = []string{subject}
+		if _, err := js.UpdateStream(t.Context(), config); err != nil {
+			t.Fatal(err)
+		}
+	}
+	takes("nothing.>")
+	publish(t, svc, "order", "created", 1)
+	got.wait(t, 2)
+	time.Sleep(100 * time.Millisecond) // for it to try; the test holds if it doesn't
+	takes("aegis.dead.>")
+	var letters []aegis.DeadLetter
+	eventually(t, "a dead letter", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
+	if d := letters[0]; d.Attempts != 2 || !strings.Contains(d.Reason, "the true reason") || len(got.all()) != 2 {
+		t.Errorf("%d attempts, %+v", len(got.all()), d)
+	}
+}
+
+// Events of other clients can be such that nats.go wouldn't send them, or too large to be copied.
+func TestDeadLettersOfOddEvents(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t), func(o *server.Options) { o.MaxPayload = 16 << 10 })
+	svc := newService(t, srv, "risk")
+	subscribe(t, svc, "order.*", into(&journal[int]{}), aegis.Concurrency(1))
+	start(t, svc)
+	c, err := net.Dial("tcp", srv.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	header := "NATS/1.0\r\nodd key: x\r\nX-Good: y\r\nNats-Expected-Last-Sequence: 0\r\n\r\n"
+	large := strings.Repeat("z", 16<<10)
+	fmt.Fprintf(c, "CONNECT {\"headers\":true,\"verbose\":false}\r\nHPUB events.order.odd %d %d\r\n%s??\r\nPUB events.order.large %d\r\n%s\r\n", len(header), len(header)+2, header, len(large), large)
+	var letters []aegis.DeadLetter
+	eventually(t, "two dead letters", func() bool { letters = deadLetters(t, svc); return len(letters) == 2 })
+	if d := letters[0]; string(d.Data) != "??" || d.Header.Get("X-Good") != "y" || d.Header.Get("Nats-Expected-Last-Sequence") != "" {
+		t.Errorf("got %+v", d)
+	}
+	if d := letters[1]; len(d.Data) != 0 || !strings.Contains(d.Reason, "sequence 2 of AEGIS_EVENTS") || !strings.Contains(d.Reason, "INVALID_ARGUMENT") {
+		t.Errorf("got %+v", d)
+	}
+}
+
+func TestEventThatKillsItsProcessIsSetAside(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	publisher := newService(t, srv, "shop")
+	runs := 0
+	for n := 0; ; n++ {
+		p := startProcess(t, "events", srv)
+		if n == 0 {
+			if line, _ := p.line(t); line != "ready" {
+				t.Fatal(line)
+			}
+			shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second)
+			publish(t, publisher, "order", "created", "EXIT")
+		}
+		var lines []string
+		dead := false
+		eventually(t, "the process dies, or the event is set aside", func() bool {
+			select {
+			case line, ok := <-p.lines:
+				dead = dead || !ok
+				lines = append(lines, line)
+			default:
+			}
+			return dead || len(deadLetters(t, publisher)) > 0
+		})
+		for _, line := range lines {
+			if strings.HasPrefix(line, "EXIT") {
+				runs++
+			}
+		}
+		if !dead {
+			publish(t, publisher, "order", "created", "harmless")
+			for line, ok := "", true; ok && line != "harmless 1"; {
+				line, ok = p.line(t)
+			}
+			break
+		}
+	}
+	letters := deadLetters(t, publisher)
+	if runs != 2 || len(letters) != 1 || letters[0].Attempts != 2 || !strings.Contains(letters[0].Reason, "never finished") {
+		t.Errorf("%d runs, dead letters %+v", runs, letters)
+	}
+}
+
+// As long as the dead letter can't be stored there is no outcome; Stop doesn't wait for it, and nothing is forgotten.
+func TestFailedCommandWhileDeadLettersCannotBeStored(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var runs atomic.Int32
+	instance := func() *aegis.Service {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(context.Context, *aegis.Command[string]) (int, error) {
+			runs.Add(1)
+			return 0, errors.New("the true reason")
+		}, aegis.Attempts(1))
+		start(t, svc)
+		return svc
+	}
+	svc := instance()
+	limitMessages(t, srv, "AEGIS_DEAD", 1)
+	j := send[string, int](t, client, "risk", "work", "x", aegis.IdempotencyKey("x"))
+	eventually(t, "it runs", func() bool { return runs.Load() == 1 })
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	fails(t, svc.Stop(ctx), aegis.ErrTimeout)
+	limitMessages(t, srv, "AEGIS_DEAD", -1)
+	svc = instance()
+	fails(t, waitError(t, j), aegis.ErrInternal, "the true reason")
+	if runs.Load() != 1 {
+		t.Errorf("%d runs", runs.Load())
+	}
+
+	// A Redrive that came only half of the way can be repeated.
+	letter := deadLetters(t, svc)[0]
+	limitMessages(t, srv, "AEGIS_COMMANDS", 1)
+	if err := svc.Redrive(t.Context(), letter); err == nil {
+		t.Error("it was redriven")
+	}
+	limitMessages(t, srv, "AEGIS_COMMANDS", -1)
+	if err := svc.Redrive(t.Context(), letter); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "it runs again", func() bool { return runs.Load() == 2 })
+}

@@ -1,0 +1,547 @@
+package aegis_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats.go"
+)
+
+func TestContextTravels(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	type seen struct {
+		correlation, source, trace, state, auth, hop string
+		left                                         time.Duration
+	}
+	observed := make(chan seen, 4)
+	watching := aegis.WithMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			d, _ := ctx.Deadline()
+			h := aegis.Headers(ctx)
+			observed <- seen{aegis.CorrelationID(ctx), m.Source, h.Get("traceparent"), h.Get("tracestate"), h.Get("Authorization"), h.Get("X-Hop"), time.Until(d)}
+			return next(ctx, m)
+		}
+	})
+	const trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	back := newService(t, srv, "back", watching)
+	handle(t, back, "last", echo)
+	start(t, back)
+	middle := newService(t, srv, "middle", watching)
+	handle(t, middle, "first", func(ctx context.Context, s string) (string, error) {
+		return aegis.Call[string, string](aegis.WithHeader(ctx, "X-Hop", "2"), middle, "back", "last", s)
+	})
+	start(t, middle)
+	client := newService(t, srv, "client")
+
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	ctx = aegis.WithHeader(ctx, "traceparent", trace)
+	ctx = aegis.WithHeader(ctx, "tracestate", "a=1")
+	ctx = aegis.WithHeader(ctx, "Authorization", "none")
+	ctx = aegis.WithHeader(ctx, "Authorization", "secret")
+	if got, err := aegis.Call[string, string](ctx, client, "middle", "first", "hello"); got != "hello" || err != nil {
+		t.Fatal(got, err)
+	}
+	first, second := <-observed, <-observed
+	if first.source != "client" || second.source != "middle" {
+		t.Errorf("sources: %q, %q", first.source, second.source)
+	}
+	if first.correlation == "" || first.correlation != second.correlation {
+		t.Errorf("correlation ids: %q, %q", first.correlation, second.correlation)
+	}
+	if first.trace != trace || second.trace != trace || first.state != "a=1" || second.state != "a=1" {
+		t.Errorf("trace context: %+v, %+v", first, second)
+	}
+	if first.auth != "secret" || second.auth != "" || first.hop != "" || second.hop != "2" {
+		t.Errorf("headers: %+v, %+v", first, second)
+	}
+	if first.left > 3*time.Second || second.left > first.left || second.left < time.Second {
+		t.Errorf("time left: %v, %v of 3s", first.left, second.left)
+	}
+
+	for _, id := range []string{"order-77", "an id. that is no token"} { // of the user's own
+		if _, err := aegis.Call[string, string](aegis.WithHeader(t.Context(), "Aegis-Correlation-Id", id), client, "middle", "first", "x"); err != nil {
+			t.Fatal(err)
+		}
+		if first, second := <-observed, <-observed; first.correlation != id || second.correlation != id {
+			t.Errorf("correlation ids: %q, %q, want %q", first.correlation, second.correlation, id)
+		}
+	}
+	_, err := aegis.Call[string, string](aegis.WithHeader(t.Context(), "bad key", "v"), client, "middle", "first", "x")
+	fails(t, err, aegis.ErrInvalid, "bad key")
+}
+
+func TestDeadlineReachesHandler(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	ended := make(chan error, 2)
+	handle(t, svc, "wait", func(ctx context.Context, _ int) (int, error) {
+		child, cancel := context.WithCancel(ctx) // what most libraries do first
+		defer cancel()
+		<-child.Done()
+		ended <- ctx.Err()
+		return 0, ctx.Err()
+	})
+	start(t, svc)
+	client := newService(t, srv, "client", aegis.WithTimeout(50*time.Millisecond))
+	for _, limit := range []time.Duration{0, 50 * time.Millisecond} {
+		ctx := t.Context()
+		if limit > 0 {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, limit)
+			defer cancel()
+		}
+		_, err := aegis.Call[int, int](ctx, client, "svc", "wait", 1)
+		e := fails(t, err, aegis.ErrTimeout)
+		if !errors.Is(err, context.DeadlineExceeded) || e.NotRun {
+			t.Errorf("got %+v", e)
+		}
+		if err := <-ended; !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("the handler's ctx ended with %v", err)
+		}
+	}
+	ctx, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
+	defer cancel()
+	_, err := aegis.Call[int, int](ctx, client, "svc", "wait", 1)
+	if e := fails(t, err, aegis.ErrTimeout); !e.NotRun {
+		t.Error("a call past its deadline was sent")
+	}
+}
+
+// A deadline that is never to come is one all the same.
+func TestFarDeadline(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client", aegis.WithTimeout(math.MaxInt64))
+	handle(t, svc, "left", func(ctx context.Context, _ int) (int64, error) {
+		deadline, _ := ctx.Deadline()
+		return int64(time.Until(deadline)), nil
+	})
+	start(t, svc)
+	for _, opts := range [][]aegis.CallOption{nil, {aegis.Idempotent(), aegis.Retry(aegis.RetryPolicy{AttemptTimeout: math.MaxInt64})}} {
+		if left, err := call[int, int64](client, "svc", "left", 1, opts...); err != nil || left < int64(time.Hour) {
+			t.Error(time.Duration(left), err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), math.MaxInt64)
+		if left, err := aegis.Call[int, int64](ctx, client, "svc", "left", 1, opts...); err != nil || left < int64(time.Hour) {
+			t.Error(time.Duration(left), err)
+		}
+		cancel()
+	}
+}
+
+func TestCancelReachesHandler(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	one := aegis.WithPool(1) // so that cancellations arrive in their order
+	svc, client := newService(t, srv, "svc", one), newService(t, srv, "client", one)
+	running, ended := make(chan int, 2), make(chan error, 2)
+	handle(t, svc, "wait", func(ctx context.Context, n int) (int, error) {
+		running <- n
+		<-ctx.Done()
+		ended <- ctx.Err()
+		return 0, nil
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	begin := func(n int) (cancel context.CancelFunc, failed chan error) {
+		ctx, cancel := context.WithCancel(t.Context())
+		failed = make(chan error, 1)
+		go func() {
+			_, err := aegis.Call[int, int](ctx, client, "svc", "wait", n, aegis.Sticky()) // OVERLOADED while one waits
+			failed <- err
+		}()
+		return cancel, failed
+	}
+	cancel0, failed0 := begin(0)
+	<-running
+	cancel1, failed1 := begin(1)      // waits its turn
+	time.Sleep(50 * time.Millisecond) // for it to be sent; the test holds if it isn't
+	cancel1()
+	fails(t, <-failed1, aegis.ErrCanceled)
+	at := time.Now()
+	cancel0()
+	if e := fails(t, <-failed0, aegis.ErrCanceled, "no answer from rpc.svc.wait"); e.NotRun || !errors.Is(e, context.Canceled) {
+		t.Errorf("got %+v", e)
+	}
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("the handler's ctx ended with %v", err)
+	}
+	if took := time.Since(at); took > time.Second {
+		t.Errorf("the handler learned of it after %v", took)
+	}
+	cancel7, failed7 := begin(7)
+	if n := <-running; n != 7 {
+		t.Errorf("call %d ran although it was cancelled while it waited", n)
+	}
+	cancel7()
+	<-failed7
+}
+
+func TestExpiredRequestIsNotRun(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	var ran atomic.Int32
+	release := make(chan struct{})
+	running := make(chan struct{})
+	handle(t, svc, "work", func(context.Context, int) (int, error) {
+		if ran.Add(1) == 1 {
+			close(running)
+			<-release
+		}
+		return 0, nil
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	client := newService(t, srv, "client")
+	first := make(chan error, 1)
+	go func() {
+		_, err := call[int, int](client, "svc", "work", 1)
+		first <- err
+	}()
+	<-running
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err := aegis.Call[int, int](ctx, client, "svc", "work", 2)
+	fails(t, err, aegis.ErrTimeout)
+	time.Sleep(500 * time.Millisecond) // well past its deadline: the instance only knows when it noticed the request
+	close(release)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	if _, err := call[int, int](client, "svc", "work", 3, aegis.Sticky()); err != nil { // is behind the expired one, which may still wait
+		t.Error(err)
+	}
+	if n := ran.Load(); n != 2 {
+		t.Errorf("%d requests ran, want 2", n)
+	}
+}
+
+func TestBlockingHandlers(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "countdown", func(ctx context.Context, n int) (int, error) { // each waits for the next, on the same handler
+		if n == 0 {
+			return 0, nil
+		}
+		n, err := aegis.Call[int, int](ctx, svc, "svc", "countdown", n-1)
+		return n + 1, err
+	})
+	var arrived sync.WaitGroup
+	arrived.Add(300)
+	handle(t, svc, "together", func(context.Context, int) (int, error) {
+		arrived.Done()
+		arrived.Wait()
+		return 0, nil
+	})
+	fast := make(chan struct{})
+	handle(t, svc, "suddenly", func(_ context.Context, n int) (int, error) { // fast as a rule, so that it has few workers
+		if n < 0 {
+			<-fast
+		}
+		return n, nil
+	})
+	start(t, svc)
+	if n, err := call[int, int](svc, "svc", "countdown", 100); n != 100 || err != nil {
+		t.Error(n, err)
+	}
+	var calls sync.WaitGroup
+	for range 300 {
+		calls.Go(func() {
+			if _, err := call[int, int](svc, "svc", "together", 1); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	calls.Wait()
+
+	for n := range 500 {
+		if _, err := call[int, int](svc, "svc", "suddenly", n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 50 {
+		calls.Go(func() {
+			if _, err := call[int, int](svc, "svc", "suddenly", -1); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for n := range 100 {
+		if _, err := call[int, int](svc, "svc", "suddenly", n); err != nil {
+			t.Error(err)
+		}
+	}
+	close(fast)
+	calls.Wait()
+}
+
+func TestOverload(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc", aegis.WithConcurrency(3)), newService(t, srv, "client")
+	release := make(chan struct{})
+	var running, most atomic.Int32
+	handle(t, svc, "m", func(context.Context, int) (int, error) {
+		n := running.Add(1)
+		defer running.Add(-1)
+		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+		}
+		<-release
+		return 0, nil
+	})
+	start(t, svc)
+	results := make(chan error, 20)
+	for range 20 {
+		go func() {
+			_, err := call[int, int](client, "svc", "m", 1)
+			results <- err
+		}()
+	}
+	promptly(t, func() {
+		for range 14 { // 3 run, 3 wait
+			if e := fails(t, <-results, aegis.ErrOverloaded, "rpc.svc.m", "3"); !e.NotRun {
+				t.Error("it says that it may have run")
+			}
+		}
+	})
+	close(release)
+	for range 6 {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+	if most.Load() != 3 {
+		t.Errorf("%d ran at once, want 3", most.Load())
+	}
+	if _, err := call[int, int](client, "svc", "m", 1); err != nil {
+		t.Error(err)
+	}
+}
+
+// hammer calls from several goroutines until stop, and counts successes; failed is told of the errors.
+func hammer(tb testing.TB, client *aegis.Service, goroutines int, service, method string, failed func(error), opts ...aegis.CallOption) (stop func() (calls int64)) {
+	var done atomic.Bool
+	var n atomic.Int64
+	var wg sync.WaitGroup
+	for i := range goroutines {
+		wg.Go(func() {
+			for seq := 0; !done.Load(); seq++ {
+				want := fmt.Sprintf("%d/%d", i, seq)
+				got, err := call[string, string](client, service, method, want, opts...)
+				if err == nil && got != want {
+					err = fmt.Errorf("got %q, want %q: the answer to another call", got, want)
+				}
+				if err != nil {
+					failed(err)
+				} else {
+					n.Add(1)
+				}
+			}
+		})
+	}
+	stop = func() int64 {
+		done.Store(true)
+		wg.Wait()
+		return n.Load()
+	}
+	tb.Cleanup(func() { stop() })
+	return stop
+}
+
+// Whoever sends more than can be handled gets an answer to each request all the same.
+func TestFlood(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc", aegis.WithConcurrency(4))
+	handle(t, svc, "m", func(context.Context, int) (int, error) {
+		time.Sleep(time.Millisecond)
+		return 0, nil
+	})
+	start(t, svc)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	const requests = 10_000
+	var answers, refused atomic.Int64
+	if _, err := nc.Subscribe("answers", func(m *nats.Msg) {
+		if m.Header.Get("Nats-Service-Error-Code") == "429" {
+			refused.Add(1)
+		}
+		answers.Add(1)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for range requests {
+		if err := nc.PublishRequest("rpc.svc.m", "answers", []byte("1")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "each is answered", func() bool { return answers.Load() == requests })
+	if refused.Load() < requests/2 {
+		t.Errorf("only %d of %d were refused", refused.Load(), requests)
+	}
+}
+
+func TestMiddleware(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	var mu sync.Mutex
+	var order []string
+	note := func(name string) aegis.Middleware {
+		return func(next aegis.HandlerFunc) aegis.HandlerFunc {
+			return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+				mu.Lock()
+				order = append(order, fmt.Sprintf("%s %s %s %s", name, m.Kind, m.Subject, m.Source))
+				mu.Unlock()
+				return next(ctx, m)
+			}
+		}
+	}
+	auth := func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			if m.Header.Get("Authorization") != "secret" {
+				return nil, &aegis.Error{Code: "DENIED", Message: "no token"}
+			}
+			return next(ctx, m)
+		}
+	}
+	svc := newService(t, srv, "svc", aegis.WithMiddleware(note("outer"), auth), aegis.WithMiddleware(note("inner")))
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	client := newService(t, srv, "client")
+	_, err := call[string, string](client, "svc", "m", "hi")
+	if e := fails(t, err, &aegis.Error{Code: "DENIED"}, "no token"); !e.NotRun {
+		t.Error("it did not reach the handler, and the error doesn't say so")
+	}
+	got, err := aegis.Call[string, string](aegis.WithHeader(t.Context(), "Authorization", "secret"), client, "svc", "m", "hi")
+	if got != "hi" || err != nil {
+		t.Error(got, err)
+	}
+	if want := []string{"outer rpc rpc.svc.m client", "outer rpc rpc.svc.m client", "inner rpc rpc.svc.m client"}; !reflect.DeepEqual(order, want) {
+		t.Errorf("got %v", order)
+	}
+	careless := newService(t, srv, "careless", aegis.WithMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(_ context.Context, m *aegis.Message) ([]byte, error) { return next(context.Background(), m) }
+	}))
+	handle(t, careless, "m", echo)
+	start(t, careless)
+	_, err = call[string, string](client, "careless", "m", "hi")
+	fails(t, err, aegis.ErrInternal, "ctx")
+}
+
+// Each line that is about a message names it as the handler does.
+func TestLogsNameTheRequest(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	var logged safeBuffer
+	svc := newService(t, srv, "risk", aegis.WithLogger(slog.New(slog.NewJSONHandler(&logged, nil))))
+	var ids journal[string]
+	fail := func(ctx context.Context) error {
+		ids.add(aegis.CorrelationID(ctx))
+		panic("oh")
+	}
+	handle(t, svc, "m", func(ctx context.Context, _ int) (int, error) { return 0, fail(ctx) })
+	subscribe(t, svc, "order.*", func(ctx context.Context, _ aegis.Event[int]) error { return fail(ctx) }, aegis.Attempts(2), aegis.Backoff(1, 1))
+	handleCommand(t, svc, "work", func(ctx context.Context, _ *aegis.Command[int]) (int, error) { return 0, fail(ctx) }, aegis.Attempts(2), aegis.Backoff(1, 1))
+	start(t, svc)
+	_, err := call[int, int](svc, "risk", "m", 1)
+	fails(t, err, aegis.ErrInternal)
+	publish(t, svc, "order", "created", 1, aegis.IdempotencyKey("event-1"))
+	fails(t, waitError(t, send[int, int](t, svc, "risk", "work", 1, aegis.IdempotencyKey("command-1"))), aegis.ErrInternal)
+	ids.wait(t, 5)
+	type line struct {
+		Msg, Service, Instance, Endpoint string
+		ID                               string `json:"correlation_id"`
+		Error                            any
+	}
+	eventually(t, "all is logged", func() bool { return strings.Count(logged.String(), "dead letter") == 2 })
+	var about []line
+	for text := range strings.Lines(logged.String()) {
+		var l line
+		if err := json.Unmarshal([]byte(text), &l); err != nil {
+			t.Fatal(err)
+		}
+		if l.Service != "risk" || l.Instance != svc.ID() {
+			t.Errorf("whose is this? %s", text)
+		}
+		if l.Endpoint != "" {
+			about = append(about, l)
+		}
+	}
+	if len(about) != 5+2+2 { // panics, failed attempts, dead letters
+		t.Errorf("%d lines: %s", len(about), logged.String())
+	}
+	for _, l := range about {
+		if l.Error == nil || !slices.Contains(ids.all(), l.ID) || l.Endpoint == "order.*" && l.ID != "event-1" || l.Endpoint == "work" && l.ID != "command-1" {
+			t.Errorf("%+v is about none of %v", l, ids.all())
+		}
+	}
+}
+
+func TestTraceTravels(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	const trace, state = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "a=1"
+	var hops journal[string]
+	// Each handler is a span of its own, as a tracer's middleware makes them.
+	spans := aegis.WithMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			parent := m.Header.Get("traceparent")
+			hops.add(fmt.Sprint(m.Kind, " ", parent, " ", m.Header.Get("tracestate"), " ", aegis.CorrelationID(ctx)))
+			if parts := strings.Split(parent, "-"); len(parts) == 4 {
+				id, _ := strconv.ParseUint(parts[2], 16, 64)
+				ctx = aegis.WithHeader(ctx, "traceparent", fmt.Sprintf("%s-%s-%016x-%s", parts[0], parts[1], id+1, parts[3]))
+			}
+			return next(ctx, m)
+		}
+	})
+	svc := newService(t, srv, "risk", spans)
+	handle(t, svc, "m", func(ctx context.Context, n int) (int, error) {
+		return n, aegis.Publish(ctx, svc, "order", "created", n)
+	})
+	subscribe(t, svc, "order.*", func(ctx context.Context, e aegis.Event[int]) error {
+		if e.Attempt == 1 {
+			return errors.New("not yet") // the second attempt belongs to the same trace
+		}
+		_, err := aegis.SendCommand[int, int](ctx, svc, "risk", "work", e.Data)
+		return err
+	}, aegis.Backoff(time.Millisecond, time.Millisecond))
+	handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) {
+		return aegis.Call[int, int](ctx, svc, "risk", "last", c.Data)
+	})
+	handle(t, svc, "last", func(_ context.Context, n int) (int, error) { return n, nil })
+	start(t, svc)
+	ctx := t.Context()
+	for key, value := range map[string]string{"traceparent": trace, "tracestate": state, "Aegis-Correlation-Id": "order-7"} {
+		ctx = aegis.WithHeader(ctx, key, value)
+	}
+	if _, err := aegis.Call[int, int](ctx, svc, "risk", "m", 1); err != nil {
+		t.Fatal(err)
+	}
+	const same = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b716920333"
+	want := []string{
+		"rpc " + same + "1-01 a=1 order-7", "event " + same + "2-01 a=1 order-7", "event " + same + "2-01 a=1 order-7",
+		"command " + same + "3-01 a=1 order-7", "rpc " + same + "4-01 a=1 order-7",
+	}
+	if got := hops.wait(t, 5); !slices.Equal(got, want) {
+		t.Errorf("got %q\nwant %q", got, want)
+	}
+}

@@ -1,0 +1,923 @@
+package aegis_test
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+var policies = map[string]aegis.FailoverPolicy{"Aggressive": aegis.Aggressive, "Balanced": aegis.Balanced, "Conservative": aegis.Conservative}
+
+// A reignOf is a time in which an instance believed, without a break, that it leads.
+type reignOf struct {
+	who      string
+	term     uint64 // 0 if unknown
+	from, to int64  // by the machine's clock, which all its processes share
+}
+
+// reign looks all the time whether s leads, and reports each reign at its end.
+func reign(ctx context.Context, s *aegis.Service, report func(reignOf)) {
+	for ctx.Err() == nil {
+		r := reignOf{who: s.ID()}
+		for ctx.Err() == nil {
+			before := time.Now().UnixNano()
+			if !s.IsLeader() {
+				break
+			}
+			if r.to = before; r.from == 0 {
+				r.from = time.Now().UnixNano()
+			}
+			time.Sleep(200 * time.Microsecond)
+		}
+		if r.from != 0 && r.to > r.from {
+			report(r)
+		}
+		time.Sleep(200 * time.Microsecond)
+	}
+}
+
+// checkReigns fails the test if two overlap, or a term went back.
+func checkReigns(tb testing.TB, reigns []reignOf) {
+	tb.Helper()
+	slices.SortFunc(reigns, func(a, b reignOf) int { return cmp.Compare(a.from, b.from) })
+	for i := 1; i < len(reigns); i++ {
+		a, b := reigns[i-1], reigns[i]
+		if b.from < a.to {
+			tb.Errorf("%s and %s both led for %v", a.who, b.who, time.Duration(a.to-b.from))
+		}
+		if a.term != 0 && b.term != 0 && b.term <= a.term {
+			tb.Errorf("term %d of %s came after %d of %s", b.term, b.who, a.term, a.who)
+		}
+	}
+}
+
+// A contest is instances of one service that campaign, watched.
+type contest struct {
+	reigns  journal[reignOf]
+	elected atomic.Int32 // terms that began
+	stop    context.CancelFunc
+	members []*aegis.Service
+	all     sync.WaitGroup
+}
+
+// compete has them campaign until the test ends, or stop and wait.
+func compete(tb testing.TB, p aegis.FailoverPolicy, members ...*aegis.Service) *contest {
+	ctx, cancel := context.WithCancel(context.Background())
+	c := &contest{stop: cancel, members: members}
+	for _, s := range members {
+		c.all.Go(func() {
+			err := s.Lead(ctx, "default", p, func(ctx context.Context, term uint64) error {
+				c.elected.Add(1)
+				if aegis.Term(ctx) != term {
+					tb.Errorf("Term is %d in term %d", aegis.Term(ctx), term)
+				}
+				r := reignOf{who: s.ID(), term: term}
+				for {
+					before := time.Now().UnixNano()
+					if !s.IsLeader() {
+						break
+					}
+					if r.to = before; r.from == 0 {
+						r.from = time.Now().UnixNano()
+					}
+					if ctx.Err() != nil {
+						break
+					}
+					time.Sleep(200 * time.Microsecond)
+				}
+				if r.from != 0 && r.to > r.from {
+					c.reigns.add(r)
+				}
+				<-ctx.Done()
+				return ctx.Err()
+			})
+			if !errors.Is(err, aegis.ErrCanceled) && !errors.Is(err, aegis.ErrClosed) {
+				tb.Errorf("Lead of %s: %v", s.ID(), err)
+			}
+		})
+	}
+	tb.Cleanup(func() { cancel(); c.all.Wait() })
+	return c
+}
+
+// finish ends the campaigns, and checks what was seen.
+func (c *contest) finish(tb testing.TB) {
+	tb.Helper()
+	c.stop()
+	c.all.Wait()
+	checkReigns(tb, c.reigns.all())
+}
+
+// leader waits until one of the members leads that isn't among the others.
+func (c *contest) leader(tb testing.TB, others ...*aegis.Service) *aegis.Service {
+	tb.Helper()
+	var leader *aegis.Service
+	eventually(tb, "somebody leads", func() bool {
+		i := slices.IndexFunc(c.members, func(s *aegis.Service) bool { return s.IsLeader() && !slices.Contains(others, s) })
+		if i >= 0 {
+			leader = c.members[i]
+		}
+		return i >= 0
+	})
+	return leader
+}
+
+// brisk is a policy for tests in which time matters less than how it goes on a busy machine.
+var brisk = aegis.FailoverPolicy{Lease: 1500 * time.Millisecond, Valid: time.Second, Renew: 200 * time.Millisecond, Timeout: 200 * time.Millisecond}
+
+func TestExclusive(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var instances []*aegis.Service
+	var ran journal[string] // who ran what
+	add := func() *aegis.Service {
+		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
+		handle(t, s, "who", func(ctx context.Context, _ int) (string, error) {
+			if aegis.Term(ctx) == 0 || !s.IsLeader() {
+				t.Error("it runs without leading")
+			}
+			return s.ID(), nil
+		}, aegis.Exclusive())
+		handle(t, s, "any", func(ctx context.Context, _ int) (uint64, error) { return aegis.Term(ctx), nil })
+		subscribe(t, s, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+			ran.add(fmt.Sprint("event ", e.Data, " ", e.Attempt, " ", s.ID()))
+			return nil
+		}, aegis.Exclusive(), aegis.Attempts(1))
+		handleCommand(t, s, "work", func(_ context.Context, c *aegis.Command[int]) (string, error) { return s.ID(), nil }, aegis.Exclusive())
+		start(t, s)
+		instances = append(instances, s)
+		return s
+	}
+	first := add()
+	_, err := call[int, string](client, "risk", "who", 1)
+	if e := fails(t, err, aegis.ErrNotActive, "risk"); !e.NotRun {
+		t.Error("it may have run?")
+	}
+	_, err = first.Leader(t.Context())
+	fails(t, err, aegis.ErrNotFound, "risk")
+	add()
+	add()
+	for round := range 3 {
+		var leader *aegis.Service
+		eventually(t, "one leads", func() bool {
+			id, err := client.Discover(t.Context(), "risk")
+			if err != nil {
+				t.Fatal(err)
+			}
+			states := map[string]int{}
+			for _, i := range id {
+				states[i.Status]++
+			}
+			if states["ACTIVE"] != 1 || states["STANDBY"] != 2-round || len(id) != 3-round {
+				return false
+			}
+			i := slices.IndexFunc(instances, (*aegis.Service).IsLeader)
+			if i >= 0 {
+				leader = instances[i]
+			}
+			return i >= 0
+		})
+		for range 20 {
+			for _, opts := range [][]aegis.CallOption{nil, {aegis.Sticky()}, {aegis.Balance(aegis.RoundRobin)}} {
+				if who, err := call[int, string](client, "risk", "who", 1, opts...); who != leader.ID() || err != nil {
+					t.Errorf("got %s, %v; %s leads", who, err, leader.ID())
+				}
+			}
+			if term, err := call[int, uint64](client, "risk", "any", 1); term != 0 || err != nil {
+				t.Error(term, err)
+			}
+		}
+		for _, s := range instances {
+			if id, err := s.Leader(t.Context()); id != leader.ID() || err != nil {
+				t.Errorf("%s says that %q leads: %v", s.ID(), id, err)
+			}
+			who, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance(s.ID()))
+			if s == leader {
+				if who != s.ID() || err != nil {
+					t.Error(who, err)
+				}
+			} else if e := fails(t, err, aegis.ErrNotActive, leader.ID()); e.Details["leader"] != leader.ID() || !e.NotRun {
+				t.Errorf("got %+v", e)
+			}
+		}
+		n := len(ran.all())
+		for i := range 20 {
+			publish(t, client, "order", "created", i)
+		}
+		for _, got := range ran.wait(t, n+20)[n:] {
+			if !strings.HasSuffix(got, " 1 "+leader.ID()) {
+				t.Errorf("got %q, but %s leads", got, leader.ID())
+			}
+		}
+		for range 5 {
+			if who := wait(t, send[int, string](t, client, "risk", "work", 1)); who != leader.ID() {
+				t.Errorf("%s worked, but %s leads", who, leader.ID())
+			}
+		}
+		if round < 2 {
+			if err := leader.Stop(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			instances = slices.DeleteFunc(instances, func(s *aegis.Service) bool { return s == leader })
+		}
+	}
+}
+
+// A graceful stop of the leader under load: no caller that is Sticky sees an error, no call runs twice, and it is quick.
+func TestHandOver(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var ran, failures atomic.Int64
+	add := func() *aegis.Service {
+		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
+		handle(t, s, "m", func(ctx context.Context, v string) (string, error) { ran.Add(1); return v, nil }, aegis.Exclusive())
+		start(t, s)
+		return s
+	}
+	leader := add()
+	eventually(t, "it leads", leader.IsLeader)
+	stop := hammer(t, client, 8, "risk", "m", func(err error) { failures.Add(1); t.Error(err) }, aegis.Sticky())
+	for range 10 {
+		next := add()
+		n := ran.Load()
+		eventually(t, "calls are made", func() bool { return ran.Load() > n+100 })
+		if err := leader.Stop(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the next one leads", next.IsLeader)
+		leader = next
+	}
+	if calls := stop(); calls != ran.Load() {
+		t.Errorf("%d calls were answered, %d ran, %d failed", calls, ran.Load(), failures.Load())
+	}
+}
+
+// A handler that ignores that Stop's time is up keeps the leadership from others until it ends, or the lease does.
+func TestStopWithAStubbornExclusiveHandler(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var now atomic.Int32
+	runs := make(chan string, 10)
+	add := func() *aegis.Service {
+		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
+		handle(t, s, "m", func(context.Context, int) (int, error) {
+			if now.Add(1) > 1 {
+				t.Error("two run")
+			}
+			defer now.Add(-1)
+			runs <- s.ID()
+			time.Sleep(500 * time.Millisecond)
+			return 1, nil
+		}, aegis.Exclusive())
+		start(t, s)
+		return s
+	}
+	leader := add()
+	eventually(t, "it leads", leader.IsLeader)
+	next := add()
+	eventually(t, "it is known", func() bool { id, err := next.Leader(t.Context()); return id == leader.ID() && err == nil })
+	go func() { _, _ = call[int, int](client, "risk", "m", 1) }()
+	<-runs
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	fails(t, leader.Stop(ctx), aegis.ErrTimeout, "1 handlers")
+	if next.IsLeader() {
+		t.Error("the next one leads already")
+	}
+	if _, err := call[int, int](client, "risk", "m", 1, aegis.Sticky()); err != nil {
+		t.Error(err)
+	}
+	if id := <-runs; id != next.ID() {
+		t.Errorf("%s ran it", id)
+	}
+}
+
+// A leader goes on though one of its connections hangs.
+func TestLeaderWithAStalledConnection(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	p := startProxy(t, srv)
+	seed := newService(t, srv, "risk") // lest the test waits for a lease
+	if err := seed.Lead(t.Context(), "default", brisk, func(context.Context, uint64) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	c := compete(t, aegis.Balanced, newService(t, srv, "risk", aegis.WithURL("nats://"+p.address)))
+	c.leader(t)
+	p.freeze()
+	for end := time.Now().Add(3 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if !c.members[0].IsLeader() {
+			t.Fatal("it leads no more")
+		}
+	}
+	if c.finish(t); c.elected.Load() != 1 {
+		t.Errorf("%d terms", c.elected.Load())
+	}
+}
+
+// Losing the leadership in the middle: the answer is FENCED, events and commands are handled by the next leader.
+func TestFenced(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var terms journal[uint64]
+	s := newService(t, srv, "risk", aegis.WithFailover(brisk))
+	var lose atomic.Bool
+	lose.Store(true)
+	held := func(ctx context.Context) error {
+		terms.add(aegis.Term(ctx))
+		if lose.Load() {
+			<-ctx.Done()
+		}
+		return nil // though it was told to end
+	}
+	handle(t, s, "m", func(ctx context.Context, _ int) (int, error) { return 1, held(ctx) }, aegis.Exclusive())
+	subscribe(t, s, "order.*", func(ctx context.Context, e aegis.Event[int]) error { return held(ctx) }, aegis.Exclusive(), aegis.Attempts(1))
+	handleCommand(t, s, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) { return c.Attempt, held(ctx) }, aegis.Exclusive(), aegis.Attempts(1))
+	start(t, s)
+	eventually(t, "it leads", s.IsLeader)
+	publish(t, client, "order", "created", 1)
+	j := send[int, int](t, client, "risk", "work", 1)
+	answer := make(chan error, 1)
+	go func() {
+		_, err := call[int, int](client, "risk", "m", 1, aegis.Sticky(), aegis.Retry(aegis.RetryPolicy{}))
+		answer <- err
+	}()
+	before := terms.wait(t, 3)
+	kv, err := manage(t, srv).KeyValue(t.Context(), "aegis_leaders")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := kv.Purge(t.Context(), "risk.default"); err != nil {
+		t.Fatal(err)
+	}
+	if e := fails(t, <-answer, aegis.ErrFenced, "leadership"); e.NotRun || e.Source != "risk" {
+		t.Errorf("got %+v", e)
+	}
+	if s.IsLeader() {
+		t.Error("it still leads")
+	}
+	_, err = call[int, int](client, "risk", "m", 1, aegis.ToInstance(s.ID()))
+	fails(t, err, aegis.ErrNotActive)
+	lose.Store(false)
+	if r := wait(t, j); r != 1 {
+		t.Errorf("attempt %d", r)
+	}
+	for _, term := range terms.wait(t, 5)[3:] {
+		if term <= before[0] {
+			t.Errorf("term %d after %d", term, before[0])
+		}
+	}
+	if letters := deadLetters(t, s); len(letters) > 0 {
+		t.Errorf("dead letters %+v", letters)
+	}
+}
+
+func TestLead(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	a, b := newService(t, srv, "risk"), newService(t, srv, "risk")
+	never := func(context.Context, uint64) error { t.Error("it leads"); return nil }
+	fails(t, a.Lead(t.Context(), "no group", brisk, never), aegis.ErrInvalid, "no group")
+	fails(t, a.Lead(t.Context(), "g", aegis.FailoverPolicy{}, never), aegis.ErrInvalid, "Lease")
+	fails(t, a.Lead(t.Context(), "g", brisk, nil), aegis.ErrInvalid, "nil")
+	tooLong := brisk
+	tooLong.Lease = 25 * time.Hour // others would take the key for nonsense
+	fails(t, a.Lead(t.Context(), "g", tooLong, never), aegis.ErrInvalid, "24h")
+	exclusive := newService(t, srv, "risk")
+	handle(t, exclusive, "m", echo, aegis.Exclusive())
+	fails(t, exclusive.Lead(t.Context(), "default", brisk, never), aegis.ErrInvalid, "exclusive")
+	_, err := aegis.New("risk", aegis.WithURL(srv.ClientURL()), aegis.WithFailover(aegis.FailoverPolicy{Lease: 1, Valid: 2, Renew: 1, Timeout: 1}))
+	fails(t, err, aegis.ErrInvalid, "WithFailover")
+	promptly(t, func() {
+		fails(t, newService(t, startServer(t), "risk").Lead(t.Context(), "g", brisk, never), aegis.ErrUnavailable, "JetStream")
+	})
+
+	// Several groups at once, each with a leader of its own.
+	var leads sync.WaitGroup
+	ctx, cancel := context.WithCancel(t.Context())
+	for _, group := range []string{"scheduler", "reaper"} {
+		var now, calls atomic.Int32
+		for _, s := range []*aegis.Service{a, b} {
+			leads.Go(func() {
+				err := s.Lead(ctx, group, brisk, func(ctx context.Context, term uint64) error {
+					if now.Add(1) > 1 || term == 0 {
+						t.Errorf("%d lead %s", now.Load(), group)
+					}
+					defer now.Add(-1)
+					calls.Add(1)
+					<-ctx.Done()
+					return errors.New("not this one")
+				})
+				if !errors.Is(err, aegis.ErrCanceled) || !errors.Is(err, context.Canceled) {
+					t.Errorf("got %v", err)
+				}
+			})
+		}
+		eventually(t, group+" is led", func() bool { return calls.Load() > 0 })
+	}
+	if a.IsLeader() || b.IsLeader() {
+		t.Error("that is another group")
+	}
+	cancel()
+	leads.Wait()
+
+	// What fn returns while it leads is what Lead returns, and the next one has it at once.
+	mine := errors.New("mine")
+	if err := a.Lead(t.Context(), "g", brisk, func(context.Context, uint64) error { return mine }); err != mine {
+		t.Errorf("got %v", err)
+	}
+	begin := time.Now()
+	if err := b.Lead(t.Context(), "g", aegis.Conservative, func(context.Context, uint64) error { return nil }); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took > aegis.Conservative.Lease/2 {
+		t.Errorf("a lease that was released was taken after %v", took)
+	}
+	ctx, cancel = context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	fails(t, b.Lead(ctx, "another", brisk, never), aegis.ErrTimeout)
+
+	// Stop ends it, and waits for fn.
+	leading, result := make(chan struct{}), make(chan error, 1)
+	var ended atomic.Bool
+	go func() {
+		result <- a.Lead(t.Context(), "g", brisk, func(ctx context.Context, _ uint64) error {
+			close(leading)
+			<-ctx.Done()
+			time.Sleep(20 * time.Millisecond)
+			ended.Store(true)
+			return nil
+		})
+	}()
+	<-leading
+	if err := a.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if !ended.Load() {
+		t.Error("Stop did not wait")
+	}
+	fails(t, <-result, aegis.ErrClosed, "risk")
+	fails(t, a.Lead(t.Context(), "g", brisk, never), aegis.ErrClosed)
+	begin = time.Now()
+	if err := b.Lead(t.Context(), "g", aegis.Conservative, func(context.Context, uint64) error { return nil }); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took > aegis.Conservative.Lease/2 {
+		t.Errorf("the next one had to wait for %v", took)
+	}
+}
+
+// A leader that is cut off, either way or both, stops to lead before the next one begins. Once healed there is still one.
+func TestPartition(t *testing.T) {
+	t.Parallel()
+	for name, ways := range map[string][]way{"to server": {toServer}, "to client": {toClient}, "both": {toServer, toClient}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			proxies := map[*aegis.Service]*proxy{}
+			var members []*aegis.Service
+			for range 3 {
+				p := startProxy(t, srv)
+				s := newService(t, srv, "risk", aegis.WithURL("nats://"+p.address))
+				proxies[s] = p
+				members = append(members, s)
+			}
+			c := compete(t, brisk, members...)
+			last := c.leader(t)
+			for range 2 {
+				proxies[last].hold(ways...)
+				next := c.leader(t, last)
+				if last.IsLeader() {
+					t.Error("two lead")
+				}
+				proxies[last].heal()
+				time.Sleep(brisk.Lease / 4) // for what was held up to do its harm
+				last = next
+			}
+			eventually(t, "a second term begins", func() bool { return c.elected.Load() >= 2 })
+			c.finish(t)
+		})
+	}
+}
+
+// A renewal whose confirmation is lost was made all the same: the leader finds out, and goes on in the same term.
+func TestLostConfirmationOfRenewal(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	p := startProxy(t, srv)
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
+	s := newService(t, srv, "risk", aegis.WithURL("nats://"+p.address), reconnect)
+	patient := aegis.FailoverPolicy{Lease: 15 * time.Second, Valid: 12 * time.Second, Renew: 100 * time.Millisecond, Timeout: 200 * time.Millisecond}
+	seed := newService(t, srv, "risk") // lest the test waits for a lease
+	if err := seed.Lead(t.Context(), "default", brisk, func(context.Context, uint64) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	c := compete(t, patient, s)
+	c.leader(t)
+	kv, err := manage(t, srv).KeyValue(t.Context(), "aegis_leaders")
+	if err != nil {
+		t.Fatal(err)
+	}
+	revision := func() uint64 {
+		e, err := kv.Get(t.Context(), "risk.default")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return e.Revision()
+	}
+	for range 3 {
+		was := revision()
+		p.hold(toClient)
+		for end := time.Now().Add(time.Second); revision() == was && time.Now().Before(end); { // else it was the one before that
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(patient.Timeout) // until it is given up
+		p.cut()
+		p.heal()
+		was = revision()
+		eventually(t, "renewals go on", func() bool { return revision() > was+1 })
+	}
+	if !s.IsLeader() {
+		t.Error("it leads no more")
+	}
+	if c.finish(t); c.elected.Load() != 1 {
+		t.Errorf("%d terms", c.elected.Load())
+	}
+}
+
+// Whatever becomes of the key, there is one leader at a time, and terms rise.
+func TestLeadersKeyIsLost(t *testing.T) {
+	t.Parallel()
+	for name, harm := range map[string]func(t *testing.T, js jetstream.JetStream){
+		"purged":  func(t *testing.T, js jetstream.JetStream) { purgeLeader(t, js, jetstream.KeyValue.Purge) },
+		"deleted": func(t *testing.T, js jetstream.JetStream) { purgeLeader(t, js, jetstream.KeyValue.Delete) },
+		"bucket deleted": func(t *testing.T, js jetstream.JetStream) {
+			if err := js.DeleteKeyValue(t.Context(), "aegis_leaders"); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"garbage": func(t *testing.T, js jetstream.JetStream) {
+			kv, err := js.KeyValue(t.Context(), "aegis_leaders")
+			if err == nil {
+				_, err = kv.Put(t.Context(), "risk.default", []byte(`{"term":18446744073709551615,"nonce":"x","lease":-5}`))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			c := compete(t, brisk, newService(t, srv, "risk"), newService(t, srv, "risk"), newService(t, srv, "risk"))
+			for range 2 {
+				leader := c.leader(t)
+				n := len(c.reigns.all())
+				harm(t, manage(t, srv))
+				eventually(t, "it leads no more", func() bool { return !leader.IsLeader() || len(c.reigns.all()) > n })
+				c.leader(t)
+			}
+			eventually(t, "a third term begins", func() bool { return c.elected.Load() >= 3 })
+			c.finish(t)
+		})
+	}
+}
+
+func purgeLeader(t *testing.T, js jetstream.JetStream, how func(jetstream.KeyValue, context.Context, string, ...jetstream.KVDeleteOpt) error) {
+	t.Helper()
+	kv, err := js.KeyValue(t.Context(), "aegis_leaders")
+	if err == nil {
+		err = how(kv, t.Context(), "risk.default")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestElectionThroughServerRestart(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
+	c := compete(t, brisk, newService(t, srv, "risk", reconnect), newService(t, srv, "risk", reconnect), newService(t, srv, "risk", reconnect))
+	samePort := onPort(srv)
+	for range 2 {
+		c.leader(t)
+		srv.Shutdown()
+		srv.WaitForShutdown()
+		eventually(t, "nobody leads", func() bool { return !slices.ContainsFunc(c.members, (*aegis.Service).IsLeader) })
+		srv = startServer(t, samePort, store)
+		c.leader(t)
+	}
+	eventually(t, "a third term begins", func() bool { return c.elected.Load() >= 3 })
+	c.finish(t)
+}
+
+func TestElectionInACluster(t *testing.T) {
+	t.Parallel()
+	servers := startCluster(t, 3)
+	var urls []string
+	for _, s := range servers {
+		urls = append(urls, s.ClientURL())
+	}
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 20 * time.Millisecond }))
+	var members []*aegis.Service
+	for range 3 {
+		members = append(members, newService(t, servers[0], "risk", aegis.WithURL(urls...), aegis.WithReplicas(3), reconnect))
+	}
+	c := compete(t, aegis.Balanced, members...)
+	c.leader(t)
+	leads := func(s *server.Server) bool { return s.Running() && s.JetStreamIsStreamLeader("$G", "KV_aegis_leaders") }
+	eventually(t, "the bucket has a leader", func() bool { return slices.ContainsFunc(servers, leads) })
+
+	// A follower: nothing changes.
+	before := len(c.reigns.all())
+	follower := slices.IndexFunc(servers, func(s *server.Server) bool { return !leads(s) })
+	servers[follower].Shutdown()
+	for end := time.Now().Add(2 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if n := slices.IndexFunc(members, (*aegis.Service).IsLeader); n < 0 {
+			t.Fatal("nobody leads since a follower is away")
+		}
+	}
+	if n := len(c.reigns.all()); n != before {
+		t.Errorf("%d reigns ended with a follower", n-before)
+	}
+
+	// The other follower, too: there is no quorum, and nobody leads.
+	leader := slices.IndexFunc(servers, leads)
+	other := 3 - follower - leader
+	servers[other].Shutdown()
+	eventually(t, "nobody leads without a quorum", func() bool { return !slices.ContainsFunc(members, (*aegis.Service).IsLeader) })
+	for end := time.Now().Add(2 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		if slices.ContainsFunc(members, (*aegis.Service).IsLeader) {
+			t.Fatal("somebody leads without a quorum")
+		}
+	}
+	c.finish(t)
+}
+
+// Losing the server that leads the bucket: nobody leads until the cluster has another, then one.
+func TestElectionWithoutTheStreamLeader(t *testing.T) {
+	t.Parallel()
+	servers := startCluster(t, 3)
+	var urls []string
+	for _, s := range servers {
+		urls = append(urls, s.ClientURL())
+	}
+	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 20 * time.Millisecond }))
+	c := compete(t, aegis.Balanced, newService(t, servers[0], "risk", aegis.WithURL(urls...), aegis.WithReplicas(3), reconnect),
+		newService(t, servers[0], "risk", aegis.WithURL(urls...), aegis.WithReplicas(3), reconnect))
+	c.leader(t)
+	leads := func(s *server.Server) bool { return s.Running() && s.JetStreamIsStreamLeader("$G", "KV_aegis_leaders") }
+	i := -1
+	eventually(t, "the bucket has a leader", func() bool { i = slices.IndexFunc(servers, leads); return i >= 0 })
+	n := len(c.reigns.all())
+	servers[i].Shutdown()
+	servers[i].WaitForShutdown()
+	eventually(t, "the cluster has another leader", func() bool { return slices.ContainsFunc(servers, leads) })
+	c.leader(t)
+	if got := len(c.reigns.all()) - n; got > 1 {
+		t.Errorf("%d reigns ended", got)
+	}
+	c.finish(t)
+}
+
+// startLeader runs a child that campaigns with a policy, and collects what it says of its reigns.
+func startLeader(tb testing.TB, srv *server.Server, policy string, reigns *journal[reignOf]) *process {
+	tb.Helper()
+	p := startProcess(tb, "leader", srv, "AEGIS_TEST_POLICY="+policy)
+	ready := make(chan struct{})
+	told := make(chan string, 1000)
+	go func() {
+		defer close(told)
+		for line := range p.lines {
+			r := reignOf{who: strconv.Itoa(p.Process.Pid)}
+			switch n, _ := fmt.Sscan(strings.TrimPrefix(line, "reign "), &r.from, &r.to); {
+			case line == "ready":
+				close(ready)
+			case n == 2:
+				reigns.add(r)
+			default:
+				told <- line
+			}
+		}
+	}()
+	p.told = told
+	select {
+	case <-ready:
+	case <-time.After(20 * time.Second):
+		tb.Fatal("the child isn't ready")
+	}
+	return p
+}
+
+// The time from a leader's kill -9 to the first answer of the next one, as a caller sees it who is Sticky and Idempotent, and who sees
+// no error. Callers who are only Sticky lose nothing but the calls that may have run.
+func TestFailover(t *testing.T) { // not beside others, since it measures
+	for policy, want := range map[string]struct {
+		kills, all int
+		from, to   time.Duration
+	}{
+		"Aggressive":   {4, 20, 0, 2 * time.Second},
+		"Balanced":     {1, 20, 2 * time.Second, 5 * time.Second},
+		"Conservative": {1, 20, 5 * time.Second, 10 * time.Second},
+	} {
+		t.Run(policy, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			client := newService(t, srv, "shop")
+			var reigns journal[reignOf]
+			children := map[string]*process{}
+			ask := func(opts ...aegis.CallOption) (term uint64, id string, err error) {
+				ctx, cancel := context.WithTimeout(t.Context(), want.to+2*time.Second)
+				defer cancel()
+				answer, err := aegis.Call[int, string](ctx, client, "risk", "who", 1, opts...)
+				if err == nil {
+					_, err = fmt.Sscan(answer, &term, &id)
+				}
+				return term, id, err
+			}
+			pid := func(id string) string { return id[strings.LastIndex(id, "-")+1:] }
+			add := func() {
+				p := startLeader(t, srv, policy, &reigns)
+				children[strconv.Itoa(p.Process.Pid)] = p
+			}
+			add()
+			add()
+			kills := want.kills
+			if *full {
+				kills = want.all
+			}
+			var took []time.Duration
+			var lost atomic.Int32 // calls that may have run
+			var answered [4]atomic.Int32
+			done := make(chan struct{})
+			var others sync.WaitGroup
+			for i := range 4 { // half of them are only Sticky
+				others.Go(func() {
+					opts := []aegis.CallOption{aegis.Sticky(), aegis.Idempotent()}[:1+i%2]
+					for {
+						select {
+						case <-done:
+							return
+						default:
+						}
+						if _, _, err := ask(opts...); err != nil {
+							var e *aegis.Error
+							if i%2 == 1 || !errors.As(err, &e) || e.NotRun {
+								t.Errorf("%d options: %v", len(opts), err)
+							}
+							lost.Add(1)
+						} else {
+							answered[i].Add(1)
+						}
+					}
+				})
+			}
+			term, id, err := ask(aegis.Sticky(), aegis.Idempotent())
+			for range kills {
+				if err != nil {
+					t.Fatal(err)
+				}
+				for i := range answered { // lest one waits for the second leader in a row
+					n := answered[i].Load()
+					eventually(t, "each gets an answer", func() bool { return answered[i].Load() > n })
+				}
+				leader := children[pid(id)]
+				begin := time.Now()
+				if err := leader.Process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+				var next uint64
+				next, id, err = ask(aegis.Sticky(), aegis.Idempotent())
+				for err == nil && next == term { // it had answered already
+					next, id, err = ask(aegis.Sticky(), aegis.Idempotent())
+				}
+				took = append(took, time.Since(begin))
+				if next < term {
+					t.Errorf("term %d after %d", next, term)
+				}
+				term = next
+				add()
+			}
+			close(done)
+			others.Wait()
+			if n := int(lost.Load()); n > 2*kills { // two callers have one call each under way
+				t.Errorf("%d calls were lost with %d leaders", n, kills)
+			}
+			slices.Sort(took)
+			if took[0] < want.from || took[len(took)-1] > want.to {
+				t.Errorf("%v: want %v to %v", took, want.from, want.to)
+			}
+			t.Logf("%d kills: %v to %v, median %v", len(took), took[0], took[len(took)-1], took[len(took)/2])
+			for _, p := range children {
+				_ = p.input.Close() // it stops, unless it was killed
+				for range p.told {
+				}
+			}
+			checkReigns(t, reigns.all())
+		})
+	}
+}
+
+// A leader that is paused for longer than its lease: the next one takes over; when it goes on, it answers NOT_ACTIVE, and what it
+// was about to write is refused by a store that checks terms.
+func TestPausedLeader(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client, store := newService(t, srv, "shop"), newService(t, srv, "store")
+	var highest atomic.Uint64
+	refused := errors.New("stale term")
+	handle(t, store, "write", func(_ context.Context, term uint64) (string, error) {
+		for {
+			was := highest.Load()
+			if term < was {
+				return "", refused
+			}
+			if highest.CompareAndSwap(was, term) {
+				return "written", nil
+			}
+		}
+	})
+	start(t, store)
+	var reigns journal[reignOf]
+	a, b := startLeader(t, srv, "Aggressive", &reigns), startLeader(t, srv, "Aggressive", &reigns)
+	who := func() (term uint64, id string) {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		answer, err := aegis.Call[int, string](ctx, client, "risk", "who", 1, aegis.Sticky(), aegis.Idempotent())
+		if err == nil {
+			_, err = fmt.Sscan(answer, &term, &id)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return term, id
+	}
+	for range 3 {
+		term, id := who()
+		leader := a
+		if !strings.HasSuffix(id, "-"+strconv.Itoa(a.Process.Pid)) {
+			leader = b
+		}
+		writing := make(chan error, 1)
+		go func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			_, err := aegis.Call[int, string](ctx, client, "risk", "write", 1, aegis.Sticky())
+			writing <- err
+		}()
+		if line := <-leader.told; line != "writing" {
+			t.Fatal(line)
+		}
+		if err := leader.Process.Signal(syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		next, other := who()
+		for next == term { // it answered before it stopped
+			next, other = who()
+		}
+		if next < term || other == id {
+			t.Errorf("term %d of %s after %d of %s", next, other, term, id)
+		}
+		if _, err := call[uint64, string](client, "store", "write", next); err != nil {
+			t.Error(err)
+		}
+		if err := leader.Process.Signal(syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "it knows who leads", func() bool {
+			_, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance(id))
+			return fails(t, err, aegis.ErrNotActive).Details["leader"] == other
+		})
+		if line := <-leader.told; !strings.Contains(line, refused.Error()) {
+			t.Errorf("the one that was paused says %q", line)
+		}
+		if e := fails(t, <-writing, aegis.ErrFenced, refused.Error()); e.NotRun {
+			t.Error("it did run")
+		}
+	}
+	for _, p := range []*process{a, b} {
+		_ = p.input.Close()
+		for range p.told {
+		}
+	}
+	checkReigns(t, reigns.all())
+}

@@ -1,0 +1,374 @@
+package aegis_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// shortenAckWait does so to the consumers of a stream.
+func shortenAckWait(tb testing.TB, srv *server.Server, stream string, wait time.Duration) {
+	tb.Helper()
+	st, err := manage(tb, srv).Stream(context.Background(), stream)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	consumers := st.ListConsumers(context.Background())
+	for info := range consumers.Info() {
+		info.Config.AckWait = wait
+		if _, err := st.UpdateConsumer(context.Background(), info.Config); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	if err := consumers.Err(); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func TestStreamsThatCannotBeUsed(t *testing.T) {
+	t.Parallel()
+	try := func(name string, words []string, configs ...jetstream.StreamConfig) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			js := manage(t, srv)
+			for _, c := range configs {
+				if _, err := js.CreateStream(t.Context(), c); err != nil {
+					t.Fatal(err)
+				}
+			}
+			svc := newService(t, srv, "risk")
+			var got journal[int]
+			subscribe(t, svc, "order.*", into(&got))
+			err := svc.Start(t.Context())
+			if words != nil {
+				fails(t, err, aegis.ErrInvalid, words...)
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			publish(t, svc, "order", "created", 1)
+			got.wait(t, 1)
+			for _, c := range configs {
+				st, err := js.Stream(t.Context(), c.Name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if have := st.CachedInfo().Config; !slices.Equal(have.Subjects, c.Subjects) || have.MaxAge != c.MaxAge {
+					t.Errorf("it was changed: %+v", have)
+				}
+			}
+		})
+	}
+	try("an operator's", nil, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}, MaxAge: time.Hour})
+	try("other subjects", []string{"AEGIS_EVENTS", "events.order.*", "events.>"}, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.payment.>"}})
+	try("no acks", []string{"no_ack"}, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}, NoAck: true})
+	try("a work queue", []string{"workqueue", "retention"}, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}, Retention: jetstream.WorkQueuePolicy})
+	try("dead letters without TTL", []string{"AEGIS_DEAD", "allow_msg_ttl"}, jetstream.StreamConfig{Name: "AEGIS_DEAD", Subjects: []string{"aegis.dead.>"}})
+	try("another stream has the subjects", []string{"AEGIS_EVENTS", "overlap"}, jetstream.StreamConfig{Name: "OTHER", Subjects: []string{"events.order.>"}})
+}
+
+func TestEventsWithoutJetStream(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "risk")
+	promptly(t, func() {
+		if e := fails(t, aegis.Publish(t.Context(), svc, "order", "created", 1), aegis.ErrUnavailable, "JetStream", "-js"); !e.NotRun {
+			t.Error("it may have been stored?")
+		}
+	})
+	promptly(t, func() {
+		fails(t, aegis.PublishBatch(t.Context(), svc, "order", "created", []int{1}), aegis.ErrUnavailable, "JetStream")
+	})
+	for _, err := range svc.DeadLetters(t.Context()) {
+		fails(t, err, aegis.ErrUnavailable, "JetStream")
+	}
+	subscribe(t, svc, "order.*", into(&journal[int]{}))
+	promptly(t, func() { fails(t, svc.Start(t.Context()), aegis.ErrUnavailable, "JetStream") })
+}
+
+func TestDeletedConsumerIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	js := manage(t, srv)
+	svc, publisher := newService(t, srv, "risk"), newService(t, srv, "shop")
+	var got journal[int]
+	var healthy atomic.Bool
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+		if e.Data == 1 && !healthy.Load() {
+			return errors.New("not yet")
+		}
+		got.add(e.Data)
+		return nil
+	}, aegis.Backoff(time.Hour, time.Hour))
+	start(t, svc)
+	publish(t, publisher, "order", "created", 1) // it fails, and waits for its next attempt
+	publish(t, publisher, "order", "created", 2)
+	got.wait(t, 1)
+	st, err := js.Stream(t.Context(), "AEGIS_EVENTS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range st.ConsumerNames(t.Context()).Name() {
+		if err := st.DeleteConsumer(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	healthy.Store(true)
+	publish(t, publisher, "order", "created", 3) // while there is none, perhaps
+	eventually(t, "all are handled", func() bool { return slices.Contains(got.all(), 1) && slices.Contains(got.all(), 3) })
+
+	// The same with the stream, whose numbers begin anew.
+	if err := js.DeleteStream(t.Context(), "AEGIS_EVENTS"); err != nil {
+		t.Fatal(err)
+	}
+	publish(t, publisher, "order", "created", 4)
+	eventually(t, "the event in the new stream is handled", func() bool { return slices.Contains(got.all(), 4) })
+}
+
+func TestOperatorsConsumer(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	publish(t, svc, "other", "one", 0)
+	st, err := manage(t, srv).Stream(t.Context(), "AEGIS_EVENTS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.CreateConsumer(t.Context(), jetstream.ConsumerConfig{
+		Durable: "risk~order~+", FilterSubject: "events.order.*", AckPolicy: jetstream.AckExplicitPolicy, MaxRequestBatch: 7, MaxRequestExpires: 200 * time.Millisecond,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var got journal[int]
+	var healthy atomic.Bool
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+		if e.Data == 1 && !healthy.Load() {
+			return errors.New("no")
+		}
+		got.add(e.Data)
+		return nil
+	}, aegis.Attempts(1))
+	start(t, svc)
+	if err := aegis.PublishBatch(t.Context(), svc, "order", "created", make([]int, 100)); err != nil {
+		t.Fatal(err)
+	}
+	got.wait(t, 100)
+	publish(t, svc, "order", "created", 1)
+	var letters []aegis.DeadLetter
+	eventually(t, "a dead letter", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
+	healthy.Store(true)
+	if err := svc.Redrive(t.Context(), letters[0]); err != nil { // for which the consumer's filter had to be extended
+		t.Fatal(err)
+	}
+	got.wait(t, 101)
+
+	if _, err := st.CreateConsumer(t.Context(), jetstream.ConsumerConfig{Durable: "risk~limited", FilterSubject: "events.order.*", AckPolicy: jetstream.AckExplicitPolicy, MaxDeliver: 3}); err != nil {
+		t.Fatal(err)
+	}
+	fails(t, aegis.Subscribe(svc, "order.*", into(&got), aegis.Durable("limited")), aegis.ErrInvalid, "risk~limited", "max_deliver")
+}
+
+// As many events are handled as may be, however few of them are free.
+func TestEventsUseTheWholeConcurrency(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var running atomic.Int32
+	release := make(chan struct{})
+	subscribe(t, svc, "order.*", func(context.Context, aegis.Event[int]) error {
+		running.Add(1)
+		<-release
+		return nil
+	}, aegis.Concurrency(64))
+	start(t, svc)
+	for i := range 63 {
+		publish(t, svc, "order", "created", i)
+	}
+	eventually(t, "63 run", func() bool { return running.Load() == 63 })
+	time.Sleep(1500 * time.Millisecond) // until what was asked for has expired
+	if err := aegis.PublishBatch(t.Context(), svc, "order", "created", make([]int, 100)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "64 run", func() bool { return running.Load() == 64 })
+	close(release)
+	eventually(t, "all run", func() bool { return running.Load() == 163 })
+}
+
+func TestLongHandlerIsNotRedelivered(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	var handled journal[int]
+	instance := func() *aegis.Service {
+		svc := newService(t, srv, "risk")
+		subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[time.Duration]) error {
+			handled.add(e.Attempt)
+			time.Sleep(e.Data)
+			return nil
+		}, aegis.Concurrency(2))
+		start(t, svc)
+		return svc
+	}
+	if err := instance().Stop(t.Context()); err != nil { // once the consumer exists, its operator can change it
+		t.Fatal(err)
+	}
+	shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second)
+	svc := instance()
+	publish(t, svc, "order", "created", 4*time.Second)
+	handled.wait(t, 1)
+	instance()                                    // which would take it
+	if err := svc.Stop(t.Context()); err != nil { // waits for the handler
+		t.Fatal(err)
+	}
+	if got := handled.all(); !slices.Equal(got, []int{1}) {
+		t.Errorf("attempts %v", got)
+	}
+}
+
+// Whoever was cut off for longer than entries live keeps what it knew, and shows the truth within a second when it is back.
+func TestDiscoverAfterBeingCutOff(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	p := startProxy(t, srv)
+	reconnected := make(chan struct{}, 10)
+	client := newService(t, srv, "shop", aegis.WithURL("nats://"+p.address), aegis.WithPool(1), aegis.WithNATS(
+		nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }),
+		nats.ReconnectHandler(func(*nats.Conn) { reconnected <- struct{}{} }),
+	))
+	add := func(id string) *aegis.Service {
+		s := newService(t, srv, "risk", aegis.WithID(id), aegis.WithHeartbeat(time.Second))
+		start(t, s)
+		return s
+	}
+	add("a")
+	var reigns journal[reignOf]
+	crashing := startLeader(t, srv, "Aggressive", &reigns)
+	stopping := add("c")
+	eventually(t, "all show", func() bool { return len(instances(t, client, "risk")) == 3 })
+	p.hold(toServer, toClient)
+	p.cut()
+	if err := crashing.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := stopping.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	add("d")
+	other := newService(t, srv, "ops")
+	eventually(t, "the crashed one has expired", func() bool { return len(instances(t, other, "risk")) == 2 })
+	eventually(t, "the server has given the client's watch up", func() bool {
+		st, err := manage(t, srv).Stream(t.Context(), "KV_aegis_registry")
+		return err == nil && st.CachedInfo().State.Consumers == 1 // the other's
+	})
+	if got := instances(t, client, "risk"); len(got) != 3 {
+		t.Errorf("while cut off: %q", got)
+	}
+	p.heal()
+	<-reconnected
+	begin := time.Now()
+	eventually(t, "it shows the truth", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "d ACTIVE"}) })
+	if took := time.Since(begin); took > time.Second {
+		t.Errorf("it took %v", took)
+	}
+}
+
+// A JetStream that doesn't answer makes Discover wait, until its ctx ends.
+func TestDiscoverWithoutAnswer(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	if _, err := nc.Subscribe("$JS.API.>", func(*nats.Msg) {}); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	_, err = newService(t, srv, "shop").Discover(ctx, "risk")
+	fails(t, err, aegis.ErrTimeout)
+	if ctx.Err() == nil {
+		t.Error("it did not wait")
+	}
+}
+
+// What is denied isn't tried again and again, since each denial is logged, here and by the server.
+func TestDenialsAreFew(t *testing.T) {
+	t.Parallel()
+	publish, subscribe := allowances(t, "it sends commands")
+	srv := startServer(t, withJetStream(t), func(o *server.Options) {
+		o.Users = []*server.User{{Username: "admin"}, {Username: "user", Permissions: &server.Permissions{
+			Publish:   &server.SubjectPermission{Allow: append(publish, "rpc.>")},
+			Subscribe: &server.SubjectPermission{Allow: subscribe},
+		}}}
+	})
+	svc := newService(t, srv, "orders", aegis.WithNATS(nats.UserInfo("admin", "")))
+	handleCommand(t, svc, "work", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil })
+	start(t, svc)
+	var logged safeBuffer
+	shop := newService(t, srv, "shop", aegis.WithNATS(nats.UserInfo("user", "")), aegis.WithLogger(slog.New(slog.NewTextHandler(&logged, nil))))
+	denials := func() int { return strings.Count(logged.String(), "ermissions") }
+	for range 100 {
+		if _, err := aegis.SendCommand[int, int](t.Context(), shop, "orders", "work", 1); err != nil {
+			t.Fatal(err)
+		}
+		_, err := call[int, int](shop, "orders", "missing", 1)
+		fails(t, err, aegis.ErrUnavailable, "$SRV.INFO.orders")
+	}
+	if n := denials(); n > 2 { // one a connection
+		t.Errorf("%d denials of 200 questions", n)
+	}
+	_, err := shop.Discover(t.Context(), "orders")
+	fails(t, err, aegis.ErrDenied)
+	before := denials()
+	time.Sleep(8 * time.Second)
+	if n := denials() - before; n > 15 {
+		t.Errorf("%d denials in 8 s", n)
+	}
+}
+
+func TestMalformedEntries(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	var logged safeBuffer
+	client := newService(t, srv, "shop", aegis.WithLogger(slog.New(slog.NewTextHandler(&logged, nil))))
+	svc := newService(t, srv, "risk", aegis.WithID("a"))
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	kv, err := manage(t, srv).KeyValue(t.Context(), "aegis_registry")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for key, value := range map[string]string{
+		"risk.x1": "garbage", "risk.x2": `{"service":"risk","id":"a"}`, "risk.x3": `[` + strings.Repeat("[", 20000), "risk.x4": `{"service":"other","id":"x4"}`,
+		"risk.x5": `{"service":"risk","id":"x5","endpoints":{}}`,
+	} {
+		if _, err := kv.Put(t.Context(), key, []byte(value)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "it is logged", func() bool {
+			if got := instances(t, client, "risk"); !slices.Equal(got, []string{"a ACTIVE"}) {
+				t.Fatal(got)
+			}
+			return strings.Contains(logged.String(), "key="+key)
+		})
+	}
+	if _, err := call[string, string](client, "risk", "m", "", aegis.Balance(aegis.Random)); err != nil {
+		t.Error(err)
+	}
+}

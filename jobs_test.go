@@ -1,0 +1,333 @@
+package aegis_test
+
+import (
+	"context"
+	"io"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/aegistrader/aegis"
+)
+
+func send[T, R any](tb testing.TB, s *aegis.Service, service, command string, data T, opts ...aegis.CallOption) *aegis.Job[R] {
+	tb.Helper()
+	j, err := aegis.SendCommand[T, R](context.Background(), s, service, command, data, opts...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return j
+}
+
+// updates collects what a job reports until it ends.
+func updates[R any](tb testing.TB, j *aegis.Job[R]) (all []aegis.Progress) {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	for p, err := range j.Updates(ctx) {
+		if err != nil {
+			tb.Fatal(err)
+		}
+		all = append(all, p)
+	}
+	return all
+}
+
+func wait[R any](tb testing.TB, j *aegis.Job[R]) R {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	r, err := j.Wait(ctx)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return r
+}
+
+func waitError[R any](tb testing.TB, j *aegis.Job[R]) error {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	r, err := j.Wait(ctx)
+	if err == nil {
+		tb.Fatalf("got %v, want an error", r)
+	}
+	return err
+}
+
+func TestIdempotencyKeyRunsOnce(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	var runs atomic.Int32
+	var instances []*aegis.Service
+	for range 3 {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int32, error) {
+			time.Sleep(20 * time.Millisecond) // so that some come while it runs
+			return runs.Add(1), nil
+		})
+		start(t, svc)
+		instances = append(instances, svc)
+	}
+	var senders []*process
+	for range 4 {
+		senders = append(senders, startProcess(t, "senders", srv))
+	}
+	for _, p := range senders {
+		if line, _ := p.line(t); line != "ready" {
+			t.Fatal(line)
+		}
+	}
+	for _, p := range senders { // all send at once
+		if _, err := io.WriteString(p.input, "go\n"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, p := range senders {
+		for range 25 {
+			if line, _ := p.line(t); line != "1 <nil>" {
+				t.Errorf("got %s", line)
+			}
+		}
+	}
+	_, err := aegis.SendCommand[int, int32](t.Context(), newService(t, srv, "shop"), "risk", "work", 8, aegis.IdempotencyKey("seven"))
+	if e := fails(t, err, aegis.ErrInvalid, "seven"); !e.NotRun {
+		t.Error("it may have run?")
+	}
+	for _, s := range instances {
+		if err := s.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	srv = startServer(t, samePort, store)
+	if r := wait(t, send[int, int32](t, newService(t, srv, "shop"), "risk", "work", 7, aegis.IdempotencyKey("seven"))); r != 1 || runs.Load() != 1 {
+		t.Errorf("got %d after %d runs", r, runs.Load())
+	}
+}
+
+func TestCancelCommand(t *testing.T) { // not beside others, since it measures
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	var started journal[string]
+	ended := make(chan time.Time, 1)
+	handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[string]) (int, error) {
+		started.add(c.Data)
+		if c.Data == "quick" {
+			return 1, nil
+		}
+		for ctx.Err() == nil { // reports more often than is written
+			_ = c.Progress(1, "")
+			time.Sleep(time.Millisecond)
+		}
+		ended <- time.Now()
+		if c.Data == "stubborn" {
+			return 2, nil
+		}
+		return 0, ctx.Err()
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	for _, data := range []string{"heeds", "stubborn"} {
+		running := send[string, int](t, client, "risk", "work", data)
+		eventually(t, "it runs", func() bool { return slices.Contains(started.all(), data) })
+		waiting := send[string, int](t, client, "risk", "work", "waits behind "+data)
+		if err := waiting.Cancel(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		if err := running.Cancel(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if took := (<-ended).Sub(begin); took > 100*time.Millisecond {
+			t.Errorf("%s ended after %v", data, took)
+		}
+		for _, j := range []*aegis.Job[int]{running, waiting} {
+			fails(t, waitError(t, j), aegis.ErrCanceled, j.ID)
+			if all := updates(t, j); all[len(all)-1].State != "canceled" {
+				t.Errorf("got %+v", all)
+			}
+			if err := j.Cancel(t.Context()); err != nil { // once more
+				t.Error(err)
+			}
+		}
+	}
+	quick := send[string, int](t, client, "risk", "work", "quick")
+	if wait(t, quick) != 1 {
+		t.Error("a later command")
+	}
+	fails(t, quick.Cancel(t.Context()), aegis.ErrInvalid, "completed")
+	if got := started.all(); !slices.Equal(got, []string{"heeds", "stubborn", "quick"}) {
+		t.Errorf("started %q", got)
+	}
+	if letters := deadLetters(t, svc); len(letters) > 0 {
+		t.Errorf("dead letters %+v", letters)
+	}
+}
+
+func TestAttach(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	release := make(chan struct{})
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		if err := c.Progress(40, "so far"); err != nil {
+			return "", err
+		}
+		<-release
+		return "done", nil
+	})
+	nothing := aegis.Attach[string](client, "risk", "work", "nothing")
+	fails(t, waitError(t, nothing), aegis.ErrNotFound, "nothing")
+	start(t, svc)
+	fails(t, waitError(t, nothing), aegis.ErrNotFound, "nothing")
+	for _, err := range nothing.Updates(t.Context()) {
+		fails(t, err, aegis.ErrNotFound)
+	}
+	fails(t, nothing.Cancel(t.Context()), aegis.ErrNotFound)
+
+	send[string, string](t, client, "risk", "work", "x", aegis.IdempotencyKey("one"))
+	if err := client.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	j := aegis.Attach[string](newService(t, srv, "shop"), "risk", "work", "one")
+	var states []string
+	for p, err := range j.Updates(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		states = append(states, p.State)
+		if p.Percent == 40 && p.State == "running" {
+			close(release)
+		}
+	}
+	if states[len(states)-1] != "completed" || !slices.Contains(states, "running") {
+		t.Errorf("got %q", states)
+	}
+	if r := wait(t, j); r != "done" {
+		t.Errorf("got %q", r)
+	}
+	for p, err := range j.Updates(t.Context()) { // a new one gets the final state at once
+		if err != nil || p.State != "completed" || p.Message != "so far" {
+			t.Errorf("got %+v, %v", p, err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err := j.Wait(ctx)
+	fails(t, err, aegis.ErrCanceled)
+}
+
+func TestInvalidCommands(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	ctx := t.Context()
+	_, err := aegis.SendCommand[int, int](ctx, svc, "no service", "work", 1)
+	fails(t, err, aegis.ErrInvalid, "no service")
+	_, err = aegis.SendCommand[int, int](ctx, svc, "risk", "no-command", 1)
+	fails(t, err, aegis.ErrInvalid, "no-command")
+	_, err = aegis.SendCommand[int, int](ctx, svc, "risk", "work", 1, aegis.AtPriority(4))
+	fails(t, err, aegis.ErrInvalid, "AtPriority(4)")
+	_, err = aegis.SendCommand[int, int](ctx, svc, "risk", "work", 1, aegis.EventVersion("1.0"))
+	fails(t, err, aegis.ErrInvalid, "EventVersion")
+	_, err = aegis.SendCommand[chan int, int](ctx, svc, "risk", "work", make(chan int))
+	fails(t, err, aegis.ErrInvalid, "risk.work")
+	_, err = aegis.SendCommand[[]byte, int](ctx, svc, "risk", "work", make([]byte, 1<<20))
+	fails(t, err, aegis.ErrInvalid, "max_payload")
+	fails(t, aegis.Publish(ctx, svc, "a", "b", 1, aegis.AtPriority(aegis.High)), aegis.ErrInvalid, "AtPriority")
+	never := func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil }
+	fails(t, aegis.HandleCommand(svc, "no-command", never), aegis.ErrInvalid, "no-command")
+	fails(t, aegis.HandleCommand[int, int](svc, "work", nil), aegis.ErrInvalid, "nil")
+	fails(t, aegis.HandleCommand(svc, "work", never, aegis.Broadcast()), aegis.ErrInvalid, "Broadcast")
+	handleCommand(t, svc, "work", never)
+	fails(t, aegis.HandleCommand(svc, "work", never), aegis.ErrInvalid, "commands.risk.work")
+	start(t, svc)
+	other := newService(t, srv, "shop")
+	_, err = aegis.SendCommand[int, int](ctx, other, "risk", "other", 1)
+	if e := fails(t, err, aegis.ErrUnimplemented, "risk", "other"); !e.NotRun {
+		t.Error("it may have run?")
+	}
+	if err := svc.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	_, err = aegis.SendCommand[int, int](ctx, svc, "risk", "work", 1)
+	fails(t, err, aegis.ErrClosed)
+	j := send[int, int](t, other, "risk", "work", 1) // nobody runs: it is queued
+	short, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+	defer cancel()
+	_, err = j.Wait(short)
+	fails(t, err, aegis.ErrTimeout)
+	_, err = aegis.SendCommand[int, int](ctx, newService(t, startServer(t), "shop"), "risk", "work", 1)
+	fails(t, err, aegis.ErrUnavailable, "JetStream")
+}
+
+// A command that was not sent, and that nobody can send again, leaves nothing that stays.
+func TestCommandThatIsNotSentLeavesNoRecord(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	handleCommand(t, svc, "work", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil })
+	start(t, svc)
+	limitMessages(t, srv, "AEGIS_COMMANDS", 1)
+	_, err := aegis.SendCommand[int, int](t.Context(), client, "risk", "work", 1)
+	if e := fails(t, err, aegis.ErrInvalid); !e.NotRun {
+		t.Error("it may have run?")
+	}
+	st, err := manage(t, srv).Stream(t.Context(), "KV_aegis_commands")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := st.GetLastMsgForSubject(t.Context(), "$KV.aegis_commands.risk.work.>")
+	if err != nil || m.Header.Get("Nats-TTL") == "" {
+		t.Errorf("the record stays: %v, %v", m, err)
+	}
+}
+
+// A key joins senders of the same data, whatever they encode it with, and in whatever order their fields are.
+func TestKeyJoinsAcrossEncodings(t *testing.T) {
+	t.Parallel()
+	type order struct {
+		SKU    string
+		Amount int64
+		Limits map[string]float64
+	}
+	type reordered struct {
+		Limits map[string]float64
+		Amount int64
+		SKU    string
+	}
+	srv := startServer(t, withJetStream(t))
+	svc, other := newService(t, srv, "risk"), newService(t, srv, "shop", aegis.WithCodec(aegis.JSON))
+	var runs atomic.Int32
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[order]) (int64, error) {
+		runs.Add(1)
+		return c.Data.Amount, nil
+	})
+	start(t, svc)
+	const amount = 1<<62 + 1
+	limits := map[string]float64{"a": 0.5, "b": 1, "c": 1e9}
+	key := aegis.IdempotencyKey("k")
+	send := func(s *aegis.Service, data any) (*aegis.Job[int64], error) {
+		return aegis.SendCommand[any, int64](t.Context(), s, "risk", "work", data, key)
+	}
+	for _, s := range []*aegis.Service{svc, other} {
+		for _, data := range []any{order{"x", amount, limits}, reordered{limits, amount, "x"}} {
+			job, err := send(s, data)
+			if err != nil {
+				t.Fatalf("%T: %v", data, err)
+			}
+			if n, err := job.Wait(t.Context()); n != amount || err != nil {
+				t.Errorf("%T: %d, %v", data, n, err)
+			}
+		}
+		_, err := send(s, order{"x", amount + 1, limits})
+		fails(t, err, aegis.ErrInvalid, "other data")
+	}
+	if n := runs.Load(); n != 1 {
+		t.Errorf("it ran %d times", n)
+	}
+}

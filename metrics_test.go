@@ -1,0 +1,614 @@
+package aegis_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/micro"
+)
+
+// endpointStats are those of one endpoint, which must be there.
+func endpointStats(tb testing.TB, s *aegis.Service, kind, name string) aegis.EndpointStats {
+	tb.Helper()
+	for _, e := range s.Stats().Endpoints {
+		if e.Kind == kind && e.Name == name {
+			return e
+		}
+	}
+	tb.Fatalf("no statistics of %s %s: %+v", kind, name, s.Stats().Endpoints)
+	return aegis.EndpointStats{}
+}
+
+func TestStats(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc", aegis.WithPool(3), aegis.WithVersion("1.2.3"))
+	shop, web := newService(t, srv, "shop"), newService(t, srv, "web")
+	handle(t, svc, "m", func(_ context.Context, what string) (string, error) {
+		switch what {
+		case "refuse":
+			return "", &aegis.Error{Code: "NO_FUNDS"}
+		case "panic":
+			panic("oh")
+		case "slow":
+			time.Sleep(20 * time.Millisecond)
+		}
+		return what, nil
+	})
+	inside, release := make(chan struct{}, 10), make(chan struct{})
+	handle(t, svc, "blocked", func(context.Context, string) (string, error) {
+		inside <- struct{}{}
+		<-release
+		return "", nil
+	}, aegis.Concurrency(1))
+	if got := svc.Stats(); len(got.Endpoints) != 2 || got.Endpoints[0].Name != "blocked" || got.Endpoints[1].Requests != 0 || got.Connected != 3 {
+		t.Errorf("before Start: %+v", got)
+	}
+	start(t, svc)
+	for what, n := range map[string]int{"ok": 95, "slow": 5, "refuse": 3, "panic": 2} {
+		for range n {
+			if _, err := call[string, string](shop, "svc", "m", what); (err == nil) != (what == "ok" || what == "slow") {
+				t.Fatal(what, err)
+			}
+		}
+	}
+	if _, err := call[int, string](web, "svc", "m", 1); err == nil {
+		t.Error("a number is no string")
+	}
+	if _, err := call[string, string](web, "svc", "nothing", ""); err == nil {
+		t.Error("there is no such method")
+	}
+	// What was answered was counted before.
+	m := endpointStats(t, svc, "rpc", "m")
+	if m.Requests != 106 || m.Errors != 6 || !reflect.DeepEqual(m.Codes, map[string]uint64{"NO_FUNDS": 3, "INTERNAL": 2, "INVALID_ARGUMENT": 1}) ||
+		!reflect.DeepEqual(m.Callers, map[string]uint64{"shop": 105, "web": 1}) || m.InFlight != 0 || m.Pending != 0 || m.Shed != 0 || m.Expired != 0 {
+		t.Errorf("%+v", m)
+	}
+	if m.P50 <= 0 || m.P50 > 15*time.Millisecond || m.P90 < m.P50 || m.P99 < 19*time.Millisecond || m.P99 > m.Max || m.Max < 20*time.Millisecond || m.Max > 5*time.Second {
+		t.Errorf("latencies %v %v %v %v", m.P50, m.P90, m.P99, m.Max)
+	}
+	c := endpointStats(t, shop, "call", "svc.m")
+	if c.Requests != 105 || c.Errors != 5 || c.Codes["NO_FUNDS"] != 3 || c.P99 < 19*time.Millisecond || c.InFlight != 0 {
+		t.Errorf("%+v", c)
+	}
+	if c := endpointStats(t, web, "call", "svc.nothing"); c.Requests != 1 || c.Codes["UNIMPLEMENTED"] != 1 {
+		t.Errorf("%+v", c)
+	}
+
+	// One runs, one waits, one is refused, and the one that waits gives up.
+	first := make(chan error, 1)
+	go func() { _, err := call[string, string](shop, "svc", "blocked", ""); first <- err }()
+	<-inside
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	second := make(chan error, 1)
+	go func() { _, err := aegis.Call[string, string](ctx, shop, "svc", "blocked", ""); second <- err }()
+	eventually(t, "one waits", func() bool { return endpointStats(t, svc, "rpc", "blocked").Pending == 1 })
+	eventually(t, "the gate is there", func() bool {
+		_, err := call[string, string](shop, "svc", "blocked", "")
+		return errors.Is(err, aegis.ErrOverloaded)
+	})
+	if b, c := endpointStats(t, svc, "rpc", "blocked"), endpointStats(t, shop, "call", "svc.blocked"); b.InFlight != 1 || b.Shed != 1 || b.Codes["OVERLOADED"] != 1 || c.InFlight != 2 {
+		t.Errorf("%+v\n%+v", b, c)
+	}
+	fails(t, <-second, aegis.ErrTimeout)
+	time.Sleep(50 * time.Millisecond) // when it arrived is known to a few milliseconds
+	close(release)
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	eventually(t, "what has expired is dropped", func() bool { return endpointStats(t, svc, "rpc", "blocked").Expired == 1 })
+	if b := endpointStats(t, svc, "rpc", "blocked"); b.Requests != 3 || b.Errors != 2 || b.InFlight != 0 || b.Pending != 0 || b.Callers["shop"] != 3 {
+		t.Errorf("%+v", b)
+	}
+
+	st := svc.Stats()
+	if st.Service != "svc" || st.Instance != svc.ID() || st.Version != "1.2.3" || st.Uptime <= 0 || st.Uptime > time.Minute || st.Connected != 3 || st.Reconnects != 0 || len(st.Leading) > 0 {
+		t.Errorf("%+v", st)
+	}
+	if err := svc.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if st := svc.Stats(); st.Connected != 0 || len(st.Endpoints) != 2 { // what it did can still be seen
+		t.Errorf("%+v", st)
+	}
+}
+
+// What fails only after the handler has returned, or before it is called, counts as a failure on both sides.
+func TestStatsOfLateFailures(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, shop := newService(t, srv, "svc"), newService(t, srv, "shop")
+	handle(t, svc, "m", func(_ context.Context, what string) (string, error) {
+		switch what {
+		case "large":
+			return strings.Repeat("x", 2<<20), nil
+		case "no code":
+			return "", &aegis.Error{Message: "no code"}
+		}
+		return "", &aegis.Error{Code: what, Message: strings.Repeat("<", 1<<18)}
+	})
+	handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[int]) (string, error) {
+		if c.Data == 0 {
+			return strings.Repeat("x", 2<<20), nil
+		}
+		<-ctx.Done()
+		return "too late", nil
+	})
+	start(t, svc)
+	for _, what := range []string{"large", "no code", "A\xff", "A\xfe"} {
+		if _, err := call[string, string](shop, "svc", "m", what); err == nil {
+			t.Error(what)
+		}
+	}
+	want := map[string]uint64{"INTERNAL": 2, "A?": 2}
+	m, c := endpointStats(t, svc, "rpc", "m"), endpointStats(t, shop, "call", "svc.m")
+	if !reflect.DeepEqual(m.Codes, want) || !reflect.DeepEqual(c.Codes, want) || m.Requests != 4 || m.Errors != 4 || c.Errors != 4 {
+		t.Errorf("%+v\n%+v", m, c)
+	}
+	handle(t, svc, "text", echo)
+	if _, err := call[string, int](shop, "svc", "text", "x"); err == nil {
+		t.Error("a text is no number")
+	}
+	if c := endpointStats(t, shop, "call", "svc.text"); c.Codes["INTERNAL"] != 1 {
+		t.Errorf("%+v", c)
+	}
+	fails(t, waitError(t, send[int, string](t, shop, "svc", "work", 0)), aegis.ErrInternal, "max_payload")
+	j := send[int, string](t, shop, "svc", "work", 1)
+	eventually(t, "it runs", func() bool { return endpointStats(t, svc, "command", "work").InFlight == 1 })
+	if err := j.Cancel(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it has ended", func() bool { return endpointStats(t, svc, "command", "work").InFlight == 0 })
+	if w := endpointStats(t, svc, "command", "work"); !reflect.DeepEqual(w.Codes, map[string]uint64{"INTERNAL": 1, "CANCELED": 1}) || w.Requests != 2 || w.DeadLetters != 1 {
+		t.Errorf("%+v", w)
+	}
+	// The large error can be told, cut.
+	deps, err := shop.Dependencies(t.Context())
+	if err != nil || len(deps) != 3 || deps[0].Errors != 4 {
+		t.Error(deps, err)
+	}
+}
+
+// Instances, callers and codes come from elsewhere, and there may be any number of them.
+func TestStatsAreBounded(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "m", func(_ context.Context, n int) (int, error) {
+		return 0, &aegis.Error{Code: fmt.Sprint("CODE_", n, strings.Repeat("x", 200))}
+	})
+	start(t, svc)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	inbox, err := nc.SubscribeSync("_INBOX.>")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 1000
+	for i := range n {
+		if err := nc.PublishRequest("rpc.svc.m", fmt.Sprintf("_INBOX.s%d.ABCDEFGHIJKL.1.1.5000", i), []byte(strconv.Itoa(100+i))); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := inbox.NextMsg(5 * time.Second); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := endpointStats(t, svc, "rpc", "m")
+	var codes, callers uint64
+	for code, n := range m.Codes {
+		if codes += n; len(code) > 64 {
+			t.Errorf("a code of %d bytes", len(code))
+		}
+	}
+	for _, n := range m.Callers {
+		callers += n
+	}
+	if len(m.Codes) > 65 || len(m.Callers) > 257 || m.Codes["OTHERS"] == 0 || m.Callers["OTHERS"] == 0 || codes != n || callers != n || m.Requests != n {
+		t.Errorf("%d codes of %d, %d callers of %d, %d requests", len(m.Codes), codes, len(m.Callers), callers, m.Requests)
+	}
+}
+
+func TestStatsOfEventsAndCommands(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, shop := newService(t, srv, "risk"), newService(t, srv, "shop")
+	inside, release := make(chan struct{}, 100), make(chan struct{})
+	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+		inside <- struct{}{}
+		<-release
+		if e.Data == 0 && e.Attempt == 1 {
+			return errors.New("not yet")
+		}
+		return nil
+	}, aegis.Concurrency(1), aegis.Backoff(time.Millisecond, time.Millisecond))
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) {
+		inside <- struct{}{}
+		<-release
+		return c.Data, nil
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	var jobs []*aegis.Job[int]
+	for i := range 5 {
+		publish(t, shop, "order", "created", i)
+		jobs = append(jobs, send[int, int](t, shop, "risk", "work", i, aegis.AtPriority(aegis.Low)))
+	}
+	<-inside
+	<-inside
+	eventually(t, "four wait", func() bool {
+		e, c := endpointStats(t, svc, "event", "order.*"), endpointStats(t, svc, "command", "work")
+		return e.Pending == 4 && c.Pending == 4 && e.InFlight == 1 && c.InFlight == 1
+	})
+	close(release)
+	for _, j := range jobs {
+		wait(t, j)
+	}
+	eventually(t, "all are handled", func() bool {
+		e, c := endpointStats(t, svc, "event", "order.*"), endpointStats(t, svc, "command", "work")
+		return e.Requests == 6 && c.Requests == 5 && e.Pending == 0 && c.Pending == 0 && e.InFlight == 0
+	})
+	e, c := endpointStats(t, svc, "event", "order.*"), endpointStats(t, svc, "command", "work")
+	if e.Errors != 1 || e.Codes["INTERNAL"] != 1 || e.Callers["shop"] != 6 || e.Max <= 0 || c.Errors != 0 || c.Callers["shop"] != 5 {
+		t.Errorf("%+v\n%+v", e, c)
+	}
+}
+
+func TestStatsOfConnectionsBreakersAndLeadership(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "svc", aegis.WithFailover(aegis.Aggressive), aegis.WithBreaker(aegis.BreakerPolicy{Failures: 1, Cooldown: 200 * time.Millisecond}))
+	handle(t, svc, "m", echo, aegis.Exclusive())
+	start(t, svc)
+	leading := make(chan uint64)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan error)
+	go func() {
+		ended <- svc.Lead(ctx, "reaper", aegis.Aggressive, func(ctx context.Context, term uint64) error {
+			leading <- term
+			<-ctx.Done()
+			return ctx.Err()
+		})
+	}()
+	term := <-leading
+	eventually(t, "it leads", svc.IsLeader)
+	if l := svc.Stats().Leading; len(l) != 2 || l["reaper"] != term || l["default"] == 0 {
+		t.Errorf("%v, want the term %d", l, term)
+	}
+	cancel()
+	<-ended
+	if l := svc.Stats().Leading; len(l) != 1 {
+		t.Error(l)
+	}
+
+	if _, err := call[string, string](svc, "svc", "m", "x"); err != nil {
+		t.Fatal(err)
+	}
+	if b := svc.Stats().Breakers; !reflect.DeepEqual(b, map[string]string{"svc": "closed"}) {
+		t.Error(b)
+	}
+	_, err := call[int, int](svc, "other", "m", 1)
+	fails(t, err, aegis.ErrUnavailable)
+	if b := svc.Stats().Breakers; !reflect.DeepEqual(b, map[string]string{"svc": "closed", "other": "open"}) {
+		t.Error(b)
+	}
+	eventually(t, "it may be tried", func() bool { return svc.Stats().Breakers["other"] == "half-open" })
+
+	again := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	eventually(t, "both connections are lost", func() bool { return svc.Stats().Connected == 0 })
+	startServer(t, again, withJetStream(t))
+	eventually(t, "they are back", func() bool { st := svc.Stats(); return st.Connected == 2 && st.Reconnects == 2 })
+}
+
+// get asks a service's HTTP handler.
+func get(tb testing.TB, s *aegis.Service, path string) (status int, body string) {
+	tb.Helper()
+	w := httptest.NewRecorder()
+	s.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+	return w.Code, w.Body.String()
+}
+
+// TestMetrics reads /metrics as Prometheus does. CI checks the text by Prometheus's own linter besides (see .ci/run), for which it
+// is written to $AEGIS_METRICS.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "svc", aegis.WithFailover(aegis.Aggressive), aegis.WithBreaker(aegis.BreakerPolicy{}))
+	handle(t, svc, "m", func(_ context.Context, what string) (string, error) {
+		if what != "" {
+			return "", &aegis.Error{Code: what}
+		}
+		time.Sleep(2 * time.Millisecond)
+		return "", nil
+	})
+	handle(t, svc, "alone", echo, aegis.Exclusive())
+	subscribe(t, svc, "order.*", func(context.Context, aegis.Event[int]) error { return nil })
+	start(t, svc)
+	eventually(t, "it leads", svc.IsLeader)
+	const odd = "a\"b\\c\nd\xff"
+	for _, what := range []string{"", "", "", "NO_FUNDS", odd} {
+		_, _ = call[string, string](svc, "svc", "m", what)
+	}
+	publish(t, svc, "order", "created", 1)
+	eventually(t, "it is handled", func() bool {
+		e := endpointStats(t, svc, "event", "order.*")
+		return e.Requests == 1 && e.Pending == 0
+	})
+	status, text := get(t, svc, "/metrics")
+	if status != http.StatusOK {
+		t.Fatal(status)
+	}
+	if file := os.Getenv("AEGIS_METRICS"); file != "" {
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			t.Error(err)
+		}
+	}
+	samples := map[string]float64{}
+	kinds, described := map[string]string{}, map[string]bool{}
+	family := ""
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if rest, ok := strings.CutPrefix(line, "# HELP "); ok {
+			name, help, _ := strings.Cut(rest, " ")
+			if family = name; described[name] || help == "" {
+				t.Errorf("%s is described twice, or not", name)
+			}
+			described[name] = true
+			continue
+		}
+		if rest, ok := strings.CutPrefix(line, "# TYPE "); ok {
+			name, kind, _ := strings.Cut(rest, " ")
+			if kinds[name] = kind; name != family {
+				t.Errorf("the type of %s is among %s", name, family)
+			}
+			continue
+		}
+		i := strings.LastIndexByte(line, ' ')
+		value, err := strconv.ParseFloat(line[i+1:], 64)
+		if err != nil || !utf8.ValidString(line) || !strings.HasPrefix(line, family) || !strings.Contains(line, `{service="svc"`) {
+			t.Errorf("not a sample of %s: %q", family, line)
+		}
+		if _, twice := samples[line[:i]]; twice {
+			t.Errorf("twice: %s", line)
+		}
+		samples[line[:i]] = value
+	}
+	for name, kind := range map[string]string{
+		"aegis_requests_total": "counter", "aegis_request_duration_seconds": "histogram", "aegis_in_flight": "gauge", "aegis_pending": "gauge",
+		"aegis_shed_total": "counter", "aegis_expired_total": "counter", "aegis_connections": "gauge", "aegis_reconnects_total": "counter",
+		"aegis_breaker_open": "gauge", "aegis_leader": "gauge", "aegis_uptime_seconds": "gauge",
+	} {
+		if kinds[name] != kind || !described[name] {
+			t.Errorf("%s is a %q, want a %s", name, kinds[name], kind)
+		}
+	}
+	for sample, want := range map[string]float64{
+		`aegis_requests_total{service="svc",kind="rpc",endpoint="m",code=""}`:                     3,
+		`aegis_requests_total{service="svc",kind="rpc",endpoint="m",code="NO_FUNDS"}`:             1,
+		`aegis_requests_total{service="svc",kind="rpc",endpoint="m",code="a\"b\\c\nd?"}`:          1,
+		`aegis_requests_total{service="svc",kind="call",endpoint="svc.m",code=""}`:                3,
+		`aegis_requests_total{service="svc",kind="event",endpoint="order.*",code=""}`:             1,
+		`aegis_request_duration_seconds_count{service="svc",kind="rpc",endpoint="m"}`:             5,
+		`aegis_request_duration_seconds_bucket{service="svc",kind="rpc",endpoint="m",le="0.001"}`: 2,
+		`aegis_request_duration_seconds_bucket{service="svc",kind="rpc",endpoint="m",le="50"}`:    5,
+		`aegis_request_duration_seconds_bucket{service="svc",kind="rpc",endpoint="m",le="+Inf"}`:  5,
+		`aegis_connections{service="svc"}`:                                                        2,
+		`aegis_leader{service="svc",group="default"}`:                                             1,
+		`aegis_breaker_open{service="svc",target="svc"}`:                                          0,
+		`aegis_in_flight{service="svc",kind="rpc",endpoint="m"}`:                                  0,
+		`aegis_shed_total{service="svc",kind="rpc",endpoint="m"}`:                                 0,
+		`aegis_expired_total{service="svc",kind="rpc",endpoint="m"}`:                              0,
+		`aegis_pending{service="svc",kind="event",endpoint="order.*"}`:                            0,
+	} {
+		if got, ok := samples[sample]; !ok || got != want {
+			t.Errorf("%s is %v %v, want %v", sample, got, ok, want)
+		}
+	}
+	if sum := samples[`aegis_request_duration_seconds_sum{service="svc",kind="rpc",endpoint="m"}`]; sum < 0.006 || sum > 5 {
+		t.Errorf("%v s in all", sum)
+	}
+	if up := samples[`aegis_uptime_seconds{service="svc"}`]; up <= 0 || up > 60 {
+		t.Errorf("up for %v s", up)
+	}
+	last := 0.0 // buckets are cumulative
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, `aegis_request_duration_seconds_bucket{service="svc",kind="rpc",endpoint="m"`) {
+			value, _ := strconv.ParseFloat(strings.TrimSpace(line[strings.LastIndexByte(line, ' '):]), 64)
+			if value < last {
+				t.Errorf("less than before: %s", line)
+			}
+			last = value
+		}
+	}
+}
+
+func TestProbes(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	var broken atomic.Bool
+	svc := newService(t, srv, "svc", aegis.WithHeartbeat(time.Second), aegis.WithHealthCheck("database", func(context.Context) error {
+		if broken.Load() {
+			return errors.New("connection refused")
+		}
+		return nil
+	}), aegis.WithHealthCheck("disk", func(context.Context) error { return nil }))
+	inside, release := make(chan struct{}), make(chan struct{})
+	handle(t, svc, "m", func(context.Context, string) (string, error) {
+		close(inside)
+		<-release
+		return "", nil
+	})
+	expect := func(path string, want int, words ...string) {
+		t.Helper()
+		status, body := get(t, svc, path)
+		var parsed struct {
+			Status string
+			Checks map[string]string
+		}
+		if err := json.Unmarshal([]byte(body), &parsed); err != nil || status != want || (parsed.Status == "ok") != (want == http.StatusOK) {
+			t.Errorf("%s answers %d %s, want %d", path, status, body, want)
+		}
+		for _, w := range words {
+			if !strings.Contains(body, w) {
+				t.Errorf("%s answers %s, without %s", path, body, w)
+			}
+		}
+	}
+	expect("/healthz", 200)
+	expect("/readyz", 503, `"service":"UNAVAILABLE: `, "not been started")
+	start(t, svc)
+	expect("/readyz", 200, `"database":"ok"`, `"disk":"ok"`, `"connection":"ok"`)
+	broken.Store(true)
+	eventually(t, "it isn't ready", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
+	expect("/readyz", 503, `"database":"INTERNAL: connection refused"`, `"disk":"ok"`)
+	expect("/healthz", 200)
+	broken.Store(false)
+	eventually(t, "it is ready again", func() bool { status, _ := get(t, svc, "/readyz"); return status == 200 })
+
+	again := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	eventually(t, "it isn't ready", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
+	expect("/readyz", 503, `"connection":"UNAVAILABLE: `)
+	expect("/healthz", 200)
+	srv = startServer(t, again)
+	eventually(t, "it is ready again", func() bool { status, _ := get(t, svc, "/readyz"); return status == 200 })
+	eventually(t, "both connections are back", func() bool { return svc.Stats().Connected == 2 })
+
+	client := newService(t, srv, "client")
+	eventually(t, "the server knows the handler again", func() bool {
+		go func() { _, _ = call[string, string](client, "svc", "m", "", aegis.Sticky()) }()
+		select {
+		case <-inside:
+			return true
+		case <-time.After(time.Second):
+			return false
+		}
+	})
+	stopped := make(chan error)
+	go func() { stopped <- svc.Stop(t.Context()) }()
+	eventually(t, "it isn't ready", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
+	expect("/readyz", 503, `"service":"CLOSED: `, "stopping")
+	expect("/healthz", 200) // it finishes what runs
+	close(release)
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	expect("/healthz", 503, "svc was stopped")
+	expect("/readyz", 503)
+	if status, _ := get(t, svc, "/"); status != http.StatusNotFound {
+		t.Error(status)
+	}
+}
+
+func TestDependencies(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	web, lost := newService(t, srv, "web"), newService(t, srv, "lost")
+	var risks []*aegis.Service
+	for range 2 {
+		risk := newService(t, srv, "risk")
+		handle(t, risk, "check", func(_ context.Context, n int) (int, error) {
+			if n < 0 {
+				return 0, &aegis.Error{Code: "NEGATIVE"}
+			}
+			return n, nil
+		})
+		start(t, risk)
+		risks = append(risks, risk)
+	}
+	shop := newService(t, srv, "shop")
+	handle(t, shop, "buy", func(ctx context.Context, n int) (int, error) {
+		return aegis.Call[int, int](ctx, shop, "risk", "check", n)
+	})
+	subscribe(t, shop, "order.*", func(context.Context, aegis.Event[int]) error { return nil })
+	start(t, shop)
+	for _, n := range []int{1, 2, 3, -1, -2} {
+		_, _ = call[int, int](web, "shop", "buy", n)
+	}
+	for _, risk := range risks {
+		if _, err := call[int, int](lost, "risk", "check", 1, aegis.ToInstance(risk.ID())); err != nil {
+			t.Error(err)
+		}
+	}
+	publish(t, web, "order", "placed", 1)
+	eventually(t, "it is handled", func() bool { return endpointStats(t, shop, "event", "order.*").Requests == 1 })
+
+	// Others answer, too: a service that isn't of aegis, and one that talks nonsense.
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	if _, err := micro.AddService(nc, micro.Config{Name: "plain", Version: "1.0.0", Endpoint: &micro.EndpointConfig{Subject: "plain", Handler: micro.HandlerFunc(func(micro.Request) {})}}); err != nil {
+		t.Fatal(err)
+	}
+	for _, nonsense := range []string{"", "[]", `{"endpoints":[null,{"data":[]},{"data":{"callers":7}}]}`, "\xff\xff"} {
+		if _, err := nc.Subscribe("$SRV.STATS", func(m *nats.Msg) { _ = m.Respond([]byte(nonsense)) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	deps, err := lost.Dependencies(t.Context())
+	want := []aegis.Dependency{
+		{From: "lost", To: "risk", Endpoint: "check", Requests: 2},
+		{From: "shop", To: "risk", Endpoint: "check", Requests: 5, Errors: 2},
+		{From: "web", To: "shop", Endpoint: "buy", Requests: 5, Errors: 2},
+		{From: "web", To: "shop", Endpoint: "order.*", Requests: 1},
+	}
+	if err != nil || !slices.Equal(deps, want) {
+		t.Errorf("got %v, %v\nwant %v", deps, err, want)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	_, err = lost.Dependencies(ctx)
+	fails(t, err, aegis.ErrTimeout)
+	if err := lost.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	_, err = lost.Dependencies(t.Context())
+	fails(t, err, aegis.ErrClosed)
+}
+
+func TestMermaid(t *testing.T) {
+	t.Parallel()
+	if got := aegis.Mermaid(nil); got != "flowchart LR\n" {
+		t.Errorf("%q", got)
+	}
+	got := aegis.Mermaid([]aegis.Dependency{
+		{From: "end", To: "b", Endpoint: `order.>|"x"`, Requests: 3, Errors: 1}, // end is a word of Mermaid's
+		{From: "end", To: "b", Endpoint: "m", Requests: 1},
+		{From: "b", To: "b", Endpoint: "self", Requests: 2},
+	})
+	want := `flowchart LR
+    s0["b"]
+    s1["end"]
+    s1 -->|"order.#62;#124;#34;x#34;: 3, 1 failed<br>m: 1"| s0
+    s0 -->|"self: 2"| s0
+`
+	if got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}

@@ -1,0 +1,414 @@
+package aegis_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+)
+
+func TestCall(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	for _, serverCodec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
+		for _, clientCodec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
+			if (clientCodec == gobbledygook{}) && clientCodec != serverCodec {
+				continue
+			}
+			t.Run(serverCodec.ContentType()+" "+clientCodec.ContentType(), func(t *testing.T) {
+				svc := newService(t, srv, "order-service", aegis.WithCodec(serverCodec))
+				handle(t, svc, "create_order", createOrder)
+				start(t, svc)
+				handle(t, svc, "added_later", createOrder)
+				handle(t, svc, "double", func(_ context.Context, n int) (int, error) { return 2 * n, nil })
+				client := newService(t, srv, "client", aegis.WithCodec(clientCodec))
+				for _, method := range []string{"create_order", "added_later"} {
+					got, err := call[Order, Receipt](client, "order-service", method, Order{SKU: "x", Qty: 3, Tags: map[string]string{"raw": "r"}})
+					if err != nil || got.ID != "x-3" || string(got.Raw) != "r" {
+						t.Errorf("%s: got %+v, %v", method, got, err)
+					}
+				}
+				for n := range 200 { // one byte of MessagePack or JSON doesn't tell which it is
+					if got, err := call[int, int](client, "order-service", "double", n); got != 2*n || err != nil {
+						t.Fatalf("double(%d): got %d, %v", n, got, err)
+					}
+				}
+				if err := svc.Stop(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+func TestPlainNATSClient(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "order-service")
+	handle(t, svc, "create_order", createOrder)
+	handle(t, svc, "refuse", func(context.Context, Order) (Receipt, error) {
+		return Receipt{}, &aegis.Error{Code: "NO_FUNDS", Message: "balance is 3", Details: map[string]string{"balance": "3"}}
+	})
+	sources := make(chan string, 10)
+	handle(t, svc, "deadline", func(ctx context.Context, _ Order) (time.Duration, error) {
+		sources <- aegis.CorrelationID(ctx)
+		d, _ := ctx.Deadline()
+		return time.Until(d), nil
+	})
+	start(t, svc)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+
+	m, err := nc.Request("rpc.order-service.create_order", []byte(`{"sku":"x","qty":2}`), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r Receipt
+	if err := json.Unmarshal(m.Data, &r); err != nil || r.ID != "x-2" {
+		t.Errorf("got %s", m.Data)
+	}
+	if len(m.Header) != 0 {
+		t.Errorf("a plain answer has headers: %v", m.Header)
+	}
+
+	m, err = nc.Request("rpc.order-service.refuse", []byte(`{}`), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var e aegis.Error
+	if err := json.Unmarshal(m.Data, &e); err != nil || e.Code != "NO_FUNDS" || e.Details["balance"] != "3" || e.Source != "order-service" {
+		t.Errorf("got %s", m.Data)
+	}
+	if code, text := m.Header.Get("Nats-Service-Error-Code"), m.Header.Get("Nats-Service-Error"); code != "422" || !strings.Contains(text, "balance is 3") {
+		t.Errorf("got error headers %q, %q", code, text)
+	}
+
+	m, err = nc.Request("rpc.order-service.deadline", []byte(`{}`), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ns, _ := strconv.ParseInt(string(m.Data), 10, 64); time.Duration(ns) < 4*time.Second || time.Duration(ns) > 5*time.Second {
+		t.Errorf("a caller that tells no deadline: the handler has %v, want the 5 s of WithTimeout", time.Duration(ns))
+	}
+	if id := <-sources; id == "" {
+		t.Error("no correlation id for a plain caller")
+	}
+	if err := nc.Publish("rpc.order-service.deadline", []byte(`{}`)); err != nil { // asks for no answer
+		t.Fatal(err)
+	}
+	if id := <-sources; id == "" {
+		t.Error("no correlation id for a plain message")
+	}
+}
+
+func TestInvalidInput(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	for _, name := range []string{"", "1a", "-a", "a.b", "a b", "a*", "a>", "größe", strings.Repeat("a", 65)} {
+		promptly(t, func() {
+			_, err := aegis.New(name, aegis.WithURL(srv.ClientURL()))
+			fails(t, err, aegis.ErrInvalid, "service", strconv.Quote(name))
+		})
+	}
+	for want, opt := range map[string]aegis.Option{
+		"WithPool(0)":          aegis.WithPool(0),
+		"WithPool(65)":         aegis.WithPool(65),
+		`WithID("a.b")`:        aegis.WithID("a.b"),
+		`WithID("")`:           aegis.WithID(""),
+		`WithVersion("1.0")`:   aegis.WithVersion("1.0"),
+		"WithCodec(nil)":       aegis.WithCodec(nil),
+		"WithLogger(nil)":      aegis.WithLogger(nil),
+		"WithTimeout(0s)":      aegis.WithTimeout(0),
+		"WithConcurrency(0)":   aegis.WithConcurrency(0),
+		"WithBreaker(":         aegis.WithBreaker(aegis.BreakerPolicy{Failures: -1}),
+		"WithMiddleware(nil)":  aegis.WithMiddleware(nil),
+		"WithURL()":            aegis.WithURL(),
+		`WithURL("")`:          aegis.WithURL(""),
+		`WithURL("nats://")`:   aegis.WithURL("nats://"),
+		`WithURL("http://a b`:  aegis.WithURL("http://a b"),
+		"WithNATS: no option!": aegis.WithNATS(func(*nats.Options) error { return errors.New("no option!") }),
+	} {
+		_, err := aegis.New("svc", aegis.WithURL(srv.ClientURL()), opt)
+		fails(t, err, aegis.ErrInvalid, want)
+	}
+
+	svc := newService(t, srv, "svc")
+	for _, method := range []string{"", "1a", "a-b", "a.b", "a b", "*"} {
+		fails(t, aegis.Handle(svc, method, echo), aegis.ErrInvalid, "method", strconv.Quote(method))
+		_, err := call[string, string](svc, "svc", method, "")
+		if e := fails(t, err, aegis.ErrInvalid, "method", strconv.Quote(method)); !e.NotRun {
+			t.Error("it says that it may have run")
+		}
+	}
+	fails(t, aegis.Handle(svc, "m", echo, aegis.Concurrency(0)), aegis.ErrInvalid, "Concurrency(0)")
+	fails(t, aegis.Handle[int, int](svc, "m", nil), aegis.ErrInvalid, "nil")
+	handle(t, svc, "m", echo)
+	fails(t, aegis.Handle(svc, "m", echo), aegis.ErrInvalid, "rpc.svc.m")
+	_, err := call[string, string](svc, "s.v", "m", "")
+	fails(t, err, aegis.ErrInvalid, "s.v")
+	_, err = call[string, string](svc, "svc", "m", "", aegis.ToInstance("*"))
+	fails(t, err, aegis.ErrInvalid, "ToInstance")
+	_, err = call[string, string](svc, "svc", "m", "", aegis.Retry(aegis.RetryPolicy{Attempts: -1}))
+	fails(t, err, aegis.ErrInvalid, "Retry")
+	_, err = call[chan int, string](svc, "svc", "m", nil)
+	fails(t, err, aegis.ErrInvalid, "chan int")
+}
+
+func TestUnreachable(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	promptly(t, func() {
+		_, err := aegis.New("svc", aegis.WithURL("nats://user:secret@"+address))
+		fails(t, err, aegis.ErrUnavailable, address)
+		if strings.Contains(err.Error(), "secret") {
+			t.Errorf("the error shows the password: %v", err)
+		}
+	})
+
+	srv := startServer(t)
+	client := newService(t, srv, "client")
+	svc := newService(t, srv, "svc", aegis.WithID("one"), aegis.WithVersion("1.2.3"))
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	promptly(t, func() {
+		_, err := call[string, string](client, "nobody", "m", "")
+		if e := fails(t, err, aegis.ErrUnavailable, "nobody is not running"); !e.NotRun {
+			t.Error("it says that it may have run")
+		}
+		_, err = call[string, string](client, "svc", "nothing", "")
+		if e := fails(t, err, aegis.ErrUnimplemented, "rpc.svc.nothing", "one", "1.2.3"); !e.NotRun {
+			t.Error("it says that it may have run")
+		}
+		_, err = call[string, string](client, "svc", "m", "", aegis.ToInstance("two"))
+		fails(t, err, aegis.ErrUnavailable, "two")
+		_, err = call[string, string](client, "svc", "nothing", "", aegis.ToInstance("one"))
+		fails(t, err, aegis.ErrUnimplemented, "rpc.svc.nothing")
+		if got, err := call[string, string](client, "svc", "m", "hi", aegis.ToInstance("one")); got != "hi" || err != nil {
+			t.Error(got, err)
+		}
+	})
+}
+
+func TestUndecodable(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "m", createOrder)
+	start(t, svc)
+	client := newService(t, srv, "client")
+	nc := client.Conn()
+	for _, data := range [][]byte{nil, {0xc1}, {0x81}, []byte("{"), []byte("[1,2]"), []byte("nonsense"), {0xdd, 0xff, 0xff, 0xff, 0xff}, bytes.Repeat([]byte{0x91}, 100_000)} {
+		m, err := nc.Request("rpc.svc.m", data, 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if code := m.Header.Get("Nats-Service-Error-Code"); code != "400" {
+			t.Errorf("%.20q: got %s", data, code)
+		}
+	}
+	m, err := nc.RequestMsg(&nats.Msg{Subject: "rpc.svc.m", Data: []byte("<x/>"), Header: nats.Header{"Content-Type": {"text/xml"}}}, 5*time.Second)
+	if err != nil || !strings.Contains(m.Header.Get("Nats-Service-Error"), "text/xml") {
+		t.Errorf("got %v, %v", m, err)
+	}
+	_, err = call[string, Receipt](client, "svc", "m", "not an order")
+	if e := fails(t, err, aegis.ErrInvalid, "rpc.svc.m"); !e.NotRun {
+		t.Error("it says that it may have run")
+	}
+	_, err = call[Order, int](client, "svc", "m", Order{})
+	if e := fails(t, err, aegis.ErrInternal, "svc.m"); e.NotRun {
+		t.Error("it ran, and the error says that it did not")
+	}
+	if got, err := call[Order, Receipt](client, "svc", "m", Order{SKU: "x"}); got.ID != "x-0" || err != nil {
+		t.Error(got, err)
+	}
+}
+
+func TestTooLarge(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) { o.MaxPayload = 32 << 10 })
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "repeat", func(_ context.Context, n int) ([]byte, error) { return make([]byte, n), nil })
+	handle(t, svc, "fail", func(_ context.Context, n int) ([]byte, error) {
+		return nil, &aegis.Error{Code: "HUGE", Message: strings.Repeat("x", n)}
+	})
+	handle(t, svc, "take", func(_ context.Context, b []byte) (int, error) { return len(b), nil })
+	start(t, svc)
+	client := newService(t, srv, "client")
+	promptly(t, func() {
+		_, err := call[int, []byte](client, "svc", "repeat", 40<<10)
+		if e := fails(t, err, aegis.ErrInternal, "32768", "repeat"); e.NotRun {
+			t.Error("it ran, and the error says that it did not")
+		}
+		_, err = call[int, []byte](client, "svc", "fail", 40<<10)
+		fails(t, err, &aegis.Error{Code: "HUGE"}, "32768")
+		_, err = call[[]byte, int](client, "svc", "take", make([]byte, 40<<10))
+		if e := fails(t, err, aegis.ErrInvalid, "32768", "rpc.svc.take"); !e.NotRun {
+			t.Error("it says that it may have run")
+		}
+		if got, err := call[int, []byte](client, "svc", "repeat", 20<<10); len(got) != 20<<10 || err != nil {
+			t.Error(len(got), err)
+		}
+	})
+}
+
+func TestInstancesShareTheLoad(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	var handled [3]atomic.Int64
+	var instances [3]*aegis.Service
+	for i := range instances {
+		instances[i] = newService(t, srv, "svc")
+		handle(t, instances[i], "m", func(_ context.Context, s string) (string, error) {
+			handled[i].Add(1)
+			return s, nil
+		})
+		start(t, instances[i])
+	}
+	client := newService(t, srv, "client")
+	stop := hammer(t, client, 16, "svc", "m", func(err error) { t.Error(err) })
+	all := func() bool { return handled[0].Load() > 200 && handled[1].Load() > 200 && handled[2].Load() > 200 }
+	eventually(t, "all three handle calls", all)
+	if err := instances[1].Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	first, second := handled[0].Load(), handled[1].Load()
+	eventually(t, "the others go on", func() bool { return handled[0].Load() > first+200 })
+	if handled[1].Load() != second {
+		t.Error("the stopped instance goes on handling")
+	}
+	if calls := stop(); calls != handled[0].Load()+handled[1].Load()+handled[2].Load() {
+		t.Errorf("%d calls, handled %d + %d + %d", calls, handled[0].Load(), handled[1].Load(), handled[2].Load())
+	}
+}
+
+func TestBreaker(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	client := newService(t, srv, "client", aegis.WithBreaker(aegis.BreakerPolicy{Failures: 3, Cooldown: 100 * time.Millisecond}))
+	for range 3 {
+		_, err := call[int, int](client, "svc", "m", 1)
+		fails(t, err, aegis.ErrUnavailable)
+	}
+	_, err := call[int, int](client, "svc", "m", 1)
+	if e := fails(t, err, aegis.ErrCircuitOpen, "svc", "3 times"); !e.NotRun {
+		t.Error("it says that it may have run")
+	}
+	_, err = call[int, int](client, "other", "m", 1)
+	fails(t, err, aegis.ErrUnavailable) // has a breaker of its own
+
+	svc := newService(t, srv, "svc")
+	inside, release := make(chan struct{}), make(chan struct{})
+	handle(t, svc, "m", func(context.Context, int) (int, error) {
+		close(inside)
+		<-release
+		return 7, nil
+	})
+	handle(t, svc, "refuse", func(context.Context, int) (int, error) { return 0, errors.New("no") })
+	start(t, svc)
+	probe := make(chan error)
+	go func() {
+		_, err := call[int, int](client, "svc", "m", 1, aegis.Sticky())
+		probe <- err
+	}()
+	<-inside
+	_, err = call[int, int](client, "svc", "m", 1) // one probe at a time
+	fails(t, err, aegis.ErrCircuitOpen)
+	close(release)
+	if err := <-probe; err != nil {
+		t.Error(err)
+	}
+	for range 10 { // what a handler returns doesn't count
+		_, err := call[int, int](client, "svc", "refuse", 1)
+		fails(t, err, aegis.ErrInternal)
+	}
+	for range 10 { // nor does a caller's cancel
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err := aegis.Call[int, int](ctx, client, "svc", "refuse", 1)
+		fails(t, err, aegis.ErrCanceled)
+	}
+	_, err = call[int, int](client, "svc", "refuse", 1)
+	fails(t, err, aegis.ErrInternal)
+}
+
+// FuzzRequest sends what it likes, with a reply subject and headers of its own, and expects the service to answer and live on.
+func FuzzRequest(f *testing.F) {
+	srv := startServer(f)
+	svc := newService(f, srv, "svc")
+	handle(f, svc, "m", func(_ context.Context, e everything) (everything, error) { return e, nil })
+	start(f, svc)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(nc.Close)
+	f.Add([]byte("{}"), "_INBOX.client.ABCDEFGHIJKL.1.1.1000", "Content-Type", "application/json")
+	f.Add([]byte{0x80}, "_INBOX.client.ABCDEFGHIJKL.1.1-corr.99999999999999", "traceparent", "x")
+	f.Add([]byte{0xc1}, "...", "Nats-Service-Error-Code", "500")
+	f.Add([]byte("x"), "a.1", "Aegis-Correlation-Id", "x y")
+	f.Add([]byte("5"), "5", "X", "")
+	f.Add([]byte(".5"), ".5", "X", "")
+	f.Fuzz(func(t *testing.T, data []byte, reply, key, value string) {
+		_ = nc.PublishMsg(&nats.Msg{Subject: "rpc.svc.m", Reply: reply, Data: data, Header: nats.Header{key: {value}}})
+		_ = nc.Publish("rpc.svc.$cancel", data)
+		_ = nc.Publish("rpc.svc.$cancel", []byte(reply))
+		m, err := nc.RequestMsg(&nats.Msg{Subject: "rpc.svc.m", Data: data, Header: nats.Header{"X": {"1"}}}, 10*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if code := m.Header.Get("Nats-Service-Error-Code"); code != "" && code != "400" {
+			t.Errorf("got %s", m.Header)
+		}
+	})
+}
+
+// FuzzAnswer gives a caller hostile answers.
+func FuzzAnswer(f *testing.F) {
+	srv := startServer(f)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(nc.Close)
+	var answer atomic.Pointer[nats.Msg]
+	if _, err := nc.Subscribe("rpc.svc.m", func(m *nats.Msg) { _ = m.RespondMsg(answer.Load()) }); err != nil {
+		f.Fatal(err)
+	}
+	client := newService(f, srv, "client")
+	f.Add([]byte("{}"), "Nats-Service-Error-Code", "404")
+	f.Add([]byte{0x81, 0xa4, 'c', 'o', 'd', 'e', 0xa1, 'X'}, "Nats-Service-Error-Code", "")
+	f.Add([]byte{}, "Status", "503")
+	f.Add([]byte{0xc1}, "Content-Type", "application/json")
+	f.Fuzz(func(t *testing.T, data []byte, key, value string) {
+		if strings.ContainsAny(key, ": \r\n") || key == "" {
+			key = "X"
+		}
+		answer.Store(&nats.Msg{Data: data, Header: nats.Header{key: {value}}})
+		_, err := aegis.Call[int, everything](t.Context(), client, "svc", "m", 1, aegis.Retry(aegis.RetryPolicy{Attempts: 1}))
+		var e *aegis.Error
+		if err != nil && (!errors.As(err, &e) || err.Error() == "") {
+			t.Errorf("got %#v", err)
+		}
+		if errors.Is(err, context.DeadlineExceeded) && e.Source == "" {
+			t.Errorf("no answer: %v", err)
+		}
+	})
+}
