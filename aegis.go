@@ -62,9 +62,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -83,48 +81,48 @@ import (
 // a message to a handler and back), jetstream.go (what is stored, and what brings it to a handler), conn.go (the connections, and
 // request: a message out, its answer back). The ground: options.go, codec.go, errors.go.
 
-// A Service is one instance of a named service: a pool of connections to NATS, its handlers, and the calls that it makes.
+// A Service is one instance of a named service: a pool of connections to NATS, the handlers, and the calls that it makes.
 type Service struct {
 	name, id string
-	cfg      config
+	cfg      *config
 	log      *slog.Logger
 	conns    []*conn
-	next     atomic.Uint32    // the connection that the last call took
+	next     atomic.Uint32    // counts the choices of a connection
 	breakers lookup[*breaker] // by service
 	calls    lookup[*meter]   // by <service>.<method>
 	cancels  cancels
-	denied   denials
+	denials  denials
 
 	elections   lookup[*watch[claim]] // by <service>.<group>
 	directories lookup[*directory]    // by service
 	exclusive   *candidate            // for the exclusive handlers; nil without any
-	acting      atomic.Int32          // functions of Lead that run
+	leading     atomic.Int32          // functions of Lead that run
 	campaigns   sync.WaitGroup        // candidates
 
-	since   time.Time       // when it was made
-	unwell  atomic.Bool     // a health check fails
-	judging sync.Mutex      // one judge at a time
-	news    chan struct{}   // to beat: the entry has changed
-	gone    context.Context // ends beat
-	goAway  context.CancelFunc
-	beating sync.WaitGroup // beat
+	since        time.Time       // when the service was made
+	unhealthy    atomic.Bool     // a health check fails
+	healthMu     sync.Mutex      // held by updateHealth
+	entryChanged chan struct{}   // tells heartbeats to write the registry entry
+	registered   context.Context // ends heartbeats
+	unregister   context.CancelFunc
+	heartbeating sync.WaitGroup // heartbeats
 
 	quitting  context.Context // ends when Stop begins
 	quit      context.CancelFunc
-	base      context.Context // parent of every handler's ctx: ends when Stop's time is up
+	base      context.Context // the parent of every handler's ctx; ends when Stop's time is up
 	cancel    context.CancelFunc
 	tasks     sync.WaitGroup // goroutines that end with base
 	ready     atomic.Bool    // Start has succeeded
 	draining  atomic.Bool    // requests that wait are refused
-	returning atomic.Int32   // commands that are being given back
-	done      chan struct{}  // closed when Stop is through
+	returning atomic.Int32   // commands that are being queued again
+	done      chan struct{}  // closed at the end of Stop
 
 	mu         sync.Mutex // guards the rest
 	state      state
 	endpoints  map[string]*endpoint // by kind and name
 	candidates map[*candidate]bool
-	enrolled   bool                 // the registry may have an entry
-	own        []*nats.Subscription // those that belong to no endpoint, and end with Stop's beginning
+	mayBeKnown bool                 // the registry may have an entry of this instance
+	own        []*nats.Subscription // those that belong to no endpoint and end when Stop begins
 }
 
 type state int
@@ -135,57 +133,37 @@ const (
 	stopping
 )
 
-// New makes an instance of the service called name ([A-Za-z][A-Za-z0-9_-]*, at most 64 characters) and connects it. It blocks
-// until every connection of the pool stands, each for at most nats.go's connect timeout (2 s a server).
+// New makes an instance of the service called name (a letter, then letters, digits, - and _, at most 64) and connects it. It blocks
+// until every connection of the pool is made, each for at most nats.go's connect timeout (2 s for each server). Use [Service.Stop]
+// to close the instance.
 //
-// Errors: [ErrInvalid] for a name or an option that is out of range, [ErrUnavailable] if the servers can't be reached or turn
-// the connection down. Use [Service.Stop] to close it.
+// Errors: [ErrInvalid] for a name or an option that is out of range, [ErrUnavailable] if the servers can't be reached or refuse the
+// connection.
 func New(name string, opts ...Option) (*Service, error) {
-	cfg := config{
-		pool:        2,
-		version:     "0.0.0",
-		codec:       MsgPack,
-		timeout:     5 * time.Second,
-		concurrency: 1024,
-		replicas:    1,
-		failover:    Balanced,
-		heartbeat:   10 * time.Second,
-	}
-	if env := os.Getenv("NATS_URL"); env != "" {
-		WithURL(strings.Split(env, ",")...)(&cfg)
-		if cfg.err != nil {
-			cfg.err = newError(ErrInvalid, "$NATS_URL: %v", cfg.err)
-		}
-	} else {
-		cfg.urls = []string{nats.DefaultURL}
-	}
-	for _, opt := range opts {
-		opt(&cfg)
-	}
 	if !isName(name, maxService) {
-		return nil, newError(ErrInvalid, "service name %q: want a letter, then letters, digits, - and _, at most 64", name)
+		return nil, newError(ErrInvalid, "service name %q: want a letter, then letters, digits, - and _, at most %d", name, maxService)
 	}
-	if cfg.err != nil {
-		return nil, cfg.err
+	cfg, failure := newConfig(opts)
+	if failure != nil {
+		return nil, failure
 	}
-	id := cmp.Or(cfg.id, fmt.Sprintf("%s-%08x", name, rand.Uint32()))
+	id := cmp.Or(deref(cfg.id), fmt.Sprintf("%s-%08x", name, rand.Uint32()))
 	s := &Service{
-		name:       name,
-		id:         id,
-		cfg:        cfg,
-		log:        cmp.Or(cfg.logger, slog.Default()).With("service", name, "instance", id),
-		endpoints:  map[string]*endpoint{},
-		candidates: map[*candidate]bool{},
-		news:       make(chan struct{}, 1),
-		done:       make(chan struct{}),
-		since:      time.Now(),
+		name:         name,
+		id:           id,
+		cfg:          cfg,
+		log:          cfg.logger.With("service", name, "instance", id),
+		endpoints:    map[string]*endpoint{},
+		candidates:   map[*candidate]bool{},
+		entryChanged: make(chan struct{}, 1),
+		done:         make(chan struct{}),
+		since:        time.Now(),
 	}
 	s.calls.most = 1024
-	s.cancels.watch = map[string]context.CancelFunc{}
-	s.denied.asking = map[*context.CancelCauseFunc]bool{}
+	s.cancels.running = map[string]context.CancelFunc{}
 	s.quitting, s.quit = context.WithCancel(context.Background())
 	s.base, s.cancel = context.WithCancel(context.Background())
-	s.gone, s.goAway = context.WithCancel(context.Background())
+	s.registered, s.unregister = context.WithCancel(context.Background())
 	for range cfg.pool {
 		c, err := s.connect()
 		if err != nil {
@@ -197,25 +175,25 @@ func New(name string, opts ...Option) (*Service, error) {
 	return s, nil
 }
 
-// Name is the service's name.
+// Name returns the service's name.
 func (s *Service) Name() string { return s.name }
 
-// ID is the instance's id.
+// ID returns the instance's id.
 func (s *Service) ID() string { return s.id }
 
-// Conn is a connection of the pool, for what aegis doesn't do. The service goes on using it: don't close or drain it.
+// Conn returns a connection of the pool, for what aegis does not do. The service goes on using it: don't close or drain it.
 func (s *Service) Conn() *nats.Conn {
 	return cmp.Or(s.pick(), s.conns[0]).nc
 }
 
-// Start begins to serve: it runs the health checks once, makes what [Subscribe] needs on the server, subscribes, and enters the
-// instance into the registry. When it returns, every server of the pool knows the handlers; more may be added later. An instance
-// with [Exclusive] handlers then campaigns to lead, which takes the Lease of its policy ([WithFailover]) where nobody led before.
+// Start begins to serve. It runs the health checks once, makes what [Subscribe] needs on the server, subscribes, and enters the
+// instance into the registry. When it returns, the servers of all connections know the handlers; more handlers may be added later.
+// An instance with [Exclusive] handlers then campaigns for the leadership; where nobody led before, that takes the Lease of its
+// policy ([WithFailover]). A service whose Start failed can only be stopped.
 //
-// It fails with [ErrClosed] after Stop, [ErrInvalid] if the service was started already or a stream, bucket or consumer that exists
-// can't be used, [ErrUnavailable] if the server can't be reached, or its JetStream, where handlers need it, [ErrDenied] if the
-// server's permissions don't allow what the service does. (Without JetStream the instance serves plain RPC, but isn't in the
-// registry.) A service whose Start failed can only be stopped.
+// Errors: [ErrClosed] after Stop; [ErrInvalid] if the service was started already, or a stream, bucket or consumer that exists can't
+// be used; [ErrUnavailable] if the server can't be reached, or has no JetStream and a handler needs it; [ErrDenied] if the server's
+// permissions do not allow what the service does. Without JetStream an instance serves plain RPC, but is not in the registry.
 func (s *Service) Start(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state != created {
@@ -229,7 +207,7 @@ func (s *Service) Start(ctx context.Context) error {
 	select {
 	case <-s.checkHealth():
 	case <-time.After(s.cfg.heartbeat):
-		s.checkHealth() // what hangs has failed
+		s.checkHealth() // a check that still runs has failed
 	case <-ctx.Done():
 	}
 	for _, e := range s.handlers() {
@@ -240,23 +218,23 @@ func (s *Service) Start(ctx context.Context) error {
 	if err := s.subscribeOwn(); err != nil {
 		return err
 	}
-	if err := s.allowed(ctx, begin); err != nil {
+	if err := s.checkDenials(ctx, begin); err != nil {
 		return err
 	}
-	if failure := s.enroll(ctx); failure != nil {
+	if failure := s.register(ctx); failure != nil {
 		return failure
 	}
-	if err := s.runForLeader(ctx); err != nil {
+	if err := s.campaignForExclusive(ctx); err != nil {
 		return err
 	}
-	if err := s.allowed(ctx, begin); err != nil {
+	if err := s.checkDenials(ctx, begin); err != nil {
 		return err
 	}
 	s.ready.Store(true)
 	return nil
 }
 
-// subscribeOwn listens for what isn't meant for a handler; each message reaches the instance once, on any connection.
+// subscribeOwn subscribes to what is not meant for a handler. Each message reaches the instance once, on any connection.
 func (s *Service) subscribeOwn() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -271,7 +249,7 @@ func (s *Service) subscribeOwn() error {
 			if err != nil {
 				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
 			}
-			if subject != cancelSubject(s.name) { // which handlers need until the end
+			if subject != cancelSubject(s.name) { // handlers need that until the end
 				s.own = append(s.own, sub)
 			}
 		}
@@ -279,16 +257,17 @@ func (s *Service) subscribeOwn() error {
 	return nil
 }
 
-// Run serves until ctx ends: Start, wait, Stop. Stop gets 30 s to finish what runs; it is called too when Start fails.
+// Run serves until ctx ends: it calls Start, waits, and calls Stop, which gets 30 s to finish what runs. It calls Stop too if Start
+// fails.
 func (s *Service) Run(ctx context.Context) error {
 	err := s.Start(ctx)
 	if err == nil {
 		select {
 		case <-ctx.Done():
-		case <-s.done: // stopped by someone else
+		case <-s.done: // somebody else has called Stop
 		}
 	} else if ctx.Err() != nil {
-		err = nil // told to end before it had begun
+		err = nil // ctx ended before the service had begun
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 	defer cancel()
@@ -296,17 +275,18 @@ func (s *Service) Run(ctx context.Context) error {
 }
 
 const (
-	cancelGrace   = 200 * time.Millisecond // for handlers to heed the end of their ctx, once Stop's has ended
-	returnTimeout = 5 * time.Second        // to note what is given back, before that
+	cancelGrace   = 200 * time.Millisecond // for handlers to return after Stop has cancelled their ctx
+	returnTimeout = 5 * time.Second        // for queueing again the commands whose handlers have returned by then
 )
 
-// Stop takes no more requests, waits until those that have arrived are answered, releases the leadership, leaves the registry,
-// flushes, and closes the connections; calls that still wait for an answer then fail with [ErrClosed]. The functions of
-// [Service.Lead] are told at its beginning. When ctx ends before that, requests that haven't begun are
-// refused, events are given back without using up an attempt, the ctx of the handlers that run ends, and Stop returns 0.2 s
-// later with [ErrTimeout] saying how many are left; what is given back may take it up to 5 s more, and 2 s in a cluster. While the
-// server can't be reached it closes what is local and returns [ErrUnavailable]. A second Stop waits for the first and returns
-// nil.
+// Stop stops serving. It takes no more requests, waits until those that have arrived are answered, releases the leadership, leaves
+// the registry, and closes the connections. Calls of this service that still wait for an answer then fail with [ErrClosed]. The
+// functions of [Service.Lead] have their ctx cancelled when Stop begins.
+//
+// When ctx ends before that, requests that have not begun are refused, the ctx of the handlers that run is cancelled, and Stop
+// returns 0.2 s later, with [ErrTimeout] if handlers still run. Events and commands whose handlers return within that time are given
+// back to the server, which may take Stop up to 5 s more. If the server can't be reached, Stop closes what is local and returns
+// [ErrUnavailable]. A second Stop waits for the first one and returns nil.
 func (s *Service) Stop(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state == stopping {
@@ -315,7 +295,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		case <-s.done:
 			return nil
 		case <-ctx.Done():
-			return newError(ErrTimeout, "Stop: %v while another Stop goes on", ctx.Err())
+			return newError(ErrTimeout, "Stop: %v while another Stop is running", ctx.Err())
 		}
 	}
 	s.state = stopping
@@ -326,76 +306,51 @@ func (s *Service) Stop(ctx context.Context) error {
 	defer close(s.done)
 	defer s.close()
 	s.quit()
-	poke(s.news) // STOPPING
+	signal(s.entryChanged) // its status is STOPPING now
 	for _, sub := range own {
 		_ = sub.Unsubscribe() // fails only on a closed connection
 	}
-	var draining sync.WaitGroup
-	for _, e := range endpoints {
-		draining.Go(func() { e.source.drain(ctx) })
-	}
-	draining.Wait()
-	// The answer to a flush comes after all that the server sent before it took the subscriptions away.
-	var lost error
-	for _, c := range s.conns {
-		if err := c.flush(ctx); err != nil {
-			lost = err
-			for _, e := range endpoints {
-				e.source.cut(c)
-			}
-		}
-	}
-
 	finished := closedAfter(func() {
 		var all sync.WaitGroup
 		for _, e := range endpoints {
 			all.Go(func() { e.finish(ctx) })
 		}
 		all.Wait()
-		s.campaigns.Wait() // an exclusive handler must have come to its end before
+		s.campaigns.Wait() // a term is released when its exclusive handlers are finished
 	})
-	var late error
-	leaving := ctx
+	var late, lost error
 	select {
 	case <-finished:
 	case <-ctx.Done():
-		running := int(s.acting.Load())
+		running := int(s.leading.Load())
 		for _, e := range endpoints {
-			running += len(e.handling())
+			running += e.running()
 		}
 		if running > 0 {
 			late = newError(ErrTimeout, "Stop: %v with %d handlers running; their ctx has ended", ctx.Err(), running)
 		}
 		s.draining.Store(true)
-		for _, e := range endpoints {
-			e.source.interrupt()
-		}
 		s.cancel()
 		select {
 		case <-finished:
 		case <-time.After(cancelGrace):
-			for end := clock() + returnTimeout; s.returning.Load() > 0 && clock() < end; time.Sleep(time.Millisecond) {
+			for end := clock() + returnTimeout; s.returning.Load() > 0 && clock() < end; {
+				time.Sleep(time.Millisecond)
 			}
 		}
 		var cancel context.CancelFunc
-		leaving, cancel = context.WithTimeout(context.WithoutCancel(ctx), cancelGrace)
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), cancelGrace)
 		defer cancel()
 	}
-	s.leave(leaving)
-	for _, c := range s.conns {
-		if err := c.flush(leaving); err != nil {
-			lost = err
-		}
-	}
-	if lost != nil {
-		lost = newError(ErrUnavailable, "Stop: no answer from %s: %v; answers may be lost, and the server ends the subscriptions with the connection",
-			strings.Join(redacted(s.cfg.urls), ", "), lost)
+	s.deregister(ctx)
+	if failure := s.flush(ctx); failure != nil {
+		lost = newError(failure, "Stop: %s; answers may be lost, and the server ends the subscriptions with the connection", failure.Message)
 	}
 	return errors.Join(late, lost)
 }
 
-// close gives up what is local: it ends every handler's ctx and all calls, and closes the connections. One that is just trying
-// to connect closes when nats.go's connect timeout is over; that isn't waited for.
+// close ends every handler's ctx and all calls, and closes the connections. It does not wait for one that is just trying to connect,
+// which is closed when nats.go's connect timeout is over.
 func (s *Service) close() {
 	s.cancel()
 	var closing sync.WaitGroup
@@ -404,10 +359,10 @@ func (s *Service) close() {
 		closing.Go(c.nc.Close)
 	}
 	s.quit()
-	s.goAway()
+	s.unregister()
 	closed := closedAfter(func() {
 		closing.Wait()
-		s.beating.Wait()
+		s.heartbeating.Wait()
 		s.tasks.Wait()
 	})
 	select {
@@ -416,8 +371,8 @@ func (s *Service) close() {
 	}
 }
 
-// task runs fn on a goroutine that Stop waits for, unless that has begun. fn ends when base does.
-func (s *Service) task(fn func()) (ok bool) {
+// startTask runs fn, which has to end when base does, on a goroutine that Stop waits for. It reports false if Stop has begun.
+func (s *Service) startTask(fn func()) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.state == stopping {
@@ -427,6 +382,7 @@ func (s *Service) task(fn func()) (ok bool) {
 	return true
 }
 
+// handlers returns all endpoints.
 func (s *Service) handlers() []*endpoint {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -445,6 +401,7 @@ func (s *Service) stateErrorLocked(verb string) error {
 
 func (s *Service) closedError() *Error { return newError(ErrClosed, "service %s was stopped", s.name) }
 
+// isClosed reports whether c is closed. Nothing is ever sent on c.
 func isClosed(c <-chan struct{}) bool {
 	select {
 	case <-c:
@@ -454,7 +411,7 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// closedAfter is closed when fn has returned.
+// closedAfter returns a channel that is closed when fn has returned.
 func closedAfter(fn func()) <-chan struct{} {
 	c := make(chan struct{})
 	go func() {
@@ -464,9 +421,10 @@ func closedAfter(fn func()) <-chan struct{} {
 	return c
 }
 
-func poke(c chan struct{}) {
+// signal wakes whoever receives from c, which has room for one signal.
+func signal(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
-	default: // it is told already
+	default: // a signal is waiting already
 	}
 }

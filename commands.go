@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/base64"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -120,47 +119,50 @@ func recordKey(service, command, id string) string {
 	return service + "." + command + "." + id
 }
 
-// writeRecord replaces the record of this revision; 0 means that there is none. If that is not the latest any more, it returns
-// what is.
+// writeRecord replaces the record of this revision; 0 means that there is none. If the record was changed by another instance, the
+// failure is a conflict, and writeRecord returns what the record is now.
 func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revision uint64, cfg *callConfig) (now *record, at uint64, failure *Error) {
 	rec.Nonce, rec.Time = rand.Text(), time.Now().UTC()
 	data, err := MsgPack.Marshal(rec)
 	if err != nil {
 		return nil, 0, asError(err)
 	}
-	x := &exchange{subject: recordPrefix + key, data: data, header: nats.Header{jetstream.ExpectedLastSubjSeqHeader: {strconv.FormatUint(revision, 10)}}}
+	x := &exchange{subject: recordPrefix + key, data: data}
 	if rec.final() {
-		x.header[jetstream.MsgTTLHeader] = []string{resultTTL.String()}
+		x.header = nats.Header{jetstream.MsgTTLHeader: {resultTTL.String()}}
 	}
-	_, failure = s.persist(ctx, x, cfg, nil, func() (*nats.Msg, *Error, bool) {
-		seq, failure := s.store(ctx, x, s.recordStream())
-		if failure == nil {
-			now, at = rec, seq
-		} else if failure.Code == conflict.Code {
-			var unread *Error
-			if now, at, unread = s.readRecord(ctx, nil, key); unread != nil {
-				return nil, unread, mayPass(unread)
-			}
-			if now != nil && now.Nonce == rec.Nonce { // its confirmation was lost
-				failure = nil
-			}
-		}
-		return nil, failure, mayPass(failure)
+	var value []byte
+	_, failure = s.withRetries(ctx, x, cfg, nil, func() (_ *nats.Msg, failure *Error, again bool) {
+		value, at, failure = s.compareAndSwap(ctx, x, s.recordStream(), revision)
+		return nil, failure, retryable(failure)
 	})
-	return now, at, failure
+	if failure == nil {
+		return rec, at, nil
+	}
+	now, unreadable := parseRecord(key, value)
+	return now, at, cmp.Or(unreadable, failure)
 }
 
-// readRecord asks the bucket's leader for the latest record, nil if there is none; on a certain connection, if c is not nil.
+// readRecord asks the bucket's leader for the latest record, nil if there is none. It uses the connection c if that is not nil.
 func (s *Service) readRecord(ctx context.Context, c *conn, key string) (*record, uint64, *Error) {
 	data, revision, failure := s.readKey(ctx, c, recordBucket, key)
-	if failure != nil || data == nil {
+	if failure != nil {
 		return nil, revision, failure
+	}
+	rec, failure := parseRecord(key, data)
+	return rec, revision, failure
+}
+
+// parseRecord returns the record in data, nil if that is empty.
+func parseRecord(key string, data []byte) (*record, *Error) {
+	if len(data) == 0 {
+		return nil, nil
 	}
 	rec := &record{}
 	if err := MsgPack.Unmarshal(data, rec); err != nil {
-		return nil, 0, newError(ErrInternal, "the record of %s can't be read: %v", key, err)
+		return nil, newError(ErrInternal, "the record of %s can't be read: %v", key, err)
 	}
-	return rec, revision, nil
+	return rec, nil
 }
 
 // HandleCommand executes a command: fn is called with its data, on a goroutine of the library, up to [Concurrency] at once in
@@ -201,23 +203,20 @@ func HandleCommand[T, R any](s *Service, command string, fn func(context.Context
 }
 
 func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOption) error {
-	if failure := checkNames(s.name, kindCommand, command); failure != nil {
+	cfg, failure := s.newHandlerConfig(kindCommand, opts)
+	if failure := cmp.Or(checkNames(s.name, kindCommand, command), failure); failure != nil {
 		return failure
 	}
-	cfg, err := s.handlerConfig(kindCommand, opts)
-	if err != nil {
-		return err
-	}
-	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn, spare: letterRoom}
+	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn, reserve: letterRoom}
 	var lanes []*lane
 	for _, level := range levels {
 		suffix := suffixes[level]
 		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(suffix, ".", "~", 1), e.subject+suffix))
 	}
 	ex := &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), owner: rand.Text()}
-	ex.look = ex.checkAll
+	ex.inspect = ex.checkAll
 	e.source = ex
-	return s.register(e, cfg)
+	return s.addEndpoint(e, cfg)
 }
 
 // executions is where an endpoint's commands come from.
@@ -241,10 +240,9 @@ type run struct {
 	last     Progress
 	claimed  atomic.Bool
 
-	turn     sync.Mutex // guards the next three, also while the record is written: one change after the other
+	turn     sync.Mutex // guards the next two, also while the record is written: one change after the other
 	rec      record
 	revision uint64
-	returned bool // the record says that it is queued, since Stop's time is up
 
 	mu      sync.Mutex // guards the rest
 	pending *Progress  // to be written
@@ -257,12 +255,12 @@ type run struct {
 
 func (ex *executions) open(ctx context.Context) error {
 	if failure := ex.svc.patiently(ctx, func(ctx context.Context) *Error {
-		_, failure := ex.svc.provide(ctx, ex.svc.recordStream(), recordPrefix+">")
+		_, failure := ex.svc.openStream(ctx, ex.svc.recordStream(), recordPrefix+">")
 		return failure
 	}); failure != nil {
 		return failure
 	}
-	ex.svc.probe(recordPrefix+recordKey(ex.svc.name, ex.name, "probe"), readSubject(recordBucket))
+	ex.svc.probePublish(recordPrefix+recordKey(ex.svc.name, ex.name, "probe"), readSubject(recordBucket))
 	return ex.feed.open(ctx)
 }
 
@@ -271,8 +269,8 @@ func (ex *executions) serve(m *nats.Msg, arrived time.Time) {
 	defer ex.release()
 	d, id := ex.delivery(m), m.Header.Get(headerID)
 	if d == nil || id == "" {
-		ex.svc.log.Warn("what was no command was dropped", "endpoint", ex.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
-		ex.tell(m, "+TERM")
+		ex.svc.log.Warn("dropped a message that is not a command", "endpoint", ex.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
+		ex.acknowledge(m, ackTerminate)
 		return
 	}
 	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id}
@@ -281,7 +279,7 @@ func (ex *executions) serve(m *nats.Msg, arrived time.Time) {
 	x.r = ex.newRequest(m, d, arrived)
 	x.r.run = x
 	if ex.svc.draining.Load() || !ex.admit(x.r) {
-		ex.tell(m, ex.returned())
+		ex.giveBack(m)
 		return
 	}
 	if _, busy := ex.runs.LoadOrStore(x.key, x); busy { // delivered again since the server didn't hear that it runs
@@ -289,7 +287,7 @@ func (ex *executions) serve(m *nats.Msg, arrived time.Time) {
 	}
 	defer ex.runs.Delete(x.key)
 	notice := commandPrefix + x.key
-	ex.svc.cancels.add(notice, func() { ex.keeping.Go(func() { x.check() }) })
+	ex.svc.cancels.add(notice, func() { ex.helpers.Go(func() { x.check() }) })
 	defer ex.svc.cancels.remove(notice)
 	if x.claim() {
 		ex.dispatch(x.r)
@@ -307,7 +305,7 @@ func (x *run) claim() bool {
 	for failure == nil || failure.Code == conflict.Code {
 		sequence := x.r.delivery.sequence
 		if rec == nil || rec.final() || rec.Wake != 0 && rec.Wake != sequence && rec.State != queued { // woken up twice: another message stands for it
-			ex.tell(x.r.in, "+ACK")
+			ex.acknowledge(x.r.in, ack)
 			return false
 		}
 		x.rec, x.revision = *rec, revision
@@ -337,7 +335,7 @@ func (x *run) claim() bool {
 		}
 	}
 	ex.logger(x.r).Warn("a command can't be claimed", "error", failure)
-	ex.tell(x.r.in, nakAfter(backoff(x.r.delivery.attempt, fetchTick, 5*time.Second)))
+	ex.acknowledge(x.r.in, nakAfter(backoff(x.r.delivery.attempt, fetchTick, 5*time.Second)))
 	return false
 }
 
@@ -396,7 +394,7 @@ func (ex *executions) checkAll() {
 	if !ex.checking.CompareAndSwap(false, true) {
 		return
 	}
-	ex.keeping.Go(func() {
+	ex.helpers.Go(func() {
 		defer ex.checking.Store(false)
 		for _, x := range ex.atWork() {
 			if !x.check() {
@@ -453,7 +451,7 @@ func (x *run) report(p Progress) *Error {
 	x.pending = &p
 	if !x.writing {
 		x.writing = true
-		x.ex.keeping.Go(x.writeProgress)
+		x.ex.helpers.Go(x.writeProgress)
 	}
 	return nil
 }
@@ -488,32 +486,26 @@ func (x *run) finish(data []byte, failure *Error) {
 	x.turn.Lock()
 	defer x.turn.Unlock()
 	svc, r, lost := x.ex.svc, x.r, x.whyLost()
-	if lost == nil && failure == nil {
-		codec := cmp.Or(r.codec, svc.cfg.codec) // middleware may have answered
-		x.rec.State, x.rec.Result, x.rec.Type, x.rec.Error = completed, data, codec.ContentType(), nil
-	}
-	stopped := svc.base.Err() != nil || r.fenced
+	givenBack := svc.base.Err() != nil || r.fenced
 	if failure != nil {
 		failure = failure.cut()
 		failure.Source = svc.name
-		if !stopped {
-			x.rec.Error = failure
-			x.rec.Failures++
-		}
 	}
 	switch {
 	case lost != nil:
-		x.concede(lost)
+		x.yieldTo(lost)
 	case failure == nil:
-		if x.returned {
-			x.rec.Attempt++
-		}
-		x.conclude("+ACK")
-	case stopped:
+		codec := cmp.Or(r.codec, svc.cfg.codec) // middleware may have answered
+		x.rec.State, x.rec.Result, x.rec.Type, x.rec.Error = completed, data, codec.ContentType(), nil
+		x.conclude(ack)
+	case givenBack:
 		x.giveBack()
-	case r.hopeless || x.rec.Failures+x.rec.Crashes >= x.ex.cfg.attempts:
-		x.fail(failure)
 	default:
+		x.rec.Error = failure
+		if x.rec.Failures++; r.permanent || x.rec.Failures+x.rec.Crashes >= x.ex.cfg.attempts {
+			x.fail(failure)
+			return
+		}
 		x.rec.State = retrying
 		pause := backoff(x.rec.Failures, x.ex.cfg.backoff, x.ex.cfg.maxPause)
 		x.ex.logger(r).Warn("an attempt failed", "error", failure, "attempt", x.rec.Attempt, "pause", pause)
@@ -521,91 +513,52 @@ func (x *run) finish(data []byte, failure *Error) {
 	}
 }
 
-// conclude writes the record and, if it is still this run's, acknowledges the message one way or the other.
+// conclude writes the record and, if the command still belongs to this run, acknowledges the message.
 func (x *run) conclude(how string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	if failure := x.write(ctx); failure != nil {
-		x.concede(failure)
+		x.yieldTo(failure)
 		return
 	}
-	x.ex.tell(x.r.in, how)
+	x.ex.acknowledge(x.r.in, how)
 }
 
-// concede leaves the message alone, since another instance has it now, unless the command was cancelled.
-func (x *run) concede(failure *Error) {
+// yieldTo leaves the message to the instance that has the command now. If the command was cancelled, it acknowledges the message.
+func (x *run) yieldTo(failure *Error) {
 	if failure.Code == ErrCanceled.Code {
-		x.ex.tell(x.r.in, "+ACK")
+		x.ex.acknowledge(x.r.in, ack)
 		return
 	}
-	x.ex.logger(x.r).Warn("what became of a command was not stored", "error", failure)
+	x.ex.logger(x.r).Warn("the outcome of a command was not stored", "error", failure)
 }
 
-// fail sets the command aside. First the dead letter, then the outcome: after a crash in between both are done again.
+// fail makes the command failed. It stores the dead letter first and the outcome afterwards; after a crash in between, both are done
+// again.
 func (x *run) fail(failure *Error) {
-	x.end() // lest interrupt waits for this
-	if !x.ex.bury(x.r, failure, x.rec.Failures+x.rec.Crashes) {
+	if !x.ex.storeDeadLetter(x.r, failure, x.rec.Failures+x.rec.Crashes) {
 		x.giveBack()
 		return
 	}
 	x.rec.State, x.rec.Error = failed, failure
-	x.conclude("+ACK")
+	x.conclude(ack)
 }
 
-// giveBack queues the command again, as if this attempt had not been.
+// giveBack queues the command again, as if this attempt had not been made.
 func (x *run) giveBack() {
 	x.ex.svc.returning.Add(1)
 	defer x.ex.svc.returning.Add(-1)
-	if failure := x.requeue(); failure != nil {
-		x.concede(failure)
-		return
-	}
-	x.ex.tell(x.r.in, x.ex.returned())
-}
-
-// requeue does so in the record, unless it says so already.
-func (x *run) requeue() *Error {
-	if x.returned {
-		return nil
-	}
-	before := x.rec
 	x.rec.State = queued
 	if x.attempt > 0 {
 		x.rec.Attempt--
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), returnTimeout)
 	defer cancel()
-	failure := x.write(ctx)
-	if x.returned = failure == nil; !x.returned {
-		x.rec = before
+	if failure := x.write(ctx); failure != nil {
+		x.yieldTo(failure)
+		return
 	}
-	return failure
-}
-
-// interrupt gives all commands back in their records; their messages follow when their handlers return.
-func (ex *executions) interrupt() {
-	var all sync.WaitGroup
-	for _, x := range ex.atWork() {
-		all.Go(func() {
-			for begin := clock(); !x.turn.TryLock(); time.Sleep(time.Millisecond) {
-				if x.ended() || clock()-begin > cancelGrace {
-					return // it sees to itself, or has to do without
-				}
-			}
-			defer x.turn.Unlock()
-			if !x.ended() && x.attempt > 0 {
-				_ = x.requeue() // else its message is given back later
-			}
-		})
-	}
-	all.Wait()
-}
-
-// ended tells that there is nothing to give back.
-func (x *run) ended() bool {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return x.over.Err() != nil || x.lost != nil
+	x.ex.feed.giveBack(x.r.in)
 }
 
 // redriveCommand queues a command again that has failed.

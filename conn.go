@@ -22,43 +22,44 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file is the connections: the pool, and request, which sends a message and waits for its one answer. RPC, publishing, the
-// records of commands and every compare-and-swap go through it. It is the one place where failures become errors.
+// This file has the pool of connections, and request, which sends a message and waits for its one answer. RPC, publishing, the records
+// of commands and every compare-and-swap go through it. It is the one place where failures become errors.
 
-// A conn is one connection of the pool and the reply slots on it.
+// A conn is one connection of the pool and its reply slots.
 type conn struct {
-	nc         *nats.Conn
-	js         jetstream.JetStream
-	inbox      string        // the subject of the connection's slots, up to and including the dot
-	up         atomic.Bool   // as far as nats.go has told
-	drops      atomic.Uint32 // how often the connection was lost
-	reconnects atomic.Uint32
-	told       atomic.Pointer[error] // the latest that nats.go has reported
-	limit      atomic.Int64          // the server's max_payload
+	nc           *nats.Conn
+	js           jetstream.JetStream
+	inbox        string        // the prefix of this connection's reply subjects, with the dot at its end
+	up           atomic.Bool   // as nats.go's callbacks say
+	drops        atomic.Uint32 // how often the connection was lost
+	reconnects   atomic.Uint32
+	lastReported atomic.Pointer[error] // the latest error that nats.go has reported
+	limit        atomic.Int64          // the server's max_payload
 
 	sendMu  sync.Mutex // guards the next two
-	pending []outgoing // put down to be published by the goroutine that came first
-	spare   []outgoing // an empty one that was used before
+	pending []outgoing // messages that the goroutine which came first will publish
+	spare   []outgoing // an empty slice to use next
 
 	inboxes atomic.Uint64 // made so far
 	slotsMu sync.Mutex    // guards the rest
 	slots   map[*slot]bool
-	free    []*slot // those without a call; the one used last comes last
+	free    []*slot // those without a call; the one used last is at the end
 }
 
 const maxSlots = 8192 // calls that may wait for their answers on one connection
 
+// connect makes one connection of the pool.
 func (s *Service) connect() (*conn, error) {
 	c := &conn{slots: map[*slot]bool{}}
-	c.up.Store(true) // so that nothing but the callbacks below, which run in order, changes it
+	c.up.Store(true) // from here on only the callbacks below change it, which nats.go runs in order
 	opts := nats.GetDefaultOptions()
 	opts.Servers = s.cfg.urls
 	opts.Name = s.id
 	opts.MaxReconnect = -1
 	opts.CustomReconnectDelayCB = func(rounds int) time.Duration { return backoff(rounds, 50*time.Millisecond, 5*time.Second) }
-	opts.IgnoreAuthErrorAbort = true // credentials may be renewed meanwhile
+	opts.IgnoreAuthErrorAbort = true // the credentials may be renewed
 	opts.PingInterval = 10 * time.Second
-	opts.FlusherTimeout = 2 * time.Second // a server that takes nothing any more is as good as gone
+	opts.FlusherTimeout = 2 * time.Second // a server that does not read any more counts as gone
 	opts.ReconnectOnFlusherError = true
 	for _, opt := range s.cfg.nats {
 		if err := opt(&opts); err != nil {
@@ -66,7 +67,7 @@ func (s *Service) connect() (*conn, error) {
 		}
 	}
 	opts.ReconnectBufSize = -1
-	opts.InboxPrefix = cmp.Or(opts.InboxPrefix, strings.TrimSuffix(nats.InboxPrefix, ".")) + "." + s.name // also for what nats.go asks by itself
+	opts.InboxPrefix = cmp.Or(opts.InboxPrefix, strings.TrimSuffix(nats.InboxPrefix, ".")) + "." + s.name // nats.go uses it too
 	disconnected, connected, reconnected, failed := opts.DisconnectedErrCB, opts.ConnectedCB, opts.ReconnectedCB, opts.AsyncErrorCB
 	opts.DisconnectedErrCB = func(nc *nats.Conn, err error) {
 		c.disconnected()
@@ -98,33 +99,34 @@ func (s *Service) connect() (*conn, error) {
 		}
 		s.log.Error("NATS reports an error", "subject", subject, "error", err)
 		if errors.Is(err, nats.ErrPermissionViolation) {
-			s.denied.note(err, nc.Opts.InboxPrefix)
+			s.denials.note(err)
 			c.wakeSlots()
 		}
-		c.told.Store(&err)
+		c.lastReported.Store(&err)
 		if failed != nil {
 			failed(nc, sub, err)
 		}
 	}
 	nc, err := opts.Connect()
 	if err != nil {
-		return nil, newError(ErrUnavailable, "connecting to %s: %v", strings.Join(redacted(opts.Servers), ", "), err)
+		return nil, newError(ErrUnavailable, "connecting to %s: %v", redacted(opts.Servers), err)
 	}
 	c.nc = nc
-	c.js, _ = jetstream.New(nc) // it fails only on options
+	c.js, _ = jetstream.New(nc) // without options it can't fail
 	c.limit.Store(nc.MaxPayload())
 	c.inbox = opts.InboxPrefix + "." + rand.Text()[:connectionToken] + "."
 	return c, nil
 }
 
-func redacted(urls []string) []string {
+// redacted returns the URLs without their passwords, for errors and logs.
+func redacted(urls []string) string {
 	out := slices.Clone(urls)
 	for i := range out {
 		if u, err := url.Parse(out[i]); err == nil {
 			out[i] = u.Redacted()
 		}
 	}
-	return out
+	return strings.Join(out, ", ")
 }
 
 func (c *conn) connected(nc *nats.Conn) {
@@ -138,44 +140,51 @@ func (c *conn) disconnected() {
 	c.wakeSlots()
 }
 
-// pick returns the next connection that is up, nil if all are down.
-func (s *Service) pick() *conn {
+// pick returns the next connection that is up, nil if none is.
+func (s *Service) pick() *conn { return s.pickOther(nil) }
+
+// pickOther returns the next connection that is up, if possible another one than c; nil if none is up.
+func (s *Service) pickOther(c *conn) *conn {
 	n := s.next.Add(1)
+	var last *conn
 	for i := range uint32(len(s.conns)) {
-		if c := s.conns[(n+i)%uint32(len(s.conns))]; c.up.Load() {
-			return c
+		if last = s.conns[(n+i)%uint32(len(s.conns))]; last.up.Load() && last != c {
+			return last
 		}
+	}
+	if c != nil && c.up.Load() {
+		return c
 	}
 	return nil
 }
 
-// disconnectedError is what a call gets when no connection is up.
+// disconnectedError returns the error of a call when no connection is up.
 func (s *Service) disconnectedError() *Error {
 	if s.base.Err() != nil {
 		return notRun(s.closedError())
 	}
-	return notRun(newError(ErrUnavailable, "no connection to %s", strings.Join(redacted(s.cfg.urls), ", ")))
+	return notRun(newError(ErrUnavailable, "no connection to %s", redacted(s.cfg.urls)))
 }
 
-// An exchange is what request sends, and the reply subject that it was given.
+// An exchange is a message that request sends, and the reply subject that it was sent with.
 type exchange struct {
 	subject     string
 	header      nats.Header
 	data        []byte
 	correlation string        // "" for one of its own
-	until       time.Duration // by the clock; what is left then is told to the handler
+	until       time.Duration // by the clock; the time left when it is sent is the handler's budget
 	on          *conn         // to send it on; nil for any that is up
 	reply       string
 	sent        bool
 }
 
-// within gives x the time that ctx has, most at the most.
+// within gives x the time until ctx ends, but at most so much.
 func (x *exchange) within(ctx context.Context, most time.Duration) *exchange {
 	x.until = clock() + min(timeLeft(ctx, most), most)
 	return x
 }
 
-// timeLeft is what ctx gives, or if it has no deadline, usual.
+// timeLeft returns the time until ctx ends, or usual if ctx has no deadline.
 func timeLeft(ctx context.Context, usual time.Duration) time.Duration {
 	if deadline, ok := ctx.Deadline(); ok {
 		usual = time.Until(deadline)
@@ -183,17 +192,11 @@ func timeLeft(ctx context.Context, usual time.Duration) time.Duration {
 	return min(usual, maxBudget)
 }
 
-const maxBudget = 365 * 24 * time.Hour // a deadline farther away has no room in a reply subject, or on the clock
+const maxBudget = 365 * 24 * time.Hour // a later deadline does not fit the reply subject, or the clock
 
-// errNobody is request's answer if no one listens on the subject.
-var errNobody = notRun(newError(ErrUnavailable, "nobody listens"))
-
-// errDropped says that the connection was lost before anything was written.
-var errDropped = &Error{}
-
-// persist makes attempts, within the time that ctx gives, until one succeeds or may not be followed by another. It releases buf,
-// which holds x.data, if no attempt can still wait to be published.
-func (s *Service) persist(ctx context.Context, x *exchange, cfg *callConfig, buf *packer, attempt func() (answer *nats.Msg, failure *Error, again bool)) (*nats.Msg, *Error) {
+// withRetries makes attempts within ctx's time until one succeeds or may not be followed by another. It releases buf, which holds
+// x.data, if no attempt can still be waiting to be published.
+func (s *Service) withRetries(ctx context.Context, x *exchange, cfg *callConfig, buf *packer, attempt func() (answer *nats.Msg, failure *Error, again bool)) (*nats.Msg, *Error) {
 	policy := cfg.policy()
 	end := clock() + timeLeft(ctx, s.cfg.timeout)
 	mayHaveRun := false
@@ -215,26 +218,32 @@ func (s *Service) persist(ctx context.Context, x *exchange, cfg *callConfig, buf
 		failure.NotRun = !mayHaveRun
 		if !again || n >= policy.Attempts {
 			if failure.Source == "" && (failure.Code == ErrTimeout.Code || failure.Code == ErrCanceled.Code) {
-				failure.Cause = last // tells more than that the time was up
+				failure.Cause = last // it says more than that the time was up
 			}
 			return nil, failure
 		}
-		if last == nil || !failure.NotRun || ctx.Err() == nil && clock() < end { // else the end cut it short, so it tells less than the one before
+		if last == nil || !failure.NotRun || ctx.Err() == nil && clock() < end { // else the end cut the attempt short, and last says more
 			last = failure
 		}
 		sleep(ctx, min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
 		if err := ctx.Err(); err != nil || clock() >= end {
-			given := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, n)
+			timeout := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, n)
 			if errors.Is(err, context.Canceled) {
-				given.Code = ErrCanceled.Code
+				timeout.Code = ErrCanceled.Code
 			}
-			given.NotRun, given.Cause = failure.NotRun, last
-			return nil, given
+			timeout.NotRun, timeout.Cause = failure.NotRun, last
+			return nil, timeout
 		}
 	}
 }
 
-// request publishes x and waits for its answer, until x.until at most. Whatever goes wrong becomes an Error here.
+// These two are compared by identity.
+var (
+	errNoResponders = notRun(newError(ErrUnavailable, "no responders")) // nobody has subscribed to the subject
+	errDropped      = &Error{}                                          // the connection was lost before anything was written
+)
+
+// request publishes x and waits for its answer, at most until x.until. Every failure becomes an Error here.
 func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) {
 	if err := ctx.Err(); err != nil {
 		return nil, notRun(asError(err))
@@ -268,8 +277,9 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 	return nil, s.disconnectedError()
 }
 
+// exchange sends x on c and waits for its answer in the slot.
 func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) (*nats.Msg, *Error) {
-	sl.calls += 1 + mrand.Uint64N(1<<20) // no one can tell the next from the last
+	sl.calls += 1 + mrand.Uint64N(1<<20) // nobody can guess the next number from the last
 	var buf [256]byte
 	b := append(buf[:0], sl.prefix...)
 	b = strconv.AppendUint(b, sl.calls, 36)
@@ -282,7 +292,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 	if !c.up.Load() {
 		return nil, errDropped
 	}
-	sl.await(x.until)
+	sl.wakeAt(x.until)
 
 	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data, x.until, sl.drops}); {
 	case err == nil:
@@ -292,7 +302,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 	case errors.Is(err, nats.ErrMaxPayload):
 		return nil, notRun(newError(ErrInvalid, "the request to %s has %d bytes, more than the server's max_payload of %d", x.subject, len(x.data), c.nc.MaxPayload()))
 	case errors.Is(err, nats.ErrBadHeaderMsg):
-		return nil, notRun(newError(ErrInvalid, "the request to %s has a header whose key is no HTTP token: %q", x.subject, slices.Collect(maps.Keys(x.header))))
+		return nil, notRun(newError(ErrInvalid, "the request to %s has a header whose key is not an HTTP token: %q", x.subject, slices.Collect(maps.Keys(x.header))))
 	case errors.Is(err, nats.ErrConnectionClosed):
 		return nil, s.disconnectedError()
 	default: // part of it may have been written
@@ -304,30 +314,30 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 		select {
 		case m = <-sl.answers:
 		case <-ctx.Done():
-			return nil, unanswered(asError(ctx.Err()), sl, x)
+			return nil, describeUnanswered(asError(ctx.Err()), sl, x)
 		}
 		if m != nil && m.Subject == x.reply {
-			if isNobody(m) {
-				return nil, errNobody
+			if isNoResponders(m) {
+				return nil, errNoResponders
 			}
 			return m, nil
 		}
-		if failure := s.over(c, sl, x.subject); failure != nil {
-			return nil, unanswered(failure, sl, x)
+		if failure := s.answerLost(c, sl, x.subject); failure != nil {
+			return nil, describeUnanswered(failure, sl, x)
 		}
 	}
 }
 
-// isNobody tells whether m is the server's answer to a message on whose subject no one listens.
-func isNobody(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get("Status") == "503" }
+// isNoResponders reports whether m is the server's answer to a message whose subject nobody has subscribed to.
+func isNoResponders(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get("Status") == "503" }
 
-// over tells why no answer to what was sent to subject will come to a slot that was woken, nil if one may.
-func (s *Service) over(c *conn, sl *slot, subject string) *Error {
-	denied := s.denied.since(sl.since, toPublish+subject)
+// answerLost returns the reason why no answer to what was sent to subject will come to sl any more, nil if one may still come.
+func (s *Service) answerLost(c *conn, sl *slot, subject string) *Error {
+	denied := s.denials.since(sl.since, toPublish+subject)
 	if denied == nil {
-		if denied = s.denied.since(sl.since, toSubscribe+sl.sub.Subject); denied != nil {
+		if denied = s.denials.since(sl.since, toSubscribe+sl.sub.Subject); denied != nil {
 			denied.NotRun = false
-			sl.missed = maxMissed - 1 // it hears nothing
+			sl.missed = maxMissed - 1 // so that the slot is ended: it receives nothing
 		}
 	}
 	switch {
@@ -343,8 +353,8 @@ func (s *Service) over(c *conn, sl *slot, subject string) *Error {
 	return nil
 }
 
-// unanswered adds to the error of a call that may have run what it takes to find it in the logs of both sides.
-func unanswered(e *Error, sl *slot, x *exchange) *Error {
+// describeUnanswered adds to the error of a call that may have run what it takes to find the call in the logs of both sides.
+func describeUnanswered(e *Error, sl *slot, x *exchange) *Error {
 	if e.Code == ErrDenied.Code {
 		return e
 	}
@@ -353,18 +363,18 @@ func unanswered(e *Error, sl *slot, x *exchange) *Error {
 	return e
 }
 
-// An address is what a reply subject says about its caller:
+// An address is what a reply subject says about the caller:
 //
 //	<inbox prefix>.<calling service>.<connection>.<slot>.<call>[-<correlation id>].<budget in ms>
 //
-// so that deadline, caller and correlation id need no header. It is the caller's own account, and proves nothing.
+// so that deadline, caller and correlation id need no header. It is as the sender claims, and not authenticated.
 type address struct {
 	service string
 	call    string        // <connection>.<slot>.<call>[-<correlation id>]
-	budget  time.Duration // 0 for a caller that isn't aegis: all is unknown then
+	budget  time.Duration // 0 for a caller that does not use aegis; then the rest is unknown too
 }
 
-const connectionToken = 12 // characters: 60 random bits
+const connectionToken = 12 // characters, which have 60 random bits
 
 func parseAddress(reply string) (a address) {
 	last := max(strings.LastIndexByte(reply, '.'), 0)
@@ -392,34 +402,34 @@ func (a address) correlationID() string {
 	return strings.ReplaceAll(a.call, ".", "-")
 }
 
-// A slot waits for the answer to one call at a time. It is a subscription that is kept and used again, to
-// <inbox>.<slot>.>, so that the connection's read loop hands an answer straight to its caller; the call's number in the reply
-// subject tells it from a late one to an earlier call. A nil among the answers tells the caller to look whether its time is up
-// or its connection was lost.
+// A slot waits for the answer to one call at a time. It is a subscription to <inbox>.<slot>.> that is used again and again, so that
+// the connection's read loop hands an answer straight to the waiting caller. The number of the call in the reply subject tells an
+// answer to this call from a late answer to an earlier one. A nil among the answers makes the caller check whether its time is up or
+// its connection was lost.
 type slot struct {
 	sub     *nats.Subscription
 	prefix  string
 	answers chan *nats.Msg
-	alarm   *time.Timer // wakes the call whose time is up
-	missed  int         // calls that were given up; their answers may still come, and fill answers
-	calls   uint64
+	alarm   *time.Timer // wakes the caller when its time is up
+	missed  int         // calls that were given up; their answers may still come and fill answers
+	calls   uint64      // the number of the latest call
 
 	// Of the present call:
 	since, until time.Duration
-	drops        uint32 // of the connection, when it began
+	drops        uint32 // of the connection, when the call began
 }
 
-// await has the slot woken at that time.
-func (sl *slot) await(until time.Duration) {
+// wakeAt makes the slot's caller wake at that time.
+func (sl *slot) wakeAt(until time.Duration) {
 	sl.until = until
 	sl.alarm.Reset(until - clock())
 }
 
-// wake has the one who reads the answers look why.
+// wake makes the waiting caller check its deadline and its connection again.
 func (sl *slot) wake() {
 	select {
 	case sl.answers <- nil:
-	default: // then there is something to wake it already
+	default: // something that wakes it is there already
 	}
 }
 
@@ -431,7 +441,7 @@ func (c *conn) wakeSlots() {
 	}
 }
 
-// slot takes the free slot that was used last, or makes one.
+// slot returns the free slot that was used last, or a new one.
 func (c *conn) slot() (*slot, *Error) {
 	c.slotsMu.Lock()
 	n := len(c.free)
@@ -448,7 +458,8 @@ func (c *conn) slot() (*slot, *Error) {
 	return sl, nil
 }
 
-// newSlot makes a slot for what comes under prefix, with room for so many messages.
+// newSlot makes a slot for the messages whose subject begins with prefix, or is equal to it if it does not end in a dot. The slot has
+// room for so many messages.
 func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
 	sl := &slot{prefix: prefix, calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sl.alarm = time.AfterFunc(time.Hour, sl.wake)
@@ -473,12 +484,12 @@ func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
 	return sl, nil
 }
 
-// newInbox is a subject for answers that no one else uses.
+// newInbox returns a reply subject that nobody else uses.
 func (c *conn) newInbox() string { return c.inbox + strconv.FormatUint(c.inboxes.Add(1), 10) }
 
 const maxMissed = 8
 
-// release puts a slot back, or ends it if many late answers to it may be on their way.
+// release makes a slot free for the next call, or ends it if too many late answers may be on their way to it.
 func (c *conn) release(sl *slot, answered bool) {
 	sl.alarm.Stop()
 	if !answered {
@@ -501,7 +512,7 @@ func (c *conn) endSlot(sl *slot) {
 	delete(c.slots, sl)
 }
 
-// An outgoing message. It is not sent any more once clock passes until, or the connection was lost since.
+// An outgoing message waits to be published. It is dropped if the clock passes until, or if the connection was lost meanwhile.
 type outgoing struct {
 	subject, reply string
 	header         nats.Header
@@ -510,10 +521,10 @@ type outgoing struct {
 	drops          uint32
 }
 
-// publish sends m, together with what other goroutines publish at the same time. nats.go would write to the socket whenever
-// one of them goes on to wait for its answer; so the first lets the others run, then hands over all that they have put down.
-// That makes some 50 messages a write where there were 2, and costs a lone caller nothing. The error is m's own if it was the
-// first, else nil: what can still fail then fails with the connection.
+// publish sends m together with what other goroutines publish at the same time. nats.go would write to the socket whenever one of
+// them begins to wait for its answer. So the goroutine that comes first yields to the others once, and then publishes everything
+// that they have left in pending meanwhile. That makes some 50 messages a write where there were 2, and costs a lone caller nothing.
+// The error is m's own if its goroutine was the first, else nil: what can still fail then fails with the connection.
 func (c *conn) publish(m outgoing) (err error) {
 	if !m.surelyFits(c.limit.Load()) {
 		return c.write(m)
@@ -546,7 +557,7 @@ func (c *conn) publish(m outgoing) (err error) {
 	return err
 }
 
-// surelyFits tells that nats.go won't turn m down, be it for its size or a header's key.
+// surelyFits reports whether nats.go will accept m: its size, and its header's keys.
 func (m *outgoing) surelyFits(limit int64) bool {
 	for key := range m.header {
 		if !isToken(key, 128) {
@@ -556,7 +567,7 @@ func (m *outgoing) surelyFits(limit int64) bool {
 	return messageSize(m.header, m.data)+64 <= limit
 }
 
-// messageSize is about what the server compares with its max_payload.
+// messageSize returns about what the server compares with its max_payload.
 func messageSize(h nats.Header, data []byte) int64 {
 	size := len(data)
 	for key, values := range h {
@@ -571,38 +582,37 @@ func (c *conn) write(m outgoing) error {
 	return c.nc.PublishMsg(&nats.Msg{Subject: m.subject, Reply: m.reply, Header: m.header, Data: m.data})
 }
 
-// flush waits until the servers have processed what was sent on every connection.
-func (s *Service) flush(ctx context.Context) error {
-	var lost error
-	for _, c := range s.conns {
-		if err := c.flush(ctx); err != nil {
-			lost = newError(ErrUnavailable, "no answer from %s: %v", strings.Join(redacted(s.cfg.urls), ", "), err)
-		}
-	}
-	return lost
-}
-
-func (c *conn) flush(ctx context.Context) error {
-	ctx, cancel := withDeadline(ctx, 5*time.Second)
-	defer cancel()
-	if !c.up.Load() || !c.nc.IsConnected() { // it would wait for the connection to come back; losing it now ends the wait
-		return nats.ErrDisconnected
-	}
-	return c.nc.FlushWithContext(ctx)
-}
-
-// notify publishes what no one answers. It may be lost.
+// notify publishes a message that nobody answers. It may be lost.
 func (s *Service) notify(subject string, data []byte) {
 	if c := s.pick(); c != nil {
 		_ = c.nc.Publish(subject, data)
 	}
 }
 
-// denials are what the server has said that it doesn't allow. It doesn't say so to what was denied, but by the way.
+// flush waits until the servers have processed what was sent on every connection.
+func (s *Service) flush(ctx context.Context) (failure *Error) {
+	for _, c := range s.conns {
+		if err := c.flush(ctx); err != nil {
+			failure = newError(ErrUnavailable, "no answer from %s: %v", redacted(s.cfg.urls), err)
+		}
+	}
+	return failure
+}
+
+func (c *conn) flush(ctx context.Context) error {
+	ctx, cancel := withDeadline(ctx, 5*time.Second)
+	defer cancel()
+	if !c.up.Load() || !c.nc.IsConnected() { // it would wait for the connection to come back
+		return nats.ErrDisconnected
+	}
+	return c.nc.FlushWithContext(ctx)
+}
+
+// denials has what the server's permissions have denied. The server does not answer a message that it denies. It reports the denial
+// apart, with the subject.
 type denials struct {
-	mu     sync.Mutex                        // guards the rest
-	latest map[string]time.Duration          // when that was, by what was denied: toPublish or toSubscribe, and the subject
-	asking map[*context.CancelCauseFunc]bool // see asking
+	mu     sync.Mutex               // guards latest
+	latest map[string]time.Duration // when it was denied last, by toPublish or toSubscribe and the subject
 }
 
 const (
@@ -613,7 +623,7 @@ const (
 
 var denialPattern = regexp.MustCompile(`(Publish|Subscription) to "([^"]+)"`)
 
-func (d *denials) note(err error, inbox string) {
+func (d *denials) note(err error) {
 	m := denialPattern.FindStringSubmatch(err.Error())
 	if m == nil {
 		return
@@ -628,47 +638,23 @@ func (d *denials) note(err error, inbox string) {
 		d.latest = map[string]time.Duration{}
 	}
 	d.latest[what] = clock()
-	if covers(toPublish+"$JS.>", what) || covers(toSubscribe+inbox+".>", what) {
-		for cancel := range d.asking {
-			(*cancel)(deniedError(what))
-		}
-	}
 }
 
-// since is a denial of what one of these patterns covers, of anything if there is none, at that time or later.
+// since returns the error for a denial, at that time or later, of what one of the patterns covers; without patterns, of anything.
 func (d *denials) since(begin time.Duration, patterns ...string) *Error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for what, at := range d.latest {
 		if at >= begin && (len(patterns) == 0 || slices.ContainsFunc(patterns, func(p string) bool { return covers(p, what) })) {
-			return deniedError(what)
+			return notRun(newError(ErrDenied, "the server's permissions don't allow to %s", what))
 		}
 	}
 	return nil
 }
 
-func deniedError(what string) *Error {
-	return notRun(newError(ErrDenied, "the server's permissions don't allow to %s", what))
-}
-
-// asking is for what nats.go asks JetStream by itself: a ctx that ends, with the denial for its cause, when the server denies such
-// a question or its answer.
-func (s *Service) asking(ctx context.Context) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	s.denied.mu.Lock()
-	defer s.denied.mu.Unlock()
-	s.denied.asking[&cancel] = true
-	return ctx, func() {
-		cancel(nil)
-		s.denied.mu.Lock()
-		defer s.denied.mu.Unlock()
-		delete(s.denied.asking, &cancel)
-	}
-}
-
-// probe makes sure that the server tells, before allowed returns, if the service may not publish what it will publish later. It
-// leaves no trace: the messages are for no stream, and ask for no answer.
-func (s *Service) probe(subjects ...string) {
+// probePublish makes the server report now, if it will deny what the service publishes later. The messages have no effect: they are
+// for a stream that does not exist, and ask for no answer.
+func (s *Service) probePublish(subjects ...string) {
 	for _, subject := range subjects {
 		if c := s.pick(); c != nil {
 			_ = c.nc.PublishMsg(&nats.Msg{Subject: subject, Header: nats.Header{jetstream.ExpectedStreamHeader: {"none"}}})
@@ -676,28 +662,31 @@ func (s *Service) probe(subjects ...string) {
 	}
 }
 
-// allowed waits until the servers have processed all that was sent, and tells whether they have denied anything since begin.
-func (s *Service) allowed(ctx context.Context, begin time.Duration) error {
-	if err := s.flush(ctx); err != nil {
-		return err
+// checkDenials waits until the servers have processed everything that was sent, and returns an error if they have denied anything
+// since begin.
+func (s *Service) checkDenials(ctx context.Context, begin time.Duration) error {
+	if failure := s.flush(ctx); failure != nil {
+		return failure
 	}
 	for _, c := range s.conns { // nats.go reports errors a moment later
 		last := c.nc.LastError()
 		for end := clock() + time.Second; errors.Is(last, nats.ErrPermissionViolation) && clock() < end; time.Sleep(time.Millisecond) {
-			if told := c.told.Load(); told != nil && *told == last {
+			if reported := c.lastReported.Load(); reported != nil && *reported == last {
 				break
 			}
 		}
 	}
-	return s.denied.since(begin).orNil()
+	return s.denials.since(begin).orNil()
 }
 
-// clock is monotonic time.
+// Time.
+
+// clock returns the monotonic time since the process began.
 func clock() time.Duration { return time.Since(clockStart) }
 
 var clockStart = time.Now()
 
-// backoff is a random pause between 0 and first·2ⁿ⁻¹, at most the longest.
+// backoff returns a random pause between 0 and first·2ⁿ⁻¹, at most longest.
 func backoff(n int, first, longest time.Duration) time.Duration {
 	d := longest
 	if n = max(n, 1); n < 64 && first <= longest>>(n-1) {
@@ -706,7 +695,7 @@ func backoff(n int, first, longest time.Duration) time.Duration {
 	return mrand.N(d + 1)
 }
 
-// sleep pauses, unless ctx ends before.
+// sleep pauses for d. It reports false if ctx ends before.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-time.After(d):
@@ -716,7 +705,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// withDeadline is ctx, which ends after d if it has no deadline of its own.
+// withDeadline returns ctx, with a timeout of d if it has no deadline.
 func withDeadline(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	if _, ok := ctx.Deadline(); ok {
 		return ctx, func() {}

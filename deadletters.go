@@ -14,7 +14,18 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file is dead letters: the events and commands that could not be handled are stored whole, listed, and redriven.
+// This file has the dead letters: events and commands that could not be handled are stored whole, listed, and redriven.
+
+const (
+	deadStream   = "AEGIS_DEAD"
+	letterPrefix = "aegis.dead." // a kind and a consumer follow
+
+	headerConsumer = "Aegis-Consumer" // these three are of dead letters only
+	headerReason   = "Aegis-Reason"
+	headerAttempts = "Aegis-Attempts"
+	letterRoom     = 2 << 10 // bytes that a dead letter may have besides its event
+	maxReason      = 512     // bytes
+)
 
 // A DeadLetter is a message that could not be handled, whole.
 type DeadLetter struct {
@@ -27,20 +38,19 @@ type DeadLetter struct {
 }
 
 func (s *Service) deadStream() jetstream.StreamConfig {
-	return jetstream.StreamConfig{Name: deadStream, Subjects: []string{deadPrefix + ">"}, AllowMsgTTL: true, Replicas: s.cfg.replicas}
+	return jetstream.StreamConfig{Name: deadStream, Subjects: []string{letterPrefix + ">"}, Replicas: s.cfg.replicas}
 }
 
 // DeadLetters yields the dead letters of all services that there are now, oldest first, and ends; with an error if one can't be
 // read. It asks the server for one at a time, each until ctx ends or for 5 s.
 func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] {
 	return func(yield func(DeadLetter, error) bool) {
+		begin := clock()
 		js, failure := s.jetStream()
 		if failure != nil {
 			yield(DeadLetter{}, failure)
 			return
 		}
-		ctx, done := s.asking(ctx)
-		defer done()
 		stream, err := js.Stream(ctx, deadStream)
 		if errors.Is(err, jetstream.ErrStreamNotFound) {
 			return // nothing has failed yet
@@ -57,7 +67,7 @@ func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] 
 				return
 			}
 		}
-		yield(DeadLetter{}, jetStreamError(ctx, err, "the stream "+deadStream))
+		yield(DeadLetter{}, s.jetStreamError(begin, err, "the stream "+deadStream))
 	}
 }
 
@@ -87,19 +97,18 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	if d.Sequence == 0 || d.Consumer == "" {
 		return notRun(newError(ErrInvalid, "Redrive: sequence %d, consumer %q: not a dead letter of DeadLetters", d.Sequence, d.Consumer))
 	}
+	begin := clock()
 	js, failure := s.jetStream()
 	if failure != nil {
 		return failure
 	}
-	ctx, done := s.asking(ctx)
-	defer done()
 	dead, err := js.Stream(ctx, deadStream)
 	if err != nil {
-		return jetStreamError(ctx, err, "the stream "+deadStream)
+		return s.jetStreamError(begin, err, "the stream "+deadStream)
 	}
 	switch m, err := dead.GetMsg(ctx, d.Sequence); {
 	case err != nil:
-		return jetStreamError(ctx, err, "dead letter "+strconv.FormatUint(d.Sequence, 10))
+		return s.jetStreamError(begin, err, "dead letter "+strconv.FormatUint(d.Sequence, 10))
 	case !m.Time.Equal(d.Time):
 		return notRun(newError(ErrNotFound, "dead letter %d of %v is no more: there is another one in its place", d.Sequence, d.Time))
 	}
@@ -107,11 +116,11 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 		if failure := s.redriveCommand(ctx, d); failure != nil {
 			return failure
 		}
-		return removeLetter(ctx, dead, d)
+		return s.removeLetter(ctx, dead, d)
 	}
 	consumer, err := js.Consumer(ctx, eventStream, d.Consumer)
 	if err != nil {
-		return jetStreamError(ctx, err, "the consumer "+d.Consumer+" of "+eventStream)
+		return s.jetStreamError(begin, err, "the consumer "+d.Consumer+" of "+eventStream)
 	}
 	subject := redrivePrefix + d.Consumer
 	have := consumer.CachedInfo().Config
@@ -122,21 +131,22 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	h[headerSubject] = []string{d.Subject}
 	h[jetstream.MsgIDHeader] = []string{"redrive-" + strconv.FormatUint(d.Sequence, 10) + "-" + strconv.FormatInt(d.Time.UnixNano(), 36)}
 	x := &exchange{subject: subject, header: h, data: d.Data}
-	if failure := s.keep(ctx, x, s.eventStream(), callConfigs[kindEvent], nil); failure != nil {
+	if failure := s.storeWithRetries(ctx, x, s.eventStream(), callConfigs[kindEvent], nil); failure != nil {
 		return failure
 	}
-	return removeLetter(ctx, dead, d)
+	return s.removeLetter(ctx, dead, d)
 }
 
-func removeLetter(ctx context.Context, dead jetstream.Stream, d DeadLetter) error {
+func (s *Service) removeLetter(ctx context.Context, dead jetstream.Stream, d DeadLetter) error {
+	begin := clock()
 	if err := dead.DeleteMsg(ctx, d.Sequence); err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
-		return jetStreamError(ctx, err, "it was redriven, but removing the dead letter "+strconv.FormatUint(d.Sequence, 10))
+		return s.jetStreamError(begin, err, "it was redriven, but removing the dead letter "+strconv.FormatUint(d.Sequence, 10))
 	}
 	return nil
 }
 
-// bury stores a dead letter. It is not ok if Stop's time is up before that.
-func (f *feed) bury(r *request, failure *Error, attempts int) bool {
+// storeDeadLetter stores a dead letter. It is not ok if Stop's time is up before that.
+func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 	d := r.delivery
 	reason := failure.Error()
 	own := nats.Header{
@@ -154,7 +164,7 @@ func (f *feed) bury(r *request, failure *Error, attempts int) bool {
 		x.header, x.data = own, nil
 		own[headerReason] = []string{"(too large to be copied, see sequence " + strconv.FormatUint(d.sequence, 10) + " of " + f.stream.Name + ") " + own[headerReason][0]}
 	}
-	if !f.insist(r, "a dead letter can't be stored", func(context.Context) *Error { return f.svc.storeLetter(&x, 5*time.Second) }) {
+	if !f.retryUntilStopped(r, "a dead letter can't be stored", func(context.Context) *Error { return f.svc.publishDeadLetter(&x, 5*time.Second) }) {
 		return false
 	}
 	f.meter.dead.Add(1)
@@ -164,8 +174,8 @@ func (f *feed) bury(r *request, failure *Error, attempts int) bool {
 
 func (f *feed) letters() string { return letterPrefix + f.kind + "." + f.lanes[0].config.Durable }
 
-// storeLetter puts x into the stream of dead letters.
-func (s *Service) storeLetter(x *exchange, limit time.Duration) *Error {
+// publishDeadLetter puts x into the stream of dead letters.
+func (s *Service) publishDeadLetter(x *exchange, limit time.Duration) *Error {
 	_, failure := s.store(context.Background(), x.within(context.Background(), limit), s.deadStream())
 	return failure
 }

@@ -1,11 +1,11 @@
 package aegis
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"log/slog"
 	"maps"
+	"math"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -17,104 +17,94 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file takes a message to its handler and brings the answer back: endpoints and their workers, the handler's ctx, headers,
-// middleware, and cancellation. RPC, events and commands all go through it.
+// This file takes a message to its handler and brings the answer back: endpoints and their workers, the ctx of a handler, headers,
+// middleware, and cancellation. RPC, events and commands all go through it; each has a source, which brings the messages.
 
-// A HandlerFunc handles one message: the payload in, the payload of the answer out.
+// A HandlerFunc handles one message: it gets the payload and returns the payload of the answer.
 type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
 
-// A Middleware wraps a handler, to check, measure or change what goes in and comes out. It must pass on the ctx that it was
-// given, or one derived from it, and not return before next does. An error that it returns without calling next is one of a
-// request that did not run.
+// A Middleware wraps a handler, to check, measure or change what goes in and what comes out. It must pass on the ctx that it was
+// given, or one derived from it, and must not return before next does. If it returns an error without calling next, the caller's
+// error has NotRun set.
 type Middleware func(next HandlerFunc) HandlerFunc
 
-// A Message is what a handler is called for, as middleware sees it. Source is the service that sent it by its own account, ""
-// if unknown. Header is nil if there is none, and must not be changed.
-type Message struct {
-	Kind, Subject, Source string // Kind is "rpc", "event" or "command"
-	Header                nats.Header
-	Data                  []byte
-}
+// The kinds of messages. kindCall only appears in Stats.
+const kindRPC, kindEvent, kindCommand, kindCall = "rpc", "event", "command", "call"
 
-// The kinds of messages.
-const kindRPC, kindEvent, kindCommand, kindCall = "rpc", "event", "command", "call" // the last one only in Stats
+// A Message is what a handler is called for, as middleware sees it.
+type Message struct {
+	Kind, Subject string      // Kind is "rpc", "event" or "command"
+	Source        string      // the service that sent it, as the sender claims (not authenticated); "" if unknown
+	Header        nats.Header // nil if there is none; it must not be changed
+	Data          []byte
+}
 
 // A source brings messages into an endpoint's queue.
 type source interface {
-	open(ctx context.Context) error // begins, unless drain was called
-	share(on bool) error            // takes part in what the service's instances share, or does no more
-	drain(ctx context.Context)      // asks for no more; what is under way still comes, until the connections are flushed
-	cut(c *conn)                    // gives up what was to come by a connection that is down
-	interrupt()                     // is called before the ctx of what is being handled ends
-	settle()                        // is called when nothing more will come; then all is in the queue
-	forget(ctx context.Context)     // is called when all is handled
+	open(ctx context.Context) error // begins to bring messages, unless drain was called
+	share(on bool) error            // joins in what the service's instances share, or leaves it
+	drain(ctx context.Context)      // asks for no more messages, and returns when all that were under way are in the queue
+	pending() int64                 // returns how many messages wait elsewhere
 	serve(m *nats.Msg, arrived time.Time)
-	pending() int64 // what waits elsewhere to be brought
-	done(r *request, data []byte, failure *Error)
+	done(r *request, data []byte, failure *Error) // sends the answer, or acknowledges the message
 }
 
 // An endpoint is a handler and the workers that run it.
 //
-// The read loops of all connections put its messages into one channel. A few resident workers take them from there and run
-// the handler right away, so that fast handlers pay for no goroutine of their own. More workers, up to the limit, are hired
-// where handlers take long: ahead of need if they do so on average, else by watch, which finds workers held up. They leave when
-// there is nothing to do. At the limit, watch lets as many messages wait as may run, and refuses the rest.
+// The read loops of all connections put messages into one queue. A worker takes a message from there and runs the handler itself, so
+// that a fast handler does not pay for a goroutine per message. A worker that takes a message and leaves no other worker idle starts
+// one first, which waits for the next message. At the limit of workers, shed keeps as many messages waiting as may run, and rejects
+// the rest.
 type endpoint struct {
 	svc                 *Service
 	source              source
 	lease               *candidate // of an exclusive handler, else nil
-	sharing             sync.Mutex // one call of share at a time
+	sharing             sync.Mutex // held by share
 	kind, name, subject string
 	run                 HandlerFunc
-	limit, resident     int
-	spare               int64 // bytes of the server's max_payload that an answer must leave
+	limit               int   // of workers
+	linger              int   // of idle workers
+	reserve             int64 // bytes of the server's max_payload that an answer must leave free
 
-	queue    chan *nats.Msg  // from the source
-	waiting  chan job        // those that watch lets wait; they come before the queue
-	refuse   func(*nats.Msg) // what becomes of the rest; nil if the source brings no more than may run
+	queue    chan *nats.Msg
+	waiting  chan job        // what shed keeps waiting; it comes before the queue
+	reject   func(*nats.Msg) // answers what is too much; nil if the source never brings more than may run
 	stopping chan struct{}   // closed when no more messages will come
-	gone     chan struct{}   // closed when all are handled
+	finished chan struct{}   // closed when all messages are handled
+	calm     chan struct{}   // tells shed that a worker is idle
+	meter    *meter
 
-	idle    atomic.Int32 // workers that wait for a message
-	average atomic.Int64 // nanoseconds that the latest messages took, a moving average
-	watched atomic.Bool  // watch runs
-	meter   *meter
+	idle    atomic.Int32   // workers that wait for a message, or are just starting
+	crew    sync.WaitGroup // workers and shed
+	helpers sync.WaitGroup // goroutines of the source, which end after finished is closed
 
-	staff   sync.WaitGroup // workers and watch; none comes when stopping is closed and all have gone
-	mu      sync.Mutex     // guards the rest
-	workers map[*worker]bool
+	mu       sync.Mutex // guards the rest
+	workers  map[*worker]bool
+	shedding bool
 }
 
+// A worker is a goroutine that handles one message after the other.
 type worker struct {
-	msg   atomic.Pointer[nats.Msg] // that it handles, nil while it waits for one
-	turns atomic.Uint32            // messages that it has begun
-	seen  uint32                   // turns when watch looked last; this and the next are guarded by the endpoint's mu
-	kept  uint32                   // turns when longRunning looked last
-	long  int                      // how often it saw the same
+	msg   atomic.Pointer[nats.Msg] // the message that it handles, nil while it waits for one
+	since atomic.Int64             // when it took that, by the clock
 }
 
+// A job is a message that shed keeps waiting.
 type job struct {
 	msg     *nats.Msg
-	arrived time.Time // zero: just now
+	arrived time.Time
 }
 
-const (
-	queueSize     = 16384            // bounds what the read loops may put down before somebody looks
-	queueAlarm    = queueSize / 8    // a longer queue is too much for the machine, however fast the handler
-	slowHandler   = 100_000          // nanoseconds on average that are worth a worker for each message
-	watchInterval = time.Millisecond // a worker that handles one message for longer is held up
-)
+const queueSize = 16384 // messages that the read loops can put down before a worker or shed looks at them
 
-// register adds a handler, wrapped in the service's middleware, and opens it if the service is serving.
-func (s *Service) register(e *endpoint, cfg handlerConfig) error {
+// addEndpoint adds a handler, wrapped in the service's middleware, and opens it if the service has been started.
+func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 	e.svc, e.meter = s, newMeter()
 	e.limit = cfg.concurrency
-	e.resident = min(e.limit, runtime.GOMAXPROCS(0))
+	e.linger = min(e.limit, runtime.GOMAXPROCS(0))
 	e.workers = map[*worker]bool{}
-	e.average.Store(2 * slowHandler) // until it is known better
-	e.queue = make(chan *nats.Msg, queueSize)
-	e.waiting = make(chan job, e.limit)
-	e.stopping, e.gone = make(chan struct{}), make(chan struct{})
+	e.queue, e.waiting = make(chan *nats.Msg, queueSize), make(chan job, e.limit)
+	e.stopping, e.finished, e.calm = make(chan struct{}), make(chan struct{}), make(chan struct{}, 1)
 	for _, mw := range slices.Backward(s.cfg.middleware) {
 		e.run = mw(e.run)
 	}
@@ -128,7 +118,7 @@ func (s *Service) register(e *endpoint, cfg handlerConfig) error {
 	if s.endpoints[key] != nil {
 		s.mu.Unlock()
 		if e.kind == kindEvent {
-			return newError(ErrInvalid, "there is a subscription %q already: give a second one to %s another name by Durable", e.name, e.subject)
+			return newError(ErrInvalid, "there is a subscription %q already: use Durable to give the second one to %s another name", e.name, e.subject)
 		}
 		return newError(ErrInvalid, "%s has a handler already", e.subject)
 	}
@@ -150,24 +140,24 @@ func (s *Service) register(e *endpoint, cfg handlerConfig) error {
 	begin := clock()
 	err := e.open(ctx)
 	if err == nil {
-		poke(s.news)
-		return errors.Join(s.runForLeader(ctx), s.allowed(ctx, begin))
+		signal(s.entryChanged)
+		return errors.Join(s.campaignForExclusive(ctx), s.checkDenials(ctx, begin))
 	}
 	s.mu.Lock()
-	stopped := s.state == stopping // which sees to it
+	stopped := s.state == stopping // then Stop finishes e
 	delete(s.endpoints, key)
 	s.mu.Unlock()
 	if !stopped {
-		e.source.drain(ctx)
 		e.finish(ctx)
 	}
 	return err
 }
 
+// open starts the first worker and then the source.
 func (e *endpoint) open(ctx context.Context) error {
 	e.mu.Lock()
 	if !isClosed(e.stopping) {
-		e.hireLocked(e.resident)
+		e.startWorkerLocked()
 	}
 	e.mu.Unlock()
 	if err := e.source.open(ctx); err != nil {
@@ -176,50 +166,55 @@ func (e *endpoint) open(ctx context.Context) error {
 	return e.share()
 }
 
-// share has the endpoint take part in what the service's instances share, if the instance is well and, for an exclusive handler, the
-// leader. It is called whenever that may have changed.
+// share joins in what the service's instances share if this instance is healthy and, for an exclusive handler, the leader. It has to
+// be called whenever that may have changed.
 func (e *endpoint) share() error {
 	e.sharing.Lock()
 	defer e.sharing.Unlock()
-	return e.source.share(!e.svc.unwell.Load() && (e.lease == nil || e.lease.term.Load().holds()))
+	return e.source.share(!e.svc.unhealthy.Load() && (e.lease == nil || e.lease.term.Load().holds()))
 }
 
-func (s *Service) share() {
+// shareAll calls share for every endpoint.
+func (s *Service) shareAll() {
 	for _, e := range s.handlers() {
 		if err := e.share(); err != nil {
-			e.svc.log.Error("an endpoint isn't served", "kind", e.kind, "endpoint", e.name, "error", err)
+			s.log.Error("an endpoint is not served", "kind", e.kind, "endpoint", e.name, "error", err)
 		}
 	}
 }
 
-// finish waits until all that has arrived is handled.
+// finish waits until all messages that have arrived are handled.
 func (e *endpoint) finish(ctx context.Context) {
-	e.source.settle()
+	e.source.drain(ctx)
 	e.mu.Lock()
 	close(e.stopping)
 	e.mu.Unlock()
-	e.staff.Wait()
-	close(e.gone)
-	e.source.forget(ctx)
+	e.crew.Wait()
+	close(e.finished)
+	e.helpers.Wait()
 }
 
-// hireLocked starts up to n workers within the limit, and returns how many.
-func (e *endpoint) hireLocked(n int) int {
-	n = min(n, e.limit-len(e.workers))
-	for range n {
+// startWorkerLocked starts a worker, which counts as idle at once. At the limit it makes sure that shed runs instead.
+func (e *endpoint) startWorkerLocked() {
+	if len(e.workers) < e.limit {
 		w := &worker{}
 		e.workers[w] = true
-		e.staff.Go(func() { e.work(w) })
+		e.idle.Add(1)
+		e.crew.Go(func() { e.work(w) })
+	} else if e.reject != nil && !e.shedding {
+		e.shedding = true
+		e.crew.Go(e.shed)
 	}
-	return n
 }
 
+// work handles messages until there are enough other idle workers, or no more messages will come.
 func (e *endpoint) work(w *worker) {
 	left := false
 	defer func() {
-		if !left { // the handler has ended its goroutine (runtime.Goexit)
+		if !left { // the handler has called runtime.Goexit
 			w.msg.Store(nil)
-			e.staff.Go(func() { e.work(w) })
+			e.idle.Add(1)
+			e.crew.Go(func() { e.work(w) })
 		}
 	}()
 	for {
@@ -227,32 +222,31 @@ func (e *endpoint) work(w *worker) {
 		if !ok {
 			break
 		}
-		w.turns.Add(1)
-		w.msg.Store(j.msg)
-		if !e.watched.Load() && e.watched.CompareAndSwap(false, true) {
-			e.staff.Go(e.watch)
-		}
-		average := e.average.Load()
-		if e.idle.Load() == 0 && average > slowHandler {
+		if e.idle.Add(-1) == 0 {
 			e.mu.Lock()
-			e.hireLocked(1)
+			e.startWorkerLocked()
 			e.mu.Unlock()
 		}
-		begin := time.Now()
-		e.source.serve(j.msg, cmp.Or(j.arrived, begin))
-		e.average.Store(average + (int64(time.Since(begin))-average)/8)
+		now := time.Now()
+		w.since.Store(int64(now.Sub(clockStart)))
+		w.msg.Store(j.msg)
+		if j.arrived.IsZero() {
+			j.arrived = now
+		}
+		e.source.serve(j.msg, j.arrived)
 		w.msg.Store(nil)
+		e.idle.Add(1)
 	}
-	e.mu.Lock()
-	delete(e.workers, w)
-	e.mu.Unlock()
 	left = true
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.workers, w)
 }
 
-// take waits for the next message; not ok tells the worker to leave.
+// take waits for the next message. It reports false if the worker is to leave, and then no longer counts the worker as idle.
 func (e *endpoint) take() (j job, ok bool) {
 	for {
-		last := isClosed(e.stopping) // what isn't there now won't come
+		last := isClosed(e.stopping) // what is not there now will not come
 		select {
 		case j := <-e.waiting:
 			return j, true
@@ -263,111 +257,75 @@ func (e *endpoint) take() (j job, ok bool) {
 			return job{msg: m}, true
 		default:
 		}
-		if idle := e.idle.Add(1); last || int(idle) > e.resident {
-			e.idle.Add(-1)
-			return job{}, false
+		for idle := e.idle.Load(); last || int(idle) > e.linger; idle = e.idle.Load() {
+			if e.idle.CompareAndSwap(idle, idle-1) { // compared, so that several that leave at once don't become too many
+				return job{}, false
+			}
 		}
+		signal(e.calm)
 		select {
 		case m := <-e.queue:
-			e.idle.Add(-1)
 			return job{msg: m}, true
 		case j := <-e.waiting:
-			e.idle.Add(-1)
 			return j, true
 		case <-e.stopping:
-			e.idle.Add(-1)
 		}
 	}
 }
 
-// watch runs while no worker is idle. It sees to it that somebody takes the next message though workers are held up, and that no
-// more wait than may.
-func (e *endpoint) watch() {
-	full := false // since no worker was free, until one is idle
-	for {
-		time.Sleep(watchInterval)
-		e.mu.Lock()
-		free := len(e.workers)
-		for w := range e.workers {
-			if turns := w.turns.Load(); turns != w.seen {
-				w.seen = turns
-			} else if w.msg.Load() != nil {
-				free--
-			}
-		}
-		if free < e.resident {
-			free += e.hireLocked(e.resident - free + len(e.queue))
-		}
-		e.mu.Unlock()
-		if full = full || free == 0 || len(e.queue) > queueAlarm; full {
-			e.shed()
-		}
-		needless := func() bool {
-			return e.idle.Load() > 0 || full && e.refuse == nil || isClosed(e.stopping) && len(e.queue)+len(e.waiting) == 0
-		}
-		if needless() {
-			e.watched.Store(false)
-			if needless() || !e.watched.CompareAndSwap(false, true) { // whoever has taken a message in between saw that it ran
-				return
-			}
-		}
-	}
-}
-
-// shed lets as many messages wait as may run at once, and refuses the rest.
+// shed keeps up to limit messages waiting and rejects the rest, until a worker is idle.
 func (e *endpoint) shed() {
-	for e.refuse != nil && !isClosed(e.stopping) {
+	for {
 		select {
 		case m := <-e.queue:
 			select {
 			case e.waiting <- job{m, time.Now()}:
 			default:
-				e.refuse(m)
+				e.reject(m)
 			}
-		default:
+			continue
+		case <-e.calm:
+		case <-e.stopping:
+		}
+		e.mu.Lock()
+		if e.idle.Load() > 0 || isClosed(e.stopping) {
+			e.shedding = false
+			if len(e.waiting) > 0 { // the last worker may have left before that was put there
+				e.startWorkerLocked()
+			}
+			e.mu.Unlock()
 			return
 		}
+		e.mu.Unlock()
 	}
 }
 
-// handling are the messages that workers handle now.
-func (e *endpoint) handling() (msgs []*nats.Msg) {
+// handling returns the messages that workers have handled for a time between from and to.
+func (e *endpoint) handling(from, to time.Duration) (msgs []*nats.Msg) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	now := clock()
 	for w := range e.workers {
-		if m := w.msg.Load(); m != nil {
+		if m, d := w.msg.Load(), now-time.Duration(w.since.Load()); m != nil && d >= from && d <= to {
 			msgs = append(msgs, m)
 		}
 	}
 	return msgs
 }
 
-// longRunning are the messages that workers still handle since the last look, and did not in more than most looks.
-func (e *endpoint) longRunning(most int) (msgs []*nats.Msg) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for w := range e.workers {
-		if turns, m := w.turns.Load(), w.msg.Load(); m == nil || turns != w.kept {
-			w.kept, w.long = turns, 0
-		} else if w.long++; w.long <= most {
-			msgs = append(msgs, m)
-		}
-	}
-	return msgs
-}
+// running returns how many messages workers handle.
+func (e *endpoint) running() int { return len(e.handling(0, math.MaxInt64)) }
 
-func (e *endpoint) busy() bool {
-	return len(e.queue) > 0 || len(e.waiting) > 0 || len(e.handling()) > 0
-}
+func (e *endpoint) busy() bool { return len(e.queue) > 0 || len(e.waiting) > 0 || e.running() > 0 }
 
-// logger is for what concerns one message.
+// logger returns a logger for what concerns one message.
 func (e *endpoint) logger(r *request) *slog.Logger {
 	return e.svc.log.With("kind", e.kind, "endpoint", e.name, "correlation_id", r.correlationID())
 }
 
-// admit gives a request its ctx. It is not ok if the handler is exclusive and this instance doesn't lead, or is about to resign and
-// the request is one for it alone.
-func (e *endpoint) admit(r *request) (ok bool) {
+// admit gives r its parent ctx. It reports false if the handler is exclusive and this instance does not lead, or is about to resign
+// and r is addressed to it alone.
+func (e *endpoint) admit(r *request) bool {
 	r.Context = e.svc.base
 	if e.lease == nil {
 		return true
@@ -380,10 +338,10 @@ func (e *endpoint) admit(r *request) (ok bool) {
 	return true
 }
 
-// dispatch runs the handler, and hands the payload of its answer, or the error that its caller is to see, to the source's done:
-// whatever the handler does, even if it panics or ends its goroutine.
+// dispatch runs the handler, and passes the payload of its answer, or the error for its caller, to the source's done. It does so
+// whatever the handler does, even if that panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
-	if r.lost() { // since it was admitted
+	if r.termOver() { // it has just ended
 		failure := e.lease.notActive()
 		e.meter.ended(r.msg.Source, failure)
 		r.fenced = true
@@ -405,9 +363,9 @@ func (e *endpoint) dispatch(r *request) {
 		if failure == nil && r.run != nil {
 			failure = r.run.whyLost()
 		}
-		if r.ran && r.lost() {
+		if r.ran && r.termOver() {
 			r.fenced = true
-			f := newError(ErrFenced, "%s lost the leadership, of term %d, while %s ran: its effect may or may not stand", e.svc.id, r.term.number, e.name)
+			f := newError(ErrFenced, "%s lost the leadership of term %d while %s ran: the effect may or may not stand", e.svc.id, r.term.number, e.name)
 			f.Cause = failure
 			failure = f
 		}
@@ -422,13 +380,15 @@ func (e *endpoint) dispatch(r *request) {
 	}()
 	data, err := e.run(r, &r.msg)
 	failure = asError(err)
-	if limit := e.svc.conns[0].limit.Load() - e.spare; failure == nil && int64(len(data)) > limit {
-		r.hopeless = true
+	if limit := e.svc.conns[0].limit.Load() - e.reserve; failure == nil && int64(len(data)) > limit {
+		r.permanent = true
 		failure = newError(ErrInternal, "the answer of %s has %d bytes, more than the %d that the server's max_payload leaves: split it, or raise that limit", e.name, len(data), limit)
 	}
 }
 
-// decode reads the payload of the message that ctx belongs to into v, and notes its codec for the answer.
+var errGoexit = &Error{} // stands for the result of a handler that has not returned
+
+// decode decodes the payload of m, the message that ctx belongs to, into v.
 func decode(ctx context.Context, m *Message, v any) (*request, error) {
 	r := requestOf(ctx)
 	if r == nil {
@@ -440,33 +400,34 @@ func decode(ctx context.Context, m *Message, v any) (*request, error) {
 		err = c.Unmarshal(m.Data, v)
 	}
 	if err != nil {
-		r.hopeless = true
+		r.permanent = true
 		return nil, newError(ErrInvalid, "the payload of %s is not %T: %v", m.Subject, v, err)
 	}
 	r.ran = true
 	return r, nil
 }
 
-var errGoexit = &Error{} // stands until the handler returns
+// The context of a message.
 
-// A request is the ctx of a handler. What costs a timer or a lock is made when it is first asked for.
+// A request is the ctx of a handler, and all that is known about its message. What costs a timer or a lock is made when it is first
+// used.
 type request struct {
-	context.Context // the service's own
+	context.Context // the service's own, or an exclusive handler's term
 	svc             *Service
 	msg             Message
 	in              *nats.Msg
 	reply           string
 	from            address
-	id              string // if the reply subject tells none
+	id              string // the correlation id if neither a header nor the reply subject has one
 	deadline        time.Time
 	packer          *packer   // holds the answer
-	codec           Codec     // of the payload, once it was decoded
-	hopeless        bool      // another attempt would not help
+	codec           Codec     // of the payload, nil until it was decoded
+	permanent       bool      // the error would be the same at another attempt
 	ran             bool      // the handler was called
-	delivery        *delivery // nil for a request
+	delivery        *delivery // nil for an RPC request
 	run             *run      // of a command
 	term            *term     // that an exclusive handler was called in
-	fenced          bool      // the term was over when it returned
+	fenced          bool      // the term was over when the handler returned
 
 	mu     sync.Mutex // guards timed and cancel
 	timed  context.Context
@@ -489,12 +450,10 @@ func (r *request) Value(key any) any {
 }
 
 func (r *request) Deadline() (time.Time, bool) { return r.deadline, true }
+func (r *request) Done() <-chan struct{}       { return r.live().Done() }
+func (r *request) Err() error                  { return r.live().Err() }
 
-func (r *request) Done() <-chan struct{} { return r.live().Done() }
-
-func (r *request) Err() error { return r.live().Err() }
-
-// live is a ctx that ends with the deadline, with the handler, when the caller cancels, or when Stop's time is up.
+// live returns a ctx that ends with the deadline, with the handler, when the caller cancels, or when Stop's time is up.
 func (r *request) live() context.Context {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -507,13 +466,13 @@ func (r *request) live() context.Context {
 	return r.timed
 }
 
-var ended = func() context.Context {
+var endedContext = func() context.Context {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	return ctx
 }()
 
-// abort ends the ctx before that.
+// abort ends the ctx while the handler runs.
 func (r *request) abort() {
 	r.live()
 	r.mu.Lock()
@@ -523,20 +482,20 @@ func (r *request) abort() {
 	}
 }
 
-// end ends the ctx, since its handler has returned.
+// end ends the ctx because the handler has returned.
 func (r *request) end() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.timed == nil {
-		r.timed = ended
+		r.timed = endedContext
 		return
 	}
 	r.svc.cancels.remove(r.reply)
 	r.cancel()
 }
 
-// lost tells that the handler is exclusive, and its term over.
-func (r *request) lost() bool { return r.term != nil && !r.term.holds() }
+// termOver reports whether the handler is exclusive and its term is over.
+func (r *request) termOver() bool { return r.term != nil && !r.term.holds() }
 
 func requestOf(ctx context.Context) *request {
 	r, _ := ctx.Value(requestKey{}).(*request)
@@ -550,11 +509,11 @@ const (
 	headerTraceState  = "tracestate"
 )
 
-// CorrelationID names the request that ctx belongs to, the same in each service that it passes through, for logs. In a
-// handler there always is one; elsewhere it is what [WithHeader] set as Aegis-Correlation-Id, else "". An error of a call made
-// without one tells the call's own in Details["correlation_id"].
+// CorrelationID returns the id of the request that ctx belongs to. It is the same in each service that the request passes through,
+// and meant for logs. In a handler there always is one. Elsewhere it is what [WithHeader] set as Aegis-Correlation-Id, else "". The
+// error of a call that was made without an id has the call's own in Details["correlation_id"].
 func CorrelationID(ctx context.Context) string {
-	if id := sent(ctx).Get(headerCorrelation); id != "" {
+	if id := addedHeaders(ctx).Get(headerCorrelation); id != "" {
 		return id
 	}
 	if r := requestOf(ctx); r != nil {
@@ -573,7 +532,7 @@ func (r *request) correlationID() string {
 	return r.id + r.reply
 }
 
-// Headers are those of the message that ctx's handler was called for, nil if there are none. They must not be changed.
+// Headers returns the headers of the message that ctx's handler was called for, nil if there are none. They must not be changed.
 func Headers(ctx context.Context) nats.Header {
 	if r := requestOf(ctx); r != nil {
 		return r.msg.Header
@@ -581,16 +540,16 @@ func Headers(ctx context.Context) nats.Header {
 	return nil
 }
 
-type sentKey struct{}
+type headersKey struct{}
 
-// WithHeader adds a header to all that is sent with the returned ctx; a later one of the same key replaces it. Of the headers
-// that a handler received only the trace context (traceparent, tracestate) and the correlation id travel on by themselves. A
-// key that is no HTTP token makes the call fail with [ErrInvalid].
+// WithHeader returns a ctx that adds a header to everything sent with it. A later header with the same key replaces it. Of the
+// headers that a handler received, only the trace context (traceparent, tracestate) and the correlation id are passed on without
+// WithHeader. A key that is not an HTTP token makes the call fail with [ErrInvalid].
 func WithHeader(ctx context.Context, key, value string) context.Context {
-	return context.WithValue(ctx, sentKey{}, withHeader(sent(ctx), key, value))
+	return context.WithValue(ctx, headersKey{}, withHeader(addedHeaders(ctx), key, value))
 }
 
-// withHeader is h, which is left as it is, with one header set.
+// withHeader returns a copy of h with one header set.
 func withHeader(h nats.Header, key, value string) nats.Header {
 	out := make(nats.Header, len(h)+1)
 	maps.Copy(out, h)
@@ -598,15 +557,15 @@ func withHeader(h nats.Header, key, value string) nats.Header {
 	return out
 }
 
-func sent(ctx context.Context) nats.Header {
-	h, _ := ctx.Value(sentKey{}).(nats.Header)
+func addedHeaders(ctx context.Context) nats.Header {
+	h, _ := ctx.Value(headersKey{}).(nats.Header)
 	return h
 }
 
-// headersFor are the headers to send with ctx: those of WithHeader, and what travels on from the message being handled. The
-// correlation id that can travel in the reply subject comes apart.
+// headersFor returns the headers to send with ctx: those of WithHeader, and those that are passed on from the message being handled.
+// A correlation id that can travel in the reply subject is returned apart.
 func headersFor(ctx context.Context) (h nats.Header, correlation string) {
-	h = sent(ctx)
+	h = addedHeaders(ctx)
 	r := requestOf(ctx)
 	if r == nil {
 		return h, ""
@@ -625,22 +584,25 @@ func headersFor(ctx context.Context) (h nats.Header, correlation string) {
 	return h, correlation
 }
 
+// Cancellation. When a caller's ctx is cancelled, it publishes the reply subject of its call to all instances of the service, and
+// the instance that handles the call ends the handler's ctx. This is best effort; the deadline bounds a handler in any case.
+
 func cancelSubject(service string) string { return "rpc." + service + ".$cancel" }
 
-// cancels knows the handlers that watch their ctx, and the latest cancellations of requests that don't run yet.
+// cancels has the handlers that use their ctx, and the latest cancellations of requests that have not begun.
 type cancels struct {
-	some  atomic.Bool
-	mu    sync.Mutex // guards the rest
-	watch map[string]context.CancelFunc
-	early [2]map[string]bool // the latest, and those before
+	any     atomic.Bool // early is not empty
+	mu      sync.Mutex  // guards the rest
+	running map[string]context.CancelFunc
+	early   [2]map[string]bool // the latest, and those before
 }
 
-const maxEarly = 1024
+const maxEarly = 1024 // cancellations in each of the two
 
 // add makes cancel be called when the request with this reply subject is cancelled.
 func (c *cancels) add(reply string, cancel context.CancelFunc) {
 	c.mu.Lock()
-	c.watch[reply] = cancel
+	c.running[reply] = cancel
 	early := c.early[0][reply] || c.early[1][reply]
 	c.mu.Unlock()
 	if early {
@@ -651,12 +613,12 @@ func (c *cancels) add(reply string, cancel context.CancelFunc) {
 func (c *cancels) remove(reply string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.watch, reply)
+	delete(c.running, reply)
 }
 
-// has tells whether the request was cancelled before it began.
+// has reports whether the request was cancelled before it began.
 func (c *cancels) has(reply string) bool {
-	if !c.some.Load() {
+	if !c.any.Load() {
 		return false
 	}
 	c.mu.Lock()
@@ -664,20 +626,21 @@ func (c *cancels) has(reply string) bool {
 	return c.early[0][reply] || c.early[1][reply]
 }
 
+// receive handles a message on the cancel subject.
 func (c *cancels) receive(m *nats.Msg) {
 	reply := string(m.Data)
 	command := strings.HasPrefix(reply, commandPrefix)
 	if len(reply) > 1024 || !command && parseAddress(reply).budget == 0 {
-		return // not a caller's
+		return // not from a caller
 	}
 	c.mu.Lock()
-	cancel := c.watch[reply]
+	cancel := c.running[reply]
 	if cancel == nil && !command {
 		if c.early[0] == nil || len(c.early[0]) >= maxEarly {
 			c.early = [2]map[string]bool{{}, c.early[0]}
 		}
 		c.early[0][reply] = true
-		c.some.Store(true)
+		c.any.Store(true)
 	}
 	c.mu.Unlock()
 	if cancel != nil {

@@ -7,12 +7,10 @@ import (
 	"encoding/json"
 	"math"
 	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -75,7 +73,7 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 		return newError(ErrInvalid, "Lead: %+v: %s", p, wantPolicy)
 	case fn == nil:
 		return newError(ErrInvalid, "Lead: the function is nil")
-	case group == defaultGroup && s.exclusively():
+	case group == defaultGroup && s.hasExclusive():
 		return newError(ErrInvalid, "Lead: group %q is that of the exclusive handlers of %s: choose another", group, s.name)
 	}
 	c := s.newCandidate(group, p)
@@ -84,7 +82,7 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 	}
 	defer c.withdraw()
 	failure := s.patiently(ctx, func(ctx context.Context) *Error {
-		_, failure := s.provide(ctx, s.leadersStream(), leadersPrefix+c.key)
+		_, failure := s.openStream(ctx, s.leadersStream(), leadersPrefix+c.key)
 		return failure
 	})
 	if failure != nil && failure.Code != ErrTimeout.Code && failure.Code != ErrCanceled.Code && s.pick() != nil {
@@ -96,8 +94,8 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 	var result error
 	done := false
 	c.campaign(campaigning, campaigning, func(t *term) {
-		s.acting.Add(1)
-		defer s.acting.Add(-1)
+		s.leading.Add(1)
+		defer s.leading.Add(-1)
 		ctx, end := context.WithCancel(t)
 		defer end()
 		defer context.AfterFunc(t.resigned, end)()
@@ -171,7 +169,7 @@ func (s *Service) leadersStream() jetstream.StreamConfig {
 func (s *Service) leaders(service, group string) *watch[claim] {
 	key := service + "." + group
 	return s.elections.get(key, func() *watch[claim] {
-		return newWatch(s, leadersBucket, key, func(_ string, c *claim) bool { return c.sane() })
+		return newWatch(s, leadersBucket, key, func(_ string, c *claim) bool { return c.valid() })
 	})
 }
 
@@ -180,7 +178,7 @@ func (s *Service) leaderOf(ctx context.Context, service string) string {
 	w := s.leaders(service, defaultGroup)
 	if !w.ready.Load() {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, whyTimeout)
+		ctx, cancel = context.WithTimeout(ctx, explainTimeout)
 		defer cancel()
 	}
 	if failure := w.wait(ctx); failure != nil {
@@ -204,8 +202,8 @@ type claim struct {
 
 func (c *claim) leads() bool { return c.Holder != "" && !c.Released }
 
-// sane tells that it can be from aegis.
-func (c *claim) sane() bool {
+// valid reports whether c can be from aegis.
+func (c *claim) valid() bool {
 	return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= maxLease
 }
 
@@ -217,9 +215,9 @@ type candidate struct {
 	policy     FailoverPolicy
 	nonce      string
 	watch      *watch[claim]
-	nudge      chan struct{} // unwell has changed
+	nudge      chan struct{} // unhealthy has changed
 
-	running atomic.Bool          // runForLeader did it
+	running atomic.Bool          // campaignForExclusive did it
 	term    atomic.Pointer[term] // the latest
 
 	seen     claim // what the key holds, as far as is known
@@ -303,12 +301,12 @@ func (c *candidate) campaign(ctx, parent context.Context, lead func(*term)) {
 // win waits until the lease is free, and takes it; nil when ctx ends.
 func (c *candidate) win(ctx, parent context.Context) *term {
 	for failures := 0; ; {
-		news := c.watch.news()
+		changed := c.watch.nextChange()
 		if e, ok := c.watch.get(c.key); ok && e.revision > c.revision {
 			c.observe(e.value, e.revision)
 		}
 		wait := c.vacant()
-		if c.svc.unwell.Load() {
+		if c.svc.unhealthy.Load() {
 			wait = c.policy.Lease // a nudge comes first
 		} else if wait <= 0 {
 			t, failure := c.take(parent)
@@ -323,7 +321,7 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 			}
 		}
 		select {
-		case <-news:
+		case <-changed:
 		case <-c.nudge:
 		case <-time.After(max(wait, time.Millisecond)):
 		case <-ctx.Done():
@@ -356,7 +354,6 @@ func (c *candidate) observe(now claim, revision uint64) {
 func (c *candidate) take(parent context.Context) (*term, *Error) {
 	now, revision, failure := c.read()
 	if failure != nil {
-		c.changeConn()
 		return nil, failure
 	}
 	if now == nil {
@@ -368,7 +365,7 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 	}
 	if *now != c.seen || revision != c.revision {
 		c.observe(*now, revision)
-		poke(c.watch.again) // it has missed something
+		signal(c.watch.refill) // it has missed something
 	}
 	if c.vacant() > 0 {
 		return nil, nil
@@ -406,7 +403,7 @@ func (c *candidate) hold(ctx context.Context, t *term, lead func(*term)) {
 		t.end()
 		t.resign()
 		c.svc.changed()
-		if released = released && (!c.running.Load() || !c.svc.busyExclusively()); released { // else the lease runs out first
+		if released = released && (!c.running.Load() || !c.svc.exclusiveBusy()); released { // else the lease runs out first
 			c.release(t)
 		}
 		c.svc.log.Info("leads no more", "group", c.group, "term", t.number, "released", released)
@@ -430,7 +427,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 			t.end()
 			return
 		}
-		if c.svc.unwell.Load() {
+		if c.svc.unhealthy.Load() {
 			t.resign()
 			return
 		}
@@ -458,46 +455,30 @@ func (c *candidate) release(t *term) {
 	}
 }
 
-// put replaces what was seen last by a claim of this candidate. If that isn't confirmed, it reads the key: it may have been
-// stored nevertheless, or one like it before. sent is when what is there was sent. A conflict means that something else is there now.
+// put replaces the claim that was seen last by one of this candidate, and returns when the claim that the key has now was sent. That
+// may be an earlier one that was stored without a confirmation. The failure is a conflict if the key has another claim.
 func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	next.Nonce, next.Sent = c.nonce, clock()
-	data, _ := json.Marshal(next) // strings and numbers: it can't fail
-	x := &exchange{
-		subject: leadersPrefix + c.key,
-		data:    data,
-		header:  nats.Header{jetstream.ExpectedLastSubjSeqHeader: {strconv.FormatUint(c.revision, 10)}},
-		until:   next.Sent + c.policy.Timeout,
-		on:      c.conn(),
-	}
-	revision, failure := c.svc.store(context.Background(), x, c.svc.leadersStream())
-	if failure == nil {
-		c.observe(next, revision)
-		return next.Sent, nil
-	}
-	if failure.Code != conflict.Code {
-		c.changeConn()
-	}
-	now, revision, unread := c.read()
-	if unread != nil {
-		c.changeConn()
-		return 0, unread
-	}
-	if failure.Code != conflict.Code && revision == c.revision {
+	data, _ := json.Marshal(next)                                                // strings and numbers can't fail
+	ctx, cancel := context.WithTimeout(context.Background(), 2*c.policy.Timeout) // one to store it, one to read it back
+	defer cancel()
+	x := &exchange{subject: leadersPrefix + c.key, data: data, until: next.Sent + c.policy.Timeout, on: c.conn()}
+	value, revision, failure := c.svc.compareAndSwap(ctx, x, c.svc.leadersStream(), c.revision)
+	c.on = x.on
+	if failure != nil && failure.Code != conflict.Code {
+		c.on = c.svc.pickOther(c.on)
 		return 0, failure
 	}
-	if now == nil {
-		now = &claim{}
-	}
-	c.observe(*now, revision)
+	now := parseClaim(value)
+	c.observe(now, revision)
 	sent, now.Sent = now.Sent, next.Sent
-	if *now != next {
-		return 0, newError(conflict, "the key %s of %s was changed by someone else", c.key, leadersBucket)
+	if now != next {
+		return 0, failure
 	}
 	return sent, nil
 }
 
-// conn is the connection that was used last, as long as it works: one that hangs takes some time to be found out.
+// conn returns the connection that was used last as long as it works, because it takes some time to notice one that hangs.
 func (c *candidate) conn() *conn {
 	if c.on == nil || !c.on.up.Load() {
 		c.on = c.svc.pick()
@@ -505,39 +486,38 @@ func (c *candidate) conn() *conn {
 	return c.on
 }
 
-func (c *candidate) changeConn() {
-	failed := c.on
-	for range c.svc.conns {
-		if c.on = c.svc.pick(); c.on != failed {
-			return
-		}
-	}
-}
-
-// read is what the key holds, nil if there is nothing.
+// read returns the claim that the key has, nil if there is none.
 func (c *candidate) read() (now *claim, revision uint64, failure *Error) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.policy.Timeout)
 	defer cancel()
 	data, revision, failure := c.svc.readKey(ctx, c.conn(), leadersBucket, c.key)
+	if failure != nil {
+		c.on = c.svc.pickOther(c.on)
+	}
 	if failure != nil || data == nil {
 		return nil, revision, failure
 	}
-	now = &claim{}
-	if json.Unmarshal(data, now) != nil || !now.sane() {
-		now = &claim{Nonce: "?"}
-	}
-	return now, revision, nil
+	claim := parseClaim(data)
+	return &claim, revision, nil
 }
 
-// exclusively tells whether there are any.
-func (s *Service) exclusively() bool {
+// parseClaim returns the claim in the value of a key. One that is not from aegis is of somebody unknown.
+func parseClaim(data []byte) (c claim) {
+	if len(data) > 0 && (json.Unmarshal(data, &c) != nil || !c.valid()) {
+		c = claim{Nonce: "?"}
+	}
+	return c
+}
+
+// hasExclusive tells whether there are any.
+func (s *Service) hasExclusive() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.exclusive != nil
 }
 
-// runForLeader campaigns for the leadership of the service itself, until Stop, once exclusive handlers listen.
-func (s *Service) runForLeader(ctx context.Context) error {
+// campaignForExclusive campaigns for the leadership of the service itself, until Stop, once exclusive handlers listen.
+func (s *Service) campaignForExclusive(ctx context.Context) error {
 	s.mu.Lock()
 	c := s.exclusive
 	s.mu.Unlock()
@@ -545,13 +525,13 @@ func (s *Service) runForLeader(ctx context.Context) error {
 		return nil
 	}
 	failure := s.patiently(ctx, func(ctx context.Context) *Error {
-		_, failure := s.provide(ctx, s.leadersStream(), leadersPrefix+c.key)
+		_, failure := s.openStream(ctx, s.leadersStream(), leadersPrefix+c.key)
 		return failure
 	})
 	if failure != nil {
 		return failure
 	}
-	s.probe(leadersPrefix+c.key, readSubject(leadersBucket))
+	s.probePublish(leadersPrefix+c.key, readSubject(leadersBucket))
 	s.leaderOf(ctx, s.name) // so that it can tell who leads, if that can be found out now
 	if c.running.CompareAndSwap(false, true) && c.enter() {
 		go func() {
@@ -569,18 +549,18 @@ func (s *Service) lead(t *term) {
 	case <-t.Done():
 	case <-s.quitting.Done():
 	case <-t.resigned.Done():
-		s.share()
+		s.shareAll()
 		_ = s.flush(t) // if that fails, a request may be turned away
 	}
-	for t.holds() && s.busyExclusively() { // if it isn't over, though its ctx may be, since Stop's time is up
+	for t.holds() && s.exclusiveBusy() { // if it isn't over, though its ctx may be, since Stop's time is up
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// busyExclusively tells whether exclusive handlers run, or may still begin to.
-func (s *Service) busyExclusively() bool {
+// exclusiveBusy tells whether exclusive handlers run, or may still begin to.
+func (s *Service) exclusiveBusy() bool {
 	return slices.ContainsFunc(s.handlers(), func(e *endpoint) bool {
-		return e.lease != nil && !isClosed(e.gone) && (s.quitting.Err() != nil || e.busy())
+		return e.lease != nil && !isClosed(e.finished) && (s.quitting.Err() != nil || e.busy())
 	})
 }
 
@@ -588,7 +568,7 @@ func (s *Service) busyExclusively() bool {
 func (c *candidate) notActive() *Error {
 	e := notRun(newError(ErrNotActive, "instance %s of %s stands by", c.svc.id, c.svc.name))
 	e.Source = c.svc.name
-	if leader := c.svc.leaderOf(ended, c.svc.name); leader != "" && leader != c.svc.id {
+	if leader := c.svc.leaderOf(endedContext, c.svc.name); leader != "" && leader != c.svc.id {
 		e.Message += ": " + leader + " leads"
 		e.Details = map[string]string{"leader": leader}
 	}

@@ -6,21 +6,23 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"github.com/nats-io/nats.go"
 )
 
-// This file is errors: what fails in aegis, or in a service that was called, its form on the wire, and which failures may pass by
-// themselves. At its end are the names that are valid in subjects.
+// This file has the Error, its form on the wire, and the failures that may pass by themselves. At its end are the names that are
+// valid in subjects, and lookup, the bounded map for names that come from outside.
 
-// An Error is what fails in aegis, here or in a service that was called.
+// An Error is the error of every function of aegis, be the failure here or in a service that was called.
 //
-// Code is in upper snake case: one of the sentinels', or a handler's own. Source is the service that reports the error, ""
-// for this one. NotRun says that the request certainly did not reach a handler, so that sending it again can do no harm.
-// Cause is the error of the service behind Source, and so on over all hops.
+// Code is in upper snake case: the code of one of the sentinels, or a handler's own. Source is the service that reports the error,
+// "" for this one. NotRun is set if the request certainly did not reach a handler, so that it can be sent again without harm. Cause
+// is the error that the service Source got from another service, and so on over all hops.
 //
-// [errors.Is] compares the codes, along the whole chain: errors.Is(err, aegis.ErrNotFound) holds on both sides of the wire.
-// An error with the code DEADLINE_EXCEEDED also is [context.DeadlineExceeded], one with CANCELED [context.Canceled].
+// [errors.Is] compares the codes along the whole chain: errors.Is(err, aegis.ErrNotFound) holds on both sides of the wire. An error
+// with the code DEADLINE_EXCEEDED is also a [context.DeadlineExceeded], one with the code CANCELED a [context.Canceled].
 type Error struct {
 	Code    string            `json:"code"`
 	Message string            `json:"message,omitempty"`
@@ -30,24 +32,24 @@ type Error struct {
 	Cause   *Error            `json:"cause,omitempty"`
 }
 
-// The errors that aegis itself makes, to be compared with [errors.Is].
+// The errors that aegis itself returns, for [errors.Is].
 var (
 	ErrInvalid       = &Error{Code: "INVALID_ARGUMENT"}  // a name, option or payload that can't be used
-	ErrNotFound      = &Error{Code: "NOT_FOUND"}         // there is no such thing
-	ErrNotActive     = &Error{Code: "NOT_ACTIVE"}        // another instance leads
-	ErrFenced        = &Error{Code: "FENCED"}            // leadership was lost while the handler ran
+	ErrNotFound      = &Error{Code: "NOT_FOUND"}         // what was asked for does not exist
+	ErrNotActive     = &Error{Code: "NOT_ACTIVE"}        // the instance does not lead
+	ErrFenced        = &Error{Code: "FENCED"}            // the leadership was lost while the handler ran
 	ErrUnavailable   = &Error{Code: "UNAVAILABLE"}       // no instance or no server can be reached
 	ErrTimeout       = &Error{Code: "DEADLINE_EXCEEDED"} // no answer in time
 	ErrOverloaded    = &Error{Code: "OVERLOADED"}        // the handler is at its limit
 	ErrUnimplemented = &Error{Code: "UNIMPLEMENTED"}     // the service has no such method
-	ErrInternal      = &Error{Code: "INTERNAL"}          // a handler's plain error, or its panic
-	ErrCircuitOpen   = &Error{Code: "CIRCUIT_OPEN"}      // the service failed too often just now
+	ErrInternal      = &Error{Code: "INTERNAL"}          // a handler returned another error, or panicked
+	ErrCircuitOpen   = &Error{Code: "CIRCUIT_OPEN"}      // the circuit breaker of the service is open
 	ErrCanceled      = &Error{Code: "CANCELED"}          // ctx was cancelled
 	ErrClosed        = &Error{Code: "CLOSED"}            // the service was stopped
-	ErrDenied        = &Error{Code: "PERMISSION_DENIED"} // the server's permissions don't allow it
+	ErrDenied        = &Error{Code: "PERMISSION_DENIED"} // the server's permissions do not allow it
 )
 
-// Error is the path over the services that the error came along, with the code and the message of each that added one.
+// Error returns the path that the error took through the services, with the code and the message of each that added one.
 func (e *Error) Error() string {
 	var parts []string
 	for ; e != nil; e = e.Cause {
@@ -59,7 +61,7 @@ func (e *Error) Error() string {
 	return strings.Join(slices.DeleteFunc(parts, func(p string) bool { return p == "" }), ": ")
 }
 
-// Is compares the code.
+// Is reports whether target has the same code.
 func (e *Error) Is(target error) bool {
 	switch target {
 	case context.DeadlineExceeded:
@@ -71,10 +73,10 @@ func (e *Error) Is(target error) bool {
 	return ok && t.Code == e.Code
 }
 
-// Unwrap is the cause.
+// Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Cause.orNil() }
 
-// orNil is e as an error, which is nil if e is.
+// orNil returns e as an error, which is nil if e is nil.
 func (e *Error) orNil() error {
 	if e == nil {
 		return nil
@@ -91,7 +93,7 @@ func notRun(e *Error) *Error {
 	return e
 }
 
-// asError is the error that a handler's caller gets to see for err, nil for nil.
+// asError returns the error that the caller of a handler gets for err, nil for nil.
 func asError(err error) *Error {
 	e, ok := errors.AsType[*Error](err)
 	switch {
@@ -111,31 +113,31 @@ func asError(err error) *Error {
 	if e.Source != "" { // it came from a service that the handler called
 		out.Cause, own = e, ""
 	}
-	if error(e) != err { // keep the words that it was wrapped in
+	if error(e) != err { // keep the words that wrap it
 		out.Message = strings.TrimSuffix(strings.Replace(err.Error(), e.Error(), own, 1), ": ")
 	}
 	return &out
 }
 
-// passing are the codes of what may have passed by itself in a moment.
-var passing = []string{ErrUnavailable.Code, ErrOverloaded.Code, ErrNotActive.Code, ErrCircuitOpen.Code}
+// transientCodes are those of failures that may have passed a moment later.
+var transientCodes = []string{ErrUnavailable.Code, ErrOverloaded.Code, ErrNotActive.Code, ErrCircuitOpen.Code}
 
-// isMissing tells that a message was sent but not answered.
-func isMissing(failure *Error) bool {
+// isUnanswered reports whether a message was sent and not answered.
+func isUnanswered(failure *Error) bool {
 	return !failure.NotRun && (failure.Code == ErrUnavailable.Code || failure.Code == ErrTimeout.Code)
 }
 
-// mayPass tells that what may be sent again could succeed then.
-func mayPass(failure *Error) bool {
-	return failure != nil && (isMissing(failure) || failure.NotRun && slices.Contains(passing, failure.Code))
+// retryable reports whether a message that may be sent again could succeed then.
+func retryable(failure *Error) bool {
+	return failure != nil && (isUnanswered(failure) || failure.NotRun && slices.Contains(transientCodes, failure.Code))
 }
 
 const (
-	headerErrorCode = "Nats-Service-Error-Code" // numeric, as HTTP has them
+	headerErrorCode = "Nats-Service-Error-Code" // a number, as in HTTP
 	headerErrorText = "Nats-Service-Error"
 )
 
-// statusCodes give the error codes a number for callers that only know micro's headers, and back.
+// statusCodes has a number for each code, as nats.go/micro sends it, and back.
 var statusCodes = []struct {
 	kind   *Error
 	status string
@@ -144,11 +146,11 @@ var statusCodes = []struct {
 	{ErrInternal, "500"}, {ErrUnimplemented, "501"}, {ErrUnavailable, "503"}, {ErrTimeout, "504"}, {ErrCircuitOpen, "503"}, {ErrClosed, "503"},
 }
 
-const handlerStatus = "422" // of a code that is the handler's own
+const handlerStatus = "422" // of a handler's own code
 
 const maxErrorText = 1 << 10
 
-// encode puts the error into headers, for any NATS client, and into a payload, whole.
+// encode returns the error as headers, which any NATS client can read, and as a payload, which has all of it.
 func (e *Error) encode(c Codec) (nats.Header, []byte) {
 	status := handlerStatus
 	for _, s := range statusCodes {
@@ -165,7 +167,7 @@ func (e *Error) encode(c Codec) (nats.Header, []byte) {
 	return nats.Header{headerErrorCode: {status}, headerErrorText: {text[:min(len(text), maxErrorText)]}}, data
 }
 
-// decodeError is the error that an answer stands for, nil if it is a success.
+// decodeError returns the error that an answer stands for, nil if the answer is a success.
 func decodeError(m *nats.Msg) *Error {
 	status := m.Header.Get(headerErrorCode)
 	if status == "" {
@@ -175,10 +177,10 @@ func decodeError(m *nats.Msg) *Error {
 	if c := sniff(m.Data); c != nil && c.Unmarshal(m.Data, e) == nil && e.Code != "" {
 		return e
 	}
-	return newError(kindOf(status), "%s", m.Header.Get(headerErrorText)) // of a service that isn't aegis
+	return newError(kindOf(status), "%s", m.Header.Get(headerErrorText)) // from a service that does not use aegis
 }
 
-// kindOf is the error that a status means.
+// kindOf returns the sentinel that a status stands for.
 func kindOf(status string) *Error {
 	for _, s := range statusCodes {
 		if s.status == status {
@@ -188,7 +190,7 @@ func kindOf(status string) *Error {
 	return ErrInternal
 }
 
-// cut is e without what makes it too large to be stored.
+// cut returns e without what makes it too large to be stored.
 func (e *Error) cut() *Error {
 	out := *e
 	out.Message = out.Message[:min(len(out.Message), maxErrorText)]
@@ -198,7 +200,7 @@ func (e *Error) cut() *Error {
 	return &out
 }
 
-// checkNames checks the names of a service and of its method or command.
+// checkNames returns an error if a service, or its method or command, has an invalid name.
 func checkNames(service, what, name string) *Error {
 	switch {
 	case !isName(service, maxService):
@@ -209,11 +211,12 @@ func checkNames(service, what, name string) *Error {
 	return nil
 }
 
+// isName reports whether s is a token that begins with a letter.
 func isName(s string, most int) bool {
 	return isToken(s, most) && (s[0] >= 'a' && s[0] <= 'z' || s[0] >= 'A' && s[0] <= 'Z')
 }
 
-// isToken tells whether s is one token of a subject, of letters, digits, - and _.
+// isToken reports whether s is one token of a subject, of 1 to most letters, digits, - and _.
 func isToken(s string, most int) bool {
 	for _, c := range []byte(s) {
 		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' && c != '_' {
@@ -223,7 +226,7 @@ func isToken(s string, most int) bool {
 	return len(s) > 0 && len(s) <= most
 }
 
-// covers tells whether all subjects that match the pattern sub match pattern, too.
+// covers reports whether all subjects that match the pattern sub match pattern, too.
 func covers(pattern, sub string) bool {
 	p, s := strings.Split(pattern, "."), strings.Split(sub, ".")
 	for i, token := range p {
@@ -235,4 +238,46 @@ func covers(pattern, sub string) bool {
 		}
 	}
 	return len(p) == len(s)
+}
+
+// A lookup is a map whose values are made when they are first asked for.
+type lookup[T any] struct {
+	most   int // keys; beyond them all other keys share the value of othersKey. 0 is no limit
+	values sync.Map
+	mu     sync.Mutex   // held while a value is added
+	count  atomic.Int64 // of keys
+}
+
+const othersKey = "OTHERS"
+
+func (l *lookup[T]) get(key string, make func() T) T {
+	find := func() (v any, ok bool) {
+		if v, ok = l.values.Load(key); !ok && l.most > 0 && int(l.count.Load()) >= l.most {
+			key = othersKey
+			v, ok = l.values.Load(key)
+		}
+		return v, ok
+	}
+	if v, ok := find(); ok {
+		return v.(T)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if v, ok := find(); ok {
+		return v.(T)
+	}
+	v := make()
+	l.values.Store(strings.Clone(key), v) // key may be a part of something large
+	l.count.Add(1)
+	return v
+}
+
+// all returns what the lookup has at this moment.
+func (l *lookup[T]) all() map[string]T {
+	all := map[string]T{}
+	l.values.Range(func(key, v any) bool {
+		all[key.(string)] = v.(T)
+		return true
+	})
+	return all
 }

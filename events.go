@@ -8,7 +8,6 @@ import (
 	"maps"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -40,25 +39,14 @@ type Event[T any] struct {
 const (
 	eventStream   = "AEGIS_EVENTS"
 	eventPrefix   = "events."
-	redrivePrefix = eventPrefix + "$redrive." // then a consumer, which alone takes it
-	deadStream    = "AEGIS_DEAD"
-	deadPrefix    = "aegis.dead."
-	letterPrefix  = deadPrefix + "letter."   // then a kind and a consumer
-	returnPrefix  = deadPrefix + "returned." // then a consumer and a sequence: a delivery that a stop cut short
+	redrivePrefix = eventPrefix + "$redrive." // a consumer follows, which alone takes the event
 
-	headerID       = "Aegis-Id"       // of an event that was redriven or set aside, with headerSubject and headerTime
-	headerSubject  = "Aegis-Subject"  // the original one
-	headerTime     = "Aegis-Time"     // the original one, as RFC 3339 has it
-	headerSource   = "Aegis-Source"   // the publishing service
-	headerVersion  = "Aegis-Version"  // of the event
-	headerConsumer = "Aegis-Consumer" // of a dead letter
-	headerReason   = "Aegis-Reason"   // of a dead letter
-	headerAttempts = "Aegis-Attempts" // of a dead letter
-	letterRoom     = 2 << 10          // bytes of a dead letter beyond its event
-	maxReason      = 512              // bytes
-	returnTTL      = 30 * 24 * 3600   // seconds
-	maxEventToken  = 128              // characters
-	maxIDLength    = 256              // bytes
+	headerID      = "Aegis-Id"      // of a command; of an event that was redriven or became a dead letter, like the next two
+	headerSubject = "Aegis-Subject" // the original one
+	headerTime    = "Aegis-Time"    // the original one, in RFC 3339
+	headerSource  = "Aegis-Source"  // the publishing service
+	headerVersion = "Aegis-Version" // of the event
+	maxEventToken = 128             // characters
 )
 
 func (s *Service) eventStream() jetstream.StreamConfig {
@@ -83,7 +71,7 @@ func Publish[T any](ctx context.Context, s *Service, domain, eventType string, d
 	}
 	payload, buf, failure := p.encode(&data, "")
 	if failure == nil {
-		failure = s.keep(ctx, &exchange{subject: p.subject, header: p.header, data: payload}, s.eventStream(), p.cfg, buf)
+		failure = s.storeWithRetries(ctx, &exchange{subject: p.subject, header: p.header, data: payload}, s.eventStream(), p.cfg, buf)
 	}
 	return failure.orNil()
 }
@@ -99,23 +87,23 @@ type publication struct {
 }
 
 func (s *Service) newPublication(ctx context.Context, domain, eventType string, opts []CallOption) (*publication, *Error) {
-	p := &publication{s: s, cfg: newCallConfig(kindEvent, opts), name: domain + "." + eventType}
+	cfg, failure := newCallConfig(kindEvent, opts)
+	if failure != nil {
+		return nil, failure
+	}
+	p := &publication{s: s, cfg: cfg, name: domain + "." + eventType}
 	p.subject = eventPrefix + p.name
 	for token := range strings.SplitSeq(p.name, ".") {
 		if !isName(token, maxEventToken) || strings.Contains(domain, ".") {
 			return nil, notRun(newError(ErrInvalid, "event %q: want domain.type, each of a letter, then letters, digits, - and _", p.name))
 		}
 	}
-	if p.cfg.err != nil {
-		return nil, p.cfg.err
-	}
 	p.header = s.envelope(ctx)
-	if p.cfg.version != "" {
-		p.header[headerVersion] = []string{p.cfg.version}
+	if cfg.version != nil {
+		p.header[headerVersion] = []string{*cfg.version}
 	}
-	p.id = p.name + ":" + p.cfg.key // events of other types may have the same key
-	if p.cfg.key == "" {
-		p.id = rand.Text()
+	if p.id = rand.Text(); cfg.key != nil {
+		p.id = p.name + ":" + *cfg.key // events of other types may have the same key
 	}
 	return p, nil
 }
@@ -184,7 +172,7 @@ func (b *batch) publish(ctx context.Context) error {
 		data, buf, failure := b.encode(first)
 		if failure == nil {
 			x := &exchange{subject: b.subject, header: maps.Clone(b.header), data: data}
-			if failure = b.s.keep(ctx, x, b.s.eventStream(), b.cfg, buf); failure != nil {
+			if failure = b.s.storeWithRetries(ctx, x, b.s.eventStream(), b.cfg, buf); failure != nil {
 				for _, i := range todo {
 					b.fail(i, notRun(newError(failure, "not sent, since event %d failed: %s", first, failure.Message)))
 				}
@@ -230,7 +218,7 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	defer c.endSlot(sl)
 	sl.drops, sl.since = c.drops.Load(), clock()
 	silence := b.cfg.policy().AttemptTimeout
-	extend := func() { sl.await(clock() + silence) }
+	extend := func() { sl.wakeAt(clock() + silence) }
 	extend()
 	prefix := sl.prefix + strconv.FormatUint(sl.calls, 36) + "." // the index in todo follows
 	answered := make([]bool, len(todo))
@@ -245,14 +233,14 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 			return
 		}
 		if m == nil {
-			broken = b.s.over(c, sl, b.subject)
+			broken = b.s.answerLost(c, sl, b.subject)
 			return
 		}
 		if k, err := strconv.Atoi(strings.TrimPrefix(m.Subject, prefix)); err == nil && k >= 0 && k < sent && !answered[k] {
 			answered[k] = true
 			waiting--
 			extend()
-			_, failure := stored(m, b.subject)
+			_, failure := parsePubAck(m, b.subject)
 			b.fail(todo[k], failure)
 		}
 	}
@@ -283,7 +271,7 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 		} else if !answered[k] {
 			b.fail(i, newError(broken, "not confirmed: %s", broken.Message))
 		}
-		if mayPass(b.failures[i]) {
+		if retryable(b.failures[i]) {
 			again = append(again, i)
 		}
 	}
@@ -328,16 +316,13 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 			return newError(ErrInvalid, "events %q: want domain.type, either may be *, or > at the end", pattern)
 		}
 	}
-	cfg, err := s.handlerConfig(kindEvent, opts)
-	if err != nil {
-		return err
+	cfg, failure := s.newHandlerConfig(kindEvent, opts)
+	if failure != nil {
+		return failure
 	}
-	if cfg.broadcast && cfg.exclusive {
-		return newError(ErrInvalid, "events %q: Broadcast() is for all instances, Exclusive() for one: choose", pattern)
-	}
-	e := &endpoint{kind: kindEvent, name: cmp.Or(cfg.durable, pattern), subject: eventPrefix + pattern, run: run}
-	// The name of the consumer, in which . * > can't be.
-	name := s.name + "~" + cmp.Or(cfg.durable, strings.NewReplacer(".", "~", "*", "+", ">", "#").Replace(pattern))
+	e := &endpoint{kind: kindEvent, name: cmp.Or(deref(cfg.durable), pattern), subject: eventPrefix + pattern, run: run}
+	// The name of the consumer can't contain . * and >.
+	name := s.name + "~" + cmp.Or(deref(cfg.durable), strings.NewReplacer(".", "~", "*", "+", ">", "#").Replace(pattern))
 	if cfg.broadcast {
 		name += "@" + s.id
 	}
@@ -353,10 +338,10 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 		l.config.MaxAckPending = 1
 	}
 	e.source = &subscription{newFeed(e, cfg, s.eventStream(), l)}
-	return s.register(e, cfg)
+	return s.addEndpoint(e, cfg)
 }
 
-// A subscription is an endpoint's events.
+// A subscription is the source of an endpoint's events.
 type subscription struct{ *feed }
 
 // serve handles one event.
@@ -364,111 +349,45 @@ func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
 	defer f.release()
 	d := f.delivery(m)
 	if d == nil {
-		f.svc.log.Warn("what was no event was dropped", "endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
+		f.svc.log.Warn("dropped a message that is not an event", "endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
 		return
 	}
 	if consumer, ok := strings.CutPrefix(m.Subject, redrivePrefix); ok && consumer != f.lanes[0].config.Durable {
-		f.tell(m, "+ACK")
+		f.acknowledge(m, ack)
 		return
 	}
 	r := f.newRequest(m, d, arrived)
-	if f.svc.draining.Load() || !f.admit(r) {
-		f.giveBack(r)
-		return
+	switch {
+	case f.svc.draining.Load() || !f.admit(r):
+		f.giveBack(m)
+	case d.attempt > f.cfg.attempts+tolerance:
+		failure := newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance or an acknowledgement was lost", d.attempt-1)
+		f.meter.ended(r.msg.Source, failure)
+		f.deadLetter(r, failure, d.attempt-1)
+	default:
+		f.dispatch(r)
 	}
-	if d.attempt > f.cfg.attempts {
-		used, ok := f.used(r)
-		if !ok {
-			f.tell(m, "-NAK")
-			return
-		}
-		if used > f.cfg.attempts {
-			failure := newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance or an acknowledgement was lost", used-1)
-			f.meter.ended(r.msg.Source, failure)
-			f.setAside(r, failure, used-1)
-			return
-		}
-	}
-	f.dispatch(r)
 }
 
-// done acknowledges what was handled, and sees to what was not.
+// done acknowledges an event that was handled, or sees to one that could not be handled.
 func (f *subscription) done(r *request, _ []byte, failure *Error) {
 	switch {
 	case failure == nil:
-		f.tell(r.in, "+ACK")
-	case f.svc.base.Err() != nil: // it was told to end, see interrupt
-		f.tell(r.in, "-NAK")
-	case r.fenced:
-		f.giveBack(r)
-	case r.hopeless:
-		f.setAside(r, failure, r.delivery.attempt)
-	case r.delivery.attempt < f.cfg.attempts:
-		f.retry(r, failure)
+		f.acknowledge(r.in, ack)
+	case f.svc.base.Err() != nil || r.fenced: // Stop has cancelled the handler, or another instance leads
+		f.giveBack(r.in)
+	case r.permanent || r.delivery.attempt >= f.cfg.attempts:
+		f.deadLetter(r, failure, r.delivery.attempt)
 	default:
-		if used, ok := f.used(r); ok && used >= f.cfg.attempts {
-			f.setAside(r, failure, used)
-		} else {
-			f.retry(r, failure)
-		}
+		f.retry(r, failure)
 	}
 }
 
-// giveBack lets another instance have the event, as if it hadn't been delivered.
-func (f *subscription) giveBack(r *request) {
-	f.noteReturn(r.in, r.delivery)
-	f.tell(r.in, f.returned())
-}
-
-// setAside stores a dead letter, and only then acknowledges the event.
-func (f *subscription) setAside(r *request, failure *Error, attempts int) {
-	if f.bury(r, failure, attempts) {
-		f.tell(r.in, "+ACK")
-	} else {
-		f.tell(r.in, "-NAK")
+// deadLetter stores an event as a dead letter, and only then acknowledges it.
+func (f *subscription) deadLetter(r *request, failure *Error, attempts int) {
+	how := nak
+	if f.storeDeadLetter(r, failure, attempts) {
+		how = ack
 	}
-}
-
-// interrupt is called before the ctx of those that run ends, since Stop's time is up.
-func (f *subscription) interrupt() {
-	var all sync.WaitGroup
-	for _, m := range f.handling() {
-		if d := f.delivery(m); d != nil {
-			all.Go(func() { f.noteReturn(m, d) })
-		}
-	}
-	all.Wait()
-}
-
-// noteReturn notes that a delivery which the server counts is no attempt; see used.
-func (f *feed) noteReturn(m *nats.Msg, d *delivery) {
-	x := exchange{subject: f.returns(d), header: nats.Header{
-		jetstream.MsgTTLHeader: {strconv.Itoa(returnTTL)},
-		jetstream.MsgIDHeader:  {f.returns(d) + "." + strconv.Itoa(d.attempt)},
-	}}
-	if failure := f.svc.storeLetter(&x, returnTimeout); failure != nil {
-		f.svc.log.Warn("an event that is given back loses an attempt", "endpoint", f.name, "correlation_id", cmp.Or(m.Header.Get(headerCorrelation), d.id), "error", failure)
-	}
-}
-
-func (f *feed) returns(d *delivery) string {
-	return returnPrefix + f.lanes[0].config.Durable + "." + strconv.FormatUint(d.sequence, 10)
-}
-
-// used is how many attempts there were, the present one included; not ok if Stop's time is up.
-func (f *feed) used(r *request) (n int, ok bool) {
-	subject := f.returns(r.delivery)
-	ok = f.insist(r, "an event's attempts can't be counted", func(ctx context.Context) *Error {
-		stream, failure := f.svc.provide(ctx, f.svc.deadStream(), subject)
-		if failure != nil {
-			return failure
-		}
-		info, err := stream.Info(ctx, jetstream.WithSubjectFilter(subject))
-		if err != nil {
-			return jetStreamError(ctx, err, "the stream "+deadStream)
-		}
-		n = r.delivery.attempt - int(info.State.Subjects[subject])
-		return nil
-	})
-	return n, ok
+	f.acknowledge(r.in, how)
 }

@@ -47,15 +47,15 @@ var (
 // with other data; [ErrUnimplemented] if instances of the service run, but none handles the command; otherwise those of
 // [Publish].
 func SendCommand[T, R any](ctx context.Context, s *Service, service, command string, data T, opts ...CallOption) (*Job[R], error) {
-	cfg := newCallConfig(kindCommand, opts)
-	if failure := cmp.Or(checkNames(service, kindCommand, command), cfg.err); failure != nil {
+	cfg, failure := newCallConfig(kindCommand, opts)
+	if failure := cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
 		return nil, failure
 	}
 	payload, buf, err := marshal(s.cfg.codec, &data)
 	if err != nil {
 		return nil, notRun(newError(ErrInvalid, "encoding the command %s.%s: %v", service, command, err))
 	}
-	id := cmp.Or(cfg.key, rand.Text())
+	id := cmp.Or(deref(cfg.key), rand.Text())
 	if failure := s.sendCommand(ctx, service, command, id, payload, buf, cfg); failure != nil {
 		return nil, failure
 	}
@@ -64,6 +64,10 @@ func SendCommand[T, R any](ctx context.Context, s *Service, service, command str
 
 func (s *Service) sendCommand(ctx context.Context, service, command, id string, data []byte, buf *packer, cfg *callConfig) *Error {
 	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
+	priority := Normal
+	if cfg.priority != nil {
+		priority = *cfg.priority
+	}
 	header := s.envelope(ctx)
 	header[headerID] = []string{id}
 	if label := contentType(s.cfg.codec, data); label != "" {
@@ -76,10 +80,10 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if len(copyHeader(header)) < len(header) {
 		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q", service, command, slices.Collect(maps.Keys(header))))
 	}
-	if running, sv, failure := s.serving(ctx, service, "", subject); failure == nil && len(running) > 0 && sv == nil {
+	if s.unhandled(ctx, service, subject) {
 		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
 	}
-	rec := &record{State: queued, Priority: cfg.priority, Source: s.name, Digest: digest(header, data)}
+	rec := &record{State: queued, Priority: priority, Source: s.name, Digest: digest(header, data)}
 	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
 	if failure != nil && failure.Code == conflict.Code && now == nil && revision > 0 { // deleted by someone else
 		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
@@ -97,7 +101,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 		return failure
 	}
 	failure = s.wake(ctx, subject+suffixes[now.Priority], key, revision, header, data, buf, cfg)
-	if failure != nil && failure.NotRun && cfg.key == "" { // nobody can send it again: let its record expire
+	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again: let its record expire
 		rec.State = canceled
 		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
 	}
@@ -107,7 +111,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 // wake publishes what makes a worker look at a record that is queued.
 func (s *Service) wake(ctx context.Context, subject, key string, revision uint64, header nats.Header, data []byte, buf *packer, cfg *callConfig) *Error {
 	header = withHeader(header, jetstream.MsgIDHeader, key+"@"+strconv.FormatUint(revision, 10))
-	return s.keep(ctx, &exchange{subject: subject, header: header, data: data}, s.commandStream(), cfg, buf)
+	return s.storeWithRetries(ctx, &exchange{subject: subject, header: header, data: data}, s.commandStream(), cfg, buf)
 }
 
 // digest is the same for equal data, whatever order its encoder has put the keys of a map in.
@@ -248,7 +252,7 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 			if failure == nil {
 				return
 			}
-			if failure != errDropped && !mayPass(failure) {
+			if failure != errDropped && !retryable(failure) {
 				each(nil, failure)
 				return
 			}
@@ -278,11 +282,11 @@ func (s *Service) followOn(ctx context.Context, c *conn, sl *slot, key string, s
 			return nil
 		}
 		for again := false; !again; {
-			sl.await(clock() + look)
+			sl.wakeAt(clock() + look)
 			select {
 			case m := <-sl.answers:
 				if m == nil {
-					if failure := s.over(c, sl, sl.sub.Subject); failure != nil && failure.Code != ErrTimeout.Code {
+					if failure := s.answerLost(c, sl, sl.sub.Subject); failure != nil && failure.Code != ErrTimeout.Code {
 						return failure
 					}
 					again = true // look, in case that a message was lost

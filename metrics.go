@@ -276,11 +276,11 @@ func (s *Service) Handler() http.Handler {
 		if isClosed(s.done) {
 			checks["service"] = s.closedError()
 		}
-		tellHealth(w, checks)
+		writeHealth(w, checks)
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		checks := map[string]*Error{"service": nil, "connection": nil}
-		for _, h := range s.cfg.checks {
+		for _, h := range s.cfg.healthChecks {
 			checks[h.name] = h.failure.Load()
 		}
 		if s.pick() == nil {
@@ -291,12 +291,12 @@ func (s *Service) Handler() http.Handler {
 		} else if !s.ready.Load() && len(s.handlers()) > 0 {
 			checks["service"] = newError(ErrUnavailable, "service %s has not been started", s.name)
 		}
-		tellHealth(w, checks)
+		writeHealth(w, checks)
 	})
 	return mux
 }
 
-func tellHealth(w http.ResponseWriter, checks map[string]*Error) {
+func writeHealth(w http.ResponseWriter, checks map[string]*Error) {
 	const ok = "ok"
 	body := struct {
 		Status string            `json:"status"`
@@ -372,19 +372,19 @@ func (s *Service) exposition() []byte {
 	sample("aegis_reconnects_total", float64(st.Reconnects))
 	family("aegis_breaker_open", "gauge", "1 while calls to the service are refused by the circuit breaker.")
 	for _, service := range slices.Sorted(maps.Keys(st.Breakers)) {
-		sample("aegis_breaker_open", truth(st.Breakers[service] == open), "target", service)
+		sample("aegis_breaker_open", oneIf(st.Breakers[service] == open), "target", service)
 	}
 	family("aegis_leader", "gauge", "1 while this instance leads the group.")
 	groups := s.groups()
 	for _, group := range slices.Sorted(maps.Keys(groups)) {
-		sample("aegis_leader", truth(groups[group] != 0), "group", group)
+		sample("aegis_leader", oneIf(groups[group] != 0), "group", group)
 	}
 	family("aegis_uptime_seconds", "gauge", "Time since the service was made.")
 	sample("aegis_uptime_seconds", st.Uptime.Seconds())
 	return out.Bytes()
 }
 
-func truth(b bool) float64 {
+func oneIf(b bool) float64 {
 	if b {
 		return 1
 	}
@@ -432,8 +432,8 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 		switch {
 		case s.base.Err() != nil:
 			return nil, s.closedError()
-		case s.denied.since(begin, toPublish+survey, toSubscribe+inbox) != nil:
-			return nil, s.denied.since(begin, toPublish+survey, toSubscribe+inbox)
+		case s.denials.since(begin, toPublish+survey, toSubscribe+inbox) != nil:
+			return nil, s.denials.since(begin, toPublish+survey, toSubscribe+inbox)
 		case c.drops.Load() != drops:
 			return nil, newError(ErrUnavailable, "asking all services: the connection was lost")
 		case ctx.Err() != nil:

@@ -49,10 +49,10 @@ type Endpoint struct {
 
 // The states of an instance.
 const (
-	active    = "ACTIVE"
-	standby   = "STANDBY"
-	unhealthy = "UNHEALTHY"
-	leaving   = "STOPPING"
+	statusActive    = "ACTIVE"
+	statusStandby   = "STANDBY"
+	statusUnhealthy = "UNHEALTHY"
+	statusStopping  = "STOPPING"
 )
 
 const (
@@ -90,14 +90,14 @@ func (s *Service) Watch(ctx context.Context, service string) iter.Seq2[[]Instanc
 		}
 		var last []Instance
 		for first := true; ; first = false {
-			news := d.news()
+			changed := d.nextChange()
 			now := d.view().instances
 			if (first || !slices.EqualFunc(last, now, sameButSeen)) && !yield(slices.Clone(now), nil) {
 				return
 			}
 			last = now
 			select {
-			case <-news:
+			case <-changed:
 			case <-ctx.Done():
 				return
 			case <-s.base.Done():
@@ -182,7 +182,7 @@ func (d *directory) view() *view {
 				v.served[e.Subject] = sv
 			}
 			sv.exclusive = sv.exclusive || e.Exclusive
-			if i.Status != unhealthy && i.Status != leaving {
+			if i.Status != statusUnhealthy && i.Status != statusStopping {
 				sv.by = append(sv.by, peer{e.Subject + "." + i.ID, i.Load, v.calls[i.ID]})
 			}
 		}
@@ -226,7 +226,7 @@ func (s *Service) requestAny(ctx context.Context, x *exchange, service string, s
 		p.calls.Add(1)
 		answer, failure := s.request(ctx, x)
 		p.calls.Add(-1)
-		if failure != errNobody {
+		if failure != errNoResponders {
 			return answer, failure
 		}
 		by = slices.Delete(slices.Clone(by), i, i+1)
@@ -235,76 +235,67 @@ func (s *Service) requestAny(ctx context.Context, x *exchange, service string, s
 	return s.request(ctx, x)
 }
 
-const whyTimeout = time.Second
+const explainTimeout = time.Second
 
-// whyNobody tells why the call that x stands for, of an instance perhaps, found no one who listens.
-func (s *Service) whyNobody(ctx context.Context, x *exchange, service, instance string) *Error {
-	who, subject, where := service, x.subject, x.subject
+// explainNoResponders returns the error of a call that found no responders: why nobody has subscribed to the subject of x, or to that
+// subject of an instance.
+func (s *Service) explainNoResponders(ctx context.Context, x *exchange, service, instance string) *Error {
+	who, where := service, x.subject
 	if instance != "" {
-		who, where = "instance "+instance+" of "+service, subject+"."+instance
-	}
-	running, sv, failure := s.serving(ctx, service, instance, subject)
-	switch {
-	case failure != nil && failure != errNobody:
-		return notRun(newError(ErrUnavailable, "nobody listens on %s, and nobody tells why: %s", where, failure.Message))
-	case len(running) == 0:
-		return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is not running", where, who))
-	case sv == nil:
-		return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", running[0].ID, running[0].Version, subject))
-	case sv.exclusive && instance == "":
-		return notRun(newError(ErrNotActive, "nobody listens on %s: no instance of %s leads for now", subject, service))
-	}
-	return notRun(newError(ErrUnavailable, "nobody listens on %s: %s is starting or stopping, or has crashed", where, who))
-}
-
-// serving tells which instances of a service run, or that one of them if it is given, and what serves a subject. What the copy of the
-// registry doesn't tell it asks the service itself; a copy is begun only of a service that there is.
-func (s *Service) serving(ctx context.Context, service, instance, subject string) (running []Instance, sv *served, failure *Error) {
-	ctx, cancel := context.WithTimeout(ctx, whyTimeout)
-	defer cancel()
-	listed := func(d *directory) bool {
-		v := d.view()
-		running, sv = v.instances, v.served[subject]
-		if instance != "" {
-			running = slices.DeleteFunc(slices.Clone(running), func(i Instance) bool { return i.ID != instance })
-		}
-		return sv != nil
-	}
-	if d := s.directories.all()[service]; d != nil && d.ready.Load() && listed(d) {
-		return running, sv, nil
+		who, where = "instance "+instance+" of "+service, x.subject+"."+instance
 	}
 	info, failure := s.info(ctx, service, instance)
-	if failure != nil {
-		return nil, nil, failure
+	switch {
+	case failure == errNoResponders:
+		return notRun(newError(ErrUnavailable, "no responders on %s: %s is not running", where, who))
+	case failure != nil:
+		return notRun(newError(ErrUnavailable, "no responders on %s, and the reason is unknown: %s", where, failure.Message))
 	}
-	if d, unknown := s.discover(ctx, service); unknown == nil && listed(d) { // others may serve what the one who answered doesn't
-		return running, sv, nil
+	i := slices.IndexFunc(info.Endpoints, func(e micro.EndpointInfo) bool { return e.Subject == x.subject })
+	switch {
+	case i < 0:
+		return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", info.ID, info.Version, x.subject))
+	case info.Endpoints[i].Metadata["exclusive"] != "" && instance == "":
+		return notRun(newError(ErrNotActive, "no responders on %s: no instance of %s leads at present", x.subject, service))
 	}
-	for _, e := range info.Endpoints {
-		if e.Subject == subject {
-			sv = &served{exclusive: e.Metadata["exclusive"] != ""}
-		}
-	}
-	return []Instance{{ID: info.ID, Version: info.Version}}, sv, nil
+	return notRun(newError(ErrUnavailable, "no responders on %s: %s is starting or stopping, or has crashed", where, who))
 }
 
-// info asks an instance of a service, any if none is given, about itself. It does not ask again and again what was denied: each denial
-// is logged, here and by the server.
+// unhandled reports whether instances of a service run and none of them handles the command with this subject. It is false if that
+// can't be found out. Only of a service that runs does it begin a copy of the registry.
+func (s *Service) unhandled(ctx context.Context, service, subject string) bool {
+	ctx, cancel := context.WithTimeout(ctx, explainTimeout)
+	defer cancel()
+	if s.directories.all()[service] == nil {
+		if _, failure := s.info(ctx, service, ""); failure != nil {
+			return false
+		}
+	}
+	d, failure := s.discover(ctx, service)
+	if failure != nil {
+		return false
+	}
+	v := d.view()
+	return len(v.instances) > 0 && v.served[subject] == nil
+}
+
+// info asks an instance of a service about itself, or any instance if none is given. For a minute it does not ask again what was
+// denied, because each denial is logged, here and by the server.
 func (s *Service) info(ctx context.Context, service, instance string) (*micro.Info, *Error) {
 	x := &exchange{subject: "$SRV.INFO." + service}
 	if instance != "" {
 		x.subject += "." + instance
 	}
-	if denied := s.denied.since(clock()-time.Minute, toPublish+x.subject); denied != nil {
+	if denied := s.denials.since(clock()-time.Minute, toPublish+x.subject); denied != nil {
 		return nil, denied
 	}
-	answer, failure := s.request(ctx, x.within(ctx, whyTimeout))
+	answer, failure := s.request(ctx, x.within(ctx, explainTimeout))
 	if failure != nil {
 		return nil, failure
 	}
 	info := &micro.Info{}
 	if err := json.Unmarshal(answer.Data, info); err != nil {
-		return nil, newError(ErrInternal, "%s answers nonsense: %v", x.subject, err)
+		return nil, newError(ErrInternal, "the answer of %s is not an info: %v", x.subject, err)
 	}
 	return info, nil
 }
@@ -320,15 +311,15 @@ type healthCheck struct {
 // checkHealth begins all checks but those that still run, which fail. The channel is closed when all are through.
 func (s *Service) checkHealth() <-chan struct{} {
 	var all sync.WaitGroup
-	for _, h := range s.cfg.checks {
+	for _, h := range s.cfg.healthChecks {
 		if !h.running.CompareAndSwap(false, true) {
 			h.failure.Store(newError(ErrTimeout, "it has not returned for %v", s.cfg.heartbeat))
-			s.judge()
+			s.updateHealth()
 			continue
 		}
 		run := func() {
 			defer all.Done()
-			defer s.judge()
+			defer s.updateHealth()
 			defer h.running.Store(false)
 			defer func() {
 				if p := recover(); p != nil {
@@ -340,35 +331,35 @@ func (s *Service) checkHealth() <-chan struct{} {
 			h.failure.Store(asError(h.fn(ctx)))
 		}
 		all.Add(1)
-		if !s.task(run) {
+		if !s.startTask(run) {
 			all.Done()
 		}
 	}
 	return closedAfter(all.Wait)
 }
 
-// judge notes whether the instance is well, and what follows from that.
-func (s *Service) judge() {
-	s.judging.Lock()
-	defer s.judging.Unlock()
-	unwell := false
-	for _, h := range s.cfg.checks {
+// updateHealth notes whether the instance is well, and what follows from that.
+func (s *Service) updateHealth() {
+	s.healthMu.Lock()
+	defer s.healthMu.Unlock()
+	unhealthy := false
+	for _, h := range s.cfg.healthChecks {
 		if failure := h.failure.Load(); failure != nil {
-			unwell = true
-			if !s.unwell.Load() {
+			unhealthy = true
+			if !s.unhealthy.Load() {
 				s.log.Warn("a health check fails", "check", h.name, "error", failure)
 			}
 		}
 	}
-	if s.unwell.Swap(unwell) == unwell {
+	if s.unhealthy.Swap(unhealthy) == unhealthy {
 		return
 	}
-	if !unwell {
+	if !unhealthy {
 		s.log.Info("all health checks succeed again")
 	}
 	s.mu.Lock()
 	for c := range s.candidates {
-		poke(c.nudge)
+		signal(c.nudge)
 	}
 	s.mu.Unlock()
 	s.changed()
@@ -376,14 +367,14 @@ func (s *Service) judge() {
 
 // changed is called when the instance has become a leader or none, or well or unwell.
 func (s *Service) changed() {
-	s.share()
-	poke(s.news)
+	s.shareAll()
+	signal(s.entryChanged)
 }
 
 // instance is this one's entry.
 func (s *Service) instance() Instance {
 	i := Instance{
-		Service: s.name, ID: s.id, Version: s.cfg.version, Status: active, Metadata: s.cfg.metadata,
+		Service: s.name, ID: s.id, Version: s.cfg.version, Status: statusActive, Metadata: s.cfg.metadata,
 		Endpoints: []Endpoint{},
 		Started:   s.since,
 	}
@@ -398,17 +389,17 @@ func (s *Service) instance() Instance {
 	})
 	switch {
 	case s.quitting.Err() != nil:
-		i.Status = leaving
-	case s.unwell.Load():
-		i.Status = unhealthy
+		i.Status = statusStopping
+	case s.unhealthy.Load():
+		i.Status = statusUnhealthy
 	case exclusive && !s.IsLeader():
-		i.Status = standby
+		i.Status = statusStandby
 	}
 	return i
 }
 
-// report writes the entry, and announces it to those that listen.
-func (s *Service) report(ctx context.Context, verb string) *Error {
+// writeEntry writes the entry, and announces it to those that listen.
+func (s *Service) writeEntry(ctx context.Context, verb string) *Error {
 	data, _ := json.Marshal(s.instance()) // it can't fail: what a user put in is strings
 	x := &exchange{subject: registryPrefix + s.name + "." + s.id, data: data, header: nats.Header{}}
 	ttl := 3 * s.cfg.heartbeat
@@ -422,31 +413,31 @@ func (s *Service) report(ctx context.Context, verb string) *Error {
 	return failure
 }
 
-// enroll enters the instance into the registry, and keeps it there until leave. Without JetStream it does without.
-func (s *Service) enroll(ctx context.Context) *Error {
+// register enters the instance into the registry, and keeps it there until leave. Without JetStream it does without.
+func (s *Service) register(ctx context.Context) *Error {
 	s.mu.Lock()
 	if s.state == stopping {
 		defer s.mu.Unlock()
 		return newError(ErrClosed, "Start: service %s was stopped", s.name)
 	}
-	s.enrolled = true
-	s.beating.Add(1)
+	s.mayBeKnown = true
+	s.heartbeating.Add(1)
 	s.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(s.gone, cancel)()
+	defer context.AfterFunc(s.registered, cancel)()
 	failure := s.patiently(ctx, func(ctx context.Context) *Error {
-		if _, failure := s.provide(ctx, s.registryStream(), registryPrefix+">"); failure != nil {
+		if _, failure := s.openStream(ctx, s.registryStream(), registryPrefix+">"); failure != nil {
 			return failure
 		}
-		return s.report(ctx, "register")
+		return s.writeEntry(ctx, "register")
 	})
 	if failure != nil && failure.Code != ErrUnavailable.Code {
-		s.beating.Done()
+		s.heartbeating.Done()
 		return failure
 	}
 	go func() {
-		defer s.beating.Done()
+		defer s.heartbeating.Done()
 		s.beat(failure)
 	}()
 	return nil
@@ -467,27 +458,27 @@ func (s *Service) beat(failure *Error) {
 		select {
 		case <-tick.C:
 			s.checkHealth()
-		case <-s.news:
+		case <-s.entryChanged:
 		case <-again:
-		case <-s.gone.Done():
+		case <-s.registered.Done():
 			return
 		}
-		failure = s.report(s.base, "heartbeat")
+		failure = s.writeEntry(s.base, "heartbeat")
 	}
 }
 
-// leave takes the entry out of the registry, if it may be there, after what beat may be writing.
-func (s *Service) leave(ctx context.Context) {
+// deregister takes the entry out of the registry, if it may be there, after what beat may be writing.
+func (s *Service) deregister(ctx context.Context) {
 	s.mu.Lock()
-	enrolled := s.enrolled
+	known := s.mayBeKnown
 	s.mu.Unlock()
-	s.goAway()
+	s.unregister()
 	select {
-	case <-closedAfter(s.beating.Wait): // at the latest when base ends
+	case <-closedAfter(s.heartbeating.Wait): // at the latest when base ends
 	case <-ctx.Done():
 	}
-	if enrolled {
-		_ = s.report(ctx, "unregister") // else it expires
+	if known {
+		_ = s.writeEntry(ctx, "unregister") // else it expires
 	}
 }
 

@@ -6,10 +6,8 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -51,47 +49,42 @@ func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, R
 }
 
 func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) error {
-	if failure := checkNames(s.name, "method", method); failure != nil {
+	cfg, failure := s.newHandlerConfig(kindRPC, opts)
+	if failure := cmp.Or(checkNames(s.name, "method", method), failure); failure != nil {
 		return failure
 	}
-	cfg, err := s.handlerConfig(kindRPC, opts)
-	if err != nil {
-		return err
-	}
 	e := &endpoint{kind: kindRPC, name: method, subject: "rpc." + s.name + "." + method, run: run}
-	q := &subjects{endpoint: e}
-	q.byConn.Store(&map[*nats.Subscription]*conn{})
+	q := &requests{endpoint: e}
 	e.source = q
 	overloaded := notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, cfg.concurrency))
 	overloaded.Source = s.name
-	e.refuse = func(m *nats.Msg) {
+	e.reject = func(m *nats.Msg) {
 		e.meter.shed.Add(1)
-		q.turnAway(m, parseAddress(m.Reply).service, overloaded)
+		q.refuse(m, parseAddress(m.Reply).service, overloaded)
 	}
-	return s.register(e, cfg)
+	return s.addEndpoint(e, cfg)
 }
 
-// subjects is where requests come from: the service's subject of the method, and the instance's own, on every connection.
-type subjects struct {
+// requests is the source of RPC requests: the method's subject, which the instances of the service share, and the instance's own.
+type requests struct {
 	*endpoint
-	byConn atomic.Pointer[map[*nats.Subscription]*conn]
 
-	mu          sync.Mutex // guards the rest
-	own, shared []*nats.Subscription
-	drained     bool // subscribe no more
+	mu          sync.Mutex           // guards the rest
+	own, shared []*nats.Subscription // one for each connection, in the same order
+	drained     bool
 }
 
-func (q *subjects) open(context.Context) error {
+func (q *requests) open(context.Context) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.subscribeLocked(&q.own, q.subject+"."+q.svc.id)
 }
 
-func (q *subjects) share(on bool) error {
+func (q *requests) share(on bool) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch {
-	case len(q.own) == 0: // it isn't open yet
+	case len(q.own) == 0: // it is not open yet
 	case on && len(q.shared) == 0 && !q.drained:
 		return q.subscribeLocked(&q.shared, q.subject)
 	case !on:
@@ -101,10 +94,7 @@ func (q *subjects) share(on bool) error {
 	return nil
 }
 
-func (q *subjects) subscribeLocked(to *[]*nats.Subscription, subject string) error {
-	byConn := maps.Clone(*q.byConn.Load())
-	maps.DeleteFunc(byConn, func(sub *nats.Subscription, _ *conn) bool { return !sub.IsValid() }) // of a leadership before
-	defer q.byConn.Store(&byConn)
+func (q *requests) subscribeLocked(subs *[]*nats.Subscription, subject string) error {
 	for _, c := range q.svc.conns {
 		if q.drained {
 			return q.svc.closedError()
@@ -113,16 +103,15 @@ func (q *subjects) subscribeLocked(to *[]*nats.Subscription, subject string) err
 		if err != nil {
 			return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
 		}
-		*to = append(*to, sub)
-		byConn[sub] = c
+		*subs = append(*subs, sub)
 	}
 	return nil
 }
 
 // endLocked ends subscriptions, after what the server has sent already. One whose connection is down would only come back with it.
-func (q *subjects) endLocked(subs []*nats.Subscription) {
-	for _, sub := range subs {
-		if c := (*q.byConn.Load())[sub]; c.up.Load() {
+func (q *requests) endLocked(subs []*nats.Subscription) {
+	for i, sub := range subs {
+		if q.svc.conns[i].up.Load() {
 			_ = sub.Drain() // fails only on a closed connection
 		} else {
 			_ = sub.Unsubscribe() // likewise
@@ -130,33 +119,29 @@ func (q *subjects) endLocked(subs []*nats.Subscription) {
 	}
 }
 
-func (q *subjects) drain(context.Context) {
+func (q *requests) drain(ctx context.Context) {
 	q.mu.Lock()
-	defer q.mu.Unlock()
 	q.drained = true
 	q.endLocked(q.own)
 	q.endLocked(q.shared)
-}
-
-// cut ends the subscriptions on c, so that they don't come back when it does.
-func (q *subjects) cut(c *conn) {
-	for sub, on := range *q.byConn.Load() {
-		if on == c {
-			_ = sub.Unsubscribe() // fails only on a closed connection
+	own, shared := q.own, q.shared
+	q.mu.Unlock()
+	for i, c := range q.svc.conns {
+		// The answer to a flush comes after all that the server sent before it ended the subscriptions.
+		if c.flush(ctx) != nil {
+			for _, subs := range [][]*nats.Subscription{own, shared} {
+				if i < len(subs) {
+					_ = subs[i].Unsubscribe() // or it would come back with the connection; fails only on a closed one
+				}
+			}
 		}
 	}
 }
 
-func (q *subjects) interrupt() {}
-
-func (q *subjects) settle() {}
-
-func (q *subjects) pending() int64 { return 0 }
-
-func (q *subjects) forget(context.Context) {}
+func (q *requests) pending() int64 { return 0 }
 
 // serve handles one request and answers it.
-func (q *subjects) serve(m *nats.Msg, arrived time.Time) {
+func (q *requests) serve(m *nats.Msg, arrived time.Time) {
 	r := &request{
 		svc:   q.svc,
 		msg:   Message{Kind: q.kind, Subject: m.Subject, Header: m.Header, Data: m.Data},
@@ -172,40 +157,40 @@ func (q *subjects) serve(m *nats.Msg, arrived time.Time) {
 	switch {
 	case time.Until(r.deadline) <= 0:
 		q.meter.expired.Add(1)
-		q.meter.ended(r.msg.Source, errExpired)
+		q.meter.ended(r.msg.Source, errExpiredEarly)
 	case q.svc.cancels.has(m.Reply):
 		q.meter.expired.Add(1)
-		q.meter.ended(r.msg.Source, errCancelled)
+		q.meter.ended(r.msg.Source, errCanceledEarly)
 	case q.svc.draining.Load():
-		q.turnAway(m, r.msg.Source, &Error{Code: ErrUnavailable.Code, Message: "instance " + q.svc.id + " is stopping", Source: q.svc.name, NotRun: true})
+		q.refuse(m, r.msg.Source, &Error{Code: ErrUnavailable.Code, Message: "instance " + q.svc.id + " is stopping", Source: q.svc.name, NotRun: true})
 	case !q.admit(r):
-		q.turnAway(m, r.msg.Source, q.lease.notActive())
+		q.refuse(m, r.msg.Source, q.lease.notActive())
 	default:
 		q.dispatch(r)
 	}
 }
 
 var (
-	errExpired   = newError(ErrTimeout, "its caller gave up before a handler was free")
-	errCancelled = newError(ErrCanceled, "its caller cancelled before a handler was free")
+	errExpiredEarly  = newError(ErrTimeout, "its caller gave up before a handler was free")
+	errCanceledEarly = newError(ErrCanceled, "its caller cancelled before a handler was free")
 )
 
-// turnAway answers what no handler has seen.
-func (q *subjects) turnAway(m *nats.Msg, from string, failure *Error) {
+// refuse answers a request that no handler has seen.
+func (q *requests) refuse(m *nats.Msg, from string, failure *Error) {
 	q.meter.ended(from, failure)
 	q.answer(m, nil, nil, failure)
 }
 
 // done answers what a handler has handled.
-func (q *subjects) done(r *request, data []byte, failure *Error) {
+func (q *requests) done(r *request, data []byte, failure *Error) {
 	q.answer(r.in, r.codec, data, failure)
-	if len(q.svc.cfg.middleware) == 0 { // which may have kept the data
+	if len(q.svc.cfg.middleware) == 0 { // else it may have kept the data
 		r.packer.release()
 	}
 }
 
-// answer sends a handler's answer, or a failure, in c; that is nil if the payload was not decoded.
-func (q *subjects) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
+// answer answers m with data, or with a failure, in the codec c, which is nil if the request was not decoded.
+func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	if m.Reply == "" {
 		return
 	}
@@ -220,7 +205,7 @@ func (q *subjects) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 			out.Header = nats.Header{headerContentType: {label}}
 		}
 	}
-	err := q.send(m.Sub, out)
+	err := q.send(m, out)
 	if errors.Is(err, nats.ErrMaxPayload) {
 		tooLarge := newError(ErrInternal, "the answer of %s has %d bytes, more than the server's max_payload of %d: split it, or raise that limit",
 			q.name, len(out.Data), q.svc.Conn().MaxPayload())
@@ -229,20 +214,17 @@ func (q *subjects) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 		}
 		tooLarge.Source = q.svc.name
 		out.Header, out.Data = tooLarge.encode(c)
-		err = q.send(m.Sub, out)
+		err = q.send(m, out)
 	}
 	if err != nil {
 		q.svc.log.Warn("an answer was lost", "endpoint", q.name, "correlation_id", cmp.Or(m.Header.Get(headerCorrelation), parseAddress(m.Reply).correlationID()), "error", err)
 	}
 }
 
-// send publishes an answer on the connection that the request came by: others may not know the caller's inbox yet. If that
-// connection is gone, another will do.
-func (q *subjects) send(sub *nats.Subscription, out *nats.Msg) error {
-	var err error = nats.ErrDisconnected
-	if c := (*q.byConn.Load())[sub]; c != nil {
-		err = c.nc.PublishMsg(out)
-	}
+// send publishes the answer to m on the connection that m came by, because others may not know the caller's inbox yet. If that
+// connection is gone, any other will do.
+func (q *requests) send(m, out *nats.Msg) error {
+	err := m.RespondMsg(out)
 	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionClosed) {
 		if c := q.svc.pick(); c != nil {
 			err = c.nc.PublishMsg(out)
@@ -267,7 +249,7 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 		return zero, notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
 	}
 	failure := s.call(ctx, service, method, data, buf, opts, func(answer *nats.Msg) error {
-		if len(answer.Data) == 0 { // from a service that isn't aegis
+		if len(answer.Data) == 0 { // from a service that does not use aegis
 			return nil
 		}
 		c, err := codecFor(answer.Header, answer.Data, s.cfg.codec)
@@ -285,10 +267,10 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 	return resp, nil
 }
 
-// call sends data, which buf holds, and has the answer decoded.
+// call sends data, which is in buf, and passes the answer to decode.
 func (s *Service) call(ctx context.Context, service, method string, data []byte, buf *packer, opts []CallOption, decode func(*nats.Msg) error) (failure *Error) {
-	cfg := newCallConfig(kindRPC, opts)
-	if failure := cmp.Or(checkNames(service, "method", method), cfg.err); failure != nil {
+	cfg, failure := newCallConfig(kindRPC, opts)
+	if failure := cmp.Or(checkNames(service, "method", method), failure); failure != nil {
 		return failure
 	}
 	x := exchange{subject: "rpc." + service + "." + method, data: data}
@@ -300,7 +282,7 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 	meter := s.calls.get(x.subject[len("rpc."):], newMeter)
 	begin := meter.begin()
 	defer func() { meter.handled("", begin, failure) }()
-	answer, failure := s.persist(ctx, &x, cfg, buf, func() (*nats.Msg, *Error, bool) {
+	answer, failure := s.withRetries(ctx, &x, cfg, buf, func() (*nats.Msg, *Error, bool) {
 		return s.attempt(ctx, &x, breaker, service, cfg)
 	})
 	if failure != nil {
@@ -312,7 +294,7 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 	return nil
 }
 
-// attempt sends the call once; again tells whether the caller's options allow to send it once more.
+// attempt sends the call once. again reports whether the caller's options allow another attempt after this failure.
 func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service string, cfg *callConfig) (answer *nats.Msg, failure *Error, again bool) {
 	probe, left := b.admit()
 	if left > 0 {
@@ -327,31 +309,31 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 		b.report(probe, good)
 		return answer, nil, false
 	}
-	nobody := failure == errNobody
-	if nobody {
-		failure = s.whyNobody(ctx, x, service, instance)
+	noResponders := failure == errNoResponders
+	if noResponders {
+		failure = s.explainNoResponders(ctx, x, service, instance)
 	}
 	if x.sent && failure.Code == ErrCanceled.Code && !answered {
 		s.notify(cancelSubject(service), []byte(x.reply))
 	}
-	unreached := failure.NotRun && slices.Contains(passing, failure.Code)
-	missing := !answered && isMissing(failure)
+	unreached := failure.NotRun && slices.Contains(transientCodes, failure.Code)
+	missing := !answered && isUnanswered(failure)
 	switch {
 	case failure.Code == ErrNotActive.Code:
-		b.report(probe, neither)
-	case unreached && (answered || nobody), missing && failure.Code == ErrTimeout.Code:
+		b.report(probe, inconclusive)
+	case unreached && (answered || noResponders), missing && failure.Code == ErrTimeout.Code:
 		b.report(probe, bad)
-	case answered || nobody:
+	case answered || noResponders:
 		b.report(probe, good)
 	default: // it says nothing about the service
-		b.report(probe, neither)
+		b.report(probe, inconclusive)
 	}
 	return nil, failure, unreached || missing && cfg.idempotent
 }
 
-// address sends the call once, to a certain instance if its options say so.
+// address sends the call once, to one instance if the options ask for that; then it returns the instance's id.
 func (s *Service) address(ctx context.Context, x *exchange, service string, cfg *callConfig) (answer *nats.Msg, instance string, failure *Error) {
-	instance = cfg.instance
+	instance = deref(cfg.instance)
 	if instance == "" && cfg.sticky {
 		instance = s.leaderOf(ctx, service)
 	}
@@ -361,27 +343,19 @@ func (s *Service) address(ctx context.Context, x *exchange, service string, cfg 
 		to.subject += "." + instance
 		answer, failure = s.request(ctx, &to)
 		x.reply, x.sent = to.reply, to.sent
-		if failure == errNobody && cfg.instance == "" { // it was the leader; there may be another, or none any more
+		if failure == errNoResponders && cfg.instance == nil { // it was the leader; another one may lead now
 			answer, failure = s.request(ctx, x)
 			instance = ""
 		}
-	case cfg.balanced:
-		answer, failure = s.requestAny(ctx, x, service, cfg.strategy)
+	case cfg.strategy != nil:
+		answer, failure = s.requestAny(ctx, x, service, *cfg.strategy)
 	default:
 		answer, failure = s.request(ctx, x)
 	}
 	return answer, instance, failure
 }
 
-// A BreakerPolicy says when calls to a service are refused without a try: after so many Failures in a row, for Cooldown; then
-// one call probes, and decides whether the rest may follow. A failure is a call that no handler answered: no instance, no
-// answer in time, overloaded, stopping. What a handler returns is an answer; NOT_ACTIVE, a caller's own cancel and a lost
-// connection say nothing. Fields that are 0 have their defaults; negative ones are invalid.
-type BreakerPolicy struct {
-	Failures int           // default 5
-	Cooldown time.Duration // default 5 s
-}
-
+// A breaker is the circuit breaker in front of one service.
 type breaker struct {
 	policy BreakerPolicy
 
@@ -391,15 +365,16 @@ type breaker struct {
 	probing  bool
 }
 
+// A verdict is what the end of a call says about the service.
 type verdict int
 
 const (
-	neither verdict = iota
+	inconclusive verdict = iota
 	good
 	bad
 )
 
-// breaker is the one before a service; nil, which lets all through, without WithBreaker.
+// breaker returns the circuit breaker in front of a service. Without WithBreaker it is nil, which lets every call through.
 func (s *Service) breaker(service string) *breaker {
 	if s.cfg.breaker.Failures == 0 {
 		return nil
@@ -421,7 +396,7 @@ func (b *breaker) state() string {
 	return "half-open"
 }
 
-// admit tells whether a call may go out, as a probe perhaps, or how long it has to wait.
+// admit reports whether a call may go out, perhaps as a probe, or returns how long the cooldown still lasts.
 func (b *breaker) admit() (probe bool, wait time.Duration) {
 	if b == nil {
 		return false, 0
@@ -441,6 +416,7 @@ func (b *breaker) admit() (probe bool, wait time.Duration) {
 	return true, 0
 }
 
+// report counts how a call ended that admit let through.
 func (b *breaker) report(probe bool, v verdict) {
 	if b == nil {
 		return
