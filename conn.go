@@ -333,16 +333,15 @@ func isNoResponders(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get(
 
 // answerLost returns the reason why no answer to what was sent to subject will come to sl any more, nil if one may still come.
 func (s *Service) answerLost(c *conn, sl *slot, subject string) *Error {
-	denied := s.denials.since(sl.since, toPublish+subject)
-	if denied == nil {
-		if denied = s.denials.since(sl.since, toSubscribe+sl.sub.Subject); denied != nil {
-			denied.NotRun = false
-			sl.missed = maxMissed - 1 // so that the slot is ended: it receives nothing
-		}
+	noAnswers := s.denials.since(sl.since, toSubscribe+sl.sub.Subject)
+	if noAnswers != nil {
+		noAnswers.NotRun = false
+		sl.missed = maxMissed - 1 // so that the slot is ended and not used again
+	}
+	if denied := cmp.Or(s.denials.since(sl.since, toPublish+subject), noAnswers); denied != nil {
+		return denied
 	}
 	switch {
-	case denied != nil:
-		return denied
 	case s.base.Err() != nil:
 		return s.closedError()
 	case c.drops.Load() != sl.drops:

@@ -466,7 +466,6 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	value, revision, failure := c.svc.compareAndSwap(ctx, x, c.svc.leadersStream(), c.revision)
 	c.on = x.on
 	if failure != nil && failure.Code != conflict.Code {
-		c.on = c.svc.pickOther(c.on)
 		return 0, failure
 	}
 	now := parseClaim(value)

@@ -371,7 +371,7 @@ func TestEventsTravelWithContext(t *testing.T) {
 	}
 }
 
-func TestStopGivesEventsBackWithoutUsingAnAttempt(t *testing.T) {
+func TestStopGivesEventsBack(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	publisher := newService(t, srv, "shop")

@@ -135,7 +135,7 @@ func ExampleError() {
 	fmt.Println(err)
 	// Output:
 	// true true
-	// UNAVAILABLE: nobody listens on rpc.nobody.hello: nobody is not running
+	// UNAVAILABLE: no responders on rpc.nobody.hello: nobody is not running
 }
 
 // Sticky keeps at a call that nobody could take yet; Idempotent would also send again what may have run.

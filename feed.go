@@ -492,12 +492,8 @@ func (f *feed) keepAlive() {
 		select {
 		case <-time.After(third):
 		case <-f.finished:
-			if f.cfg.broadcast && f.svc.cfg.id == nil {
-				ctx, cancel := context.WithTimeout(f.svc.base, time.Second)
-				defer cancel()
-				if js, failure := f.svc.jetStream(); failure == nil {
-					_ = js.DeleteConsumer(ctx, f.stream.Name, f.lanes[0].config.Durable) // or the server does, an hour later
-				}
+			if f.cfg.broadcast && f.svc.cfg.id == nil { // if this is denied or lost, the server does it an hour later
+				f.svc.notify("$JS.API.CONSUMER.DELETE."+f.stream.Name+"."+f.lanes[0].config.Durable, nil)
 			}
 			return
 		}

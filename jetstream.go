@@ -260,7 +260,7 @@ func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstr
 	if failure.NotRun && failure.Code != conflict.Code {
 		return nil, 0, failure
 	}
-	if x.on != nil && failure.Code != conflict.Code {
+	if failure.Code != conflict.Code {
 		x.on = s.pickOther(x.on)
 	}
 	name := strings.TrimPrefix(bucket.Name, "KV_")
@@ -268,6 +268,7 @@ func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstr
 	now, at, unread := s.readKey(ctx, x.on, name, key)
 	switch {
 	case unread != nil:
+		x.on = s.pickOther(x.on)
 		return nil, 0, unread
 	case bytes.Equal(now, x.data):
 		return now, at, nil

@@ -75,7 +75,7 @@ func TestStreamsThatCannotBeUsed(t *testing.T) {
 	try("other subjects", []string{"AEGIS_EVENTS", "events.order.*", "events.>"}, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.payment.>"}})
 	try("no acks", []string{"no_ack"}, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}, NoAck: true})
 	try("a work queue", []string{"workqueue", "retention"}, jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}, Retention: jetstream.WorkQueuePolicy})
-	try("dead letters without TTL", []string{"AEGIS_DEAD", "allow_msg_ttl"}, jetstream.StreamConfig{Name: "AEGIS_DEAD", Subjects: []string{"aegis.dead.>"}})
+	try("dead letters without TTL", nil, jetstream.StreamConfig{Name: "AEGIS_DEAD", Subjects: []string{"aegis.dead.>"}})
 	try("another stream has the subjects", []string{"AEGIS_EVENTS", "overlap"}, jetstream.StreamConfig{Name: "OTHER", Subjects: []string{"events.order.>"}})
 }
 
