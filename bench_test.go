@@ -7,6 +7,7 @@ package aegis_test
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -25,6 +26,7 @@ import (
 	"github.com/aegistrader/aegis"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/vmihailenco/msgpack/v5"
 )
 
 type benchOrder struct {
@@ -36,38 +38,79 @@ type benchReceipt struct {
 	ID string `json:"id"`
 }
 
-// BenchmarkCall compares a call that encodes and decodes a small struct each way with nats.go's Request of the same bytes,
-// answered in the subscription's callback: serially, and from 256 callers.
+// benchTrade is what BenchmarkCall sends and receives. Its baseline has the same struct with the tags of its codec.
+type benchTrade struct {
+	Account  string  `json:"account"`
+	Symbol   string  `json:"symbol"`
+	Quantity int64   `json:"quantity"`
+	Price    float64 `json:"price"`
+	Buy      bool    `json:"buy"`
+}
+
+type rawTrade struct {
+	Account  string  `json:"account" msgpack:"account"`
+	Symbol   string  `json:"symbol" msgpack:"symbol"`
+	Quantity int64   `json:"quantity" msgpack:"quantity"`
+	Price    float64 `json:"price" msgpack:"price"`
+	Buy      bool    `json:"buy" msgpack:"buy"`
+}
+
+// BenchmarkCall compares a call that carries a struct of five fields each way with nats.go's Request of the same struct, encoded and
+// decoded on both sides as a user of nats.go would do it (raw-), and with a Request of the encoded bytes as they are (bytes-). Both
+// baselines are answered in the callback of a queue subscription.
 func BenchmarkCall(b *testing.B) {
 	srv := startServer(b)
-	for _, callers := range []int{1, 256} {
-		for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON} {
-			name := strings.TrimPrefix(codec.ContentType(), "application/")
+	type format struct {
+		codec     aegis.Codec
+		marshal   func(any) ([]byte, error)
+		unmarshal func([]byte, any) error
+	}
+	for _, callers := range []int{1, 16, 256} {
+		for _, f := range []format{{aegis.MsgPack, msgpack.Marshal, msgpack.Unmarshal}, {aegis.JSON, json.Marshal, json.Unmarshal}} {
+			name := strings.TrimPrefix(f.codec.ContentType(), "application/")
 			b.Run(fmt.Sprintf("callers=%d/%s", callers, name), func(b *testing.B) {
 				service := "order-service-" + name
-				svc := newService(b, srv, service, aegis.WithPool(1)) // as many connections as the baseline has
-				handle(b, svc, "create_order", func(_ context.Context, o benchOrder) (benchReceipt, error) {
-					return benchReceipt{ID: o.SKU}, nil
-				})
+				svc := newService(b, srv, service, aegis.WithPool(1)) // as many connections as a baseline has
+				handle(b, svc, "create_order", func(_ context.Context, t benchTrade) (benchTrade, error) { return t, nil })
 				start(b, svc)
-				client := newService(b, srv, "client", aegis.WithPool(1), aegis.WithCodec(codec))
-				order := benchOrder{SKU: "AAPL", Qty: 100}
+				client := newService(b, srv, "client", aegis.WithPool(1), aegis.WithCodec(f.codec))
+				trade := benchTrade{"ACC-1234", "AAPL", 100, 187.25, true}
 
-				request, _ := codec.Marshal(order)
-				response, _ := codec.Marshal(benchReceipt{ID: "AAPL"})
 				subject := "raw." + service + ".create_order"
 				responder, requester := rawConn(b, srv.ClientURL()), rawConn(b, srv.ClientURL())
-				if _, err := responder.QueueSubscribe(subject, service, func(m *nats.Msg) { _ = m.Respond(response) }); err != nil {
+				if _, err := responder.QueueSubscribe(subject, service, func(m *nats.Msg) {
+					var t rawTrade
+					if err := f.unmarshal(m.Data, &t); err != nil {
+						b.Error(err)
+					}
+					data, _ := f.marshal(&t)
+					_ = m.Respond(data)
+				}); err != nil {
+					b.Fatal(err)
+				}
+				if _, err := responder.QueueSubscribe("bytes."+subject, service, func(m *nats.Msg) { _ = m.Respond(m.Data) }); err != nil {
 					b.Fatal(err)
 				}
 				if err := responder.Flush(); err != nil {
 					b.Fatal(err)
 				}
+				encoded, _ := f.codec.Marshal(trade)
 				versus(b, callers, func() error {
-					_, err := aegis.Call[benchOrder, benchReceipt](context.Background(), client, service, "create_order", order)
+					_, err := aegis.Call[benchTrade, benchTrade](context.Background(), client, service, "create_order", trade)
 					return err
 				}, func() error {
-					_, err := requester.Request(subject, request, 5*time.Second)
+					data, err := f.marshal(rawTrade(trade))
+					if err != nil {
+						return err
+					}
+					m, err := requester.Request(subject, data, 5*time.Second)
+					if err != nil {
+						return err
+					}
+					var t rawTrade
+					return f.unmarshal(m.Data, &t)
+				}, func() error {
+					_, err := requester.Request("bytes."+subject, encoded, 5*time.Second)
 					return err
 				})
 				_ = svc.Stop(context.Background())
@@ -546,41 +589,52 @@ func rawConn(b *testing.B, url string) *nats.Conn {
 }
 
 // versus compares single operations, from so many callers at once.
-func versus(b *testing.B, callers int, ours, raw func() error) {
+func versus(b *testing.B, callers int, ours func() error, baselines ...func() error) {
 	b.Helper()
-	compare(b, func(n int) sample { return load(b, callers, n, ours) }, func(n int) sample { return load(b, callers, n, raw) })
+	var runs []func(n int) sample
+	for _, fn := range append([]func() error{ours}, baselines...) {
+		runs = append(runs, func(n int) sample { return load(b, callers, n, fn) })
+	}
+	compare(b, runs...)
 }
 
-// compare runs b.N operations of aegis and as many of the baseline, in turns, so that both meet the same noise, and reports
-// the medians over the turns; x-raw is the median of the turns' ratios of operations per second.
-func compare(b *testing.B, ours, raw func(n int) sample) {
+// compare runs b.N operations of aegis, which comes first, and as many of each baseline, in turns, so that all meet the same noise.
+// It reports the medians over the turns, those of the first baseline with raw- and those of the second with bytes- before them.
+// x-raw and x-bytes are the medians of the turns' ratios of operations per second.
+func compare(b *testing.B, runs ...func(n int) sample) {
 	b.Helper()
 	const turns = 12
 	n := max(b.N/turns, 1)
-	ours(min(n, 5000)) // fill pools
-	raw(min(n, 5000))
-	var a, r [turns]sample
-	var ratios []float64
-	for i := range turns {
-		if i%2 == 0 { // whoever comes second has an advantage
-			a[i], r[i] = ours(n), raw(n)
-		} else {
-			r[i] = raw(n)
-			a[i] = ours(n)
-		}
-		ratios = append(ratios, a[i].rate/r[i].rate)
+	for _, run := range runs {
+		run(min(n, 5000)) // fill pools
 	}
-	report := func(prefix string, s []sample) {
-		b.ReportMetric(median(s, func(s sample) float64 { return s.rate }), prefix+"req/s")
-		b.ReportMetric(median(s, func(s sample) float64 { return s.allocs }), prefix+"allocs/rt")
-		if s[0].p50 > 0 {
-			b.ReportMetric(median(s, func(s sample) float64 { return s.p50 }), prefix+"p50-µs")
-			b.ReportMetric(median(s, func(s sample) float64 { return s.p99 }), prefix+"p99-µs")
+	samples := make([][]sample, len(runs))
+	for turn := range turns {
+		order := make([]sample, len(runs))
+		for i := range runs { // whoever comes later has an advantage
+			k := (i + turn) % len(runs)
+			order[k] = runs[k](n)
+		}
+		for k, s := range order {
+			samples[k] = append(samples[k], s)
 		}
 	}
-	report("", a[:])
-	report("raw-", r[:])
-	b.ReportMetric(median(ratios, func(f float64) float64 { return f }), "x-raw")
+	for k, name := range []string{"", "raw", "bytes"}[:len(runs)] {
+		prefix := strings.TrimPrefix(name+"-", "-")
+		b.ReportMetric(median(samples[k], func(s sample) float64 { return s.rate }), prefix+"req/s")
+		b.ReportMetric(median(samples[k], func(s sample) float64 { return s.allocs }), prefix+"allocs/rt")
+		if samples[k][0].p50 > 0 {
+			b.ReportMetric(median(samples[k], func(s sample) float64 { return s.p50 }), prefix+"p50-µs")
+			b.ReportMetric(median(samples[k], func(s sample) float64 { return s.p99 }), prefix+"p99-µs")
+		}
+		if k > 0 {
+			var ratios []float64
+			for turn, s := range samples[k] {
+				ratios = append(ratios, samples[0][turn].rate/s.rate)
+			}
+			b.ReportMetric(median(ratios, func(f float64) float64 { return f }), "x-"+name)
+		}
+	}
 	b.ReportMetric(0, "ns/op")
 }
 
