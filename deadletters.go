@@ -3,6 +3,7 @@ package aegis
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"maps"
 	"slices"
@@ -41,33 +42,34 @@ func (s *Service) deadStream() jetstream.StreamConfig {
 	return jetstream.StreamConfig{Name: deadStream, Subjects: []string{letterPrefix + ">"}, Replicas: s.cfg.replicas}
 }
 
-// DeadLetters yields the dead letters of all services that there are now, oldest first, and ends; with an error if one can't be
-// read. It asks the server for one at a time, each until ctx ends or for 5 s.
+// DeadLetters yields the dead letters of all services that there are now, oldest first. It asks the server for one at a time, each
+// until ctx ends, or for [WithTimeout] if ctx has no deadline. If one can't be read, it yields an error and ends.
 func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] {
 	return func(yield func(DeadLetter, error) bool) {
-		begin := clock()
-		js, failure := s.jetStream()
-		if failure != nil {
-			yield(DeadLetter{}, failure)
-			return
-		}
-		stream, err := js.Stream(ctx, deadStream)
-		if errors.Is(err, jetstream.ErrStreamNotFound) {
-			return // nothing has failed yet
-		}
-		for seq := uint64(1); err == nil; seq++ {
+		var stream jetstream.Stream
+		for next := uint64(1); ; next++ {
 			var m *jetstream.RawStreamMsg
-			if m, err = stream.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(letterPrefix+">")); errors.Is(err, jetstream.ErrMsgNotFound) {
+			failure := s.askJetStream(ctx, "the stream "+deadStream, func(ctx context.Context, js jetstream.JetStream) (err error) {
+				if stream == nil {
+					stream, err = js.Stream(ctx, deadStream)
+				}
+				if err == nil {
+					m, err = stream.GetMsg(ctx, next, jetstream.WithGetMsgSubject(letterPrefix+">"))
+				}
+				if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrMsgNotFound) {
+					return nil
+				}
+				return err
+			})
+			switch {
+			case failure != nil:
+				yield(DeadLetter{}, failure)
+				return
+			case m == nil || m.Sequence > stream.CachedInfo().State.LastSeq || !yield(letterOf(m), nil):
 				return
 			}
-			if err != nil {
-				break
-			}
-			if seq = m.Sequence; seq > stream.CachedInfo().State.LastSeq || !yield(letterOf(m), nil) {
-				return
-			}
+			next = m.Sequence
 		}
-		yield(DeadLetter{}, s.jetStreamError(begin, err, "the stream "+deadStream))
 	}
 }
 
@@ -97,55 +99,62 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	if d.Sequence == 0 || d.Consumer == "" {
 		return notRun(newError(ErrInvalid, "Redrive: sequence %d, consumer %q: not a dead letter of DeadLetters", d.Sequence, d.Consumer))
 	}
-	begin := clock()
-	js, failure := s.jetStream()
+	var m *jetstream.RawStreamMsg
+	failure := s.askJetStream(ctx, fmt.Sprintf("dead letter %d", d.Sequence), func(ctx context.Context, js jetstream.JetStream) error {
+		dead, err := js.Stream(ctx, deadStream)
+		if err == nil {
+			m, err = dead.GetMsg(ctx, d.Sequence)
+		}
+		return err
+	})
+	switch {
+	case failure != nil:
+		return failure
+	case !m.Time.Equal(d.Time):
+		return notRun(newError(ErrNotFound, "dead letter %d of %v is no more: there is another one in its place", d.Sequence, d.Time))
+	case strings.HasPrefix(d.Subject, commandPrefix):
+		failure = s.redriveCommand(ctx, d)
+	default:
+		failure = s.redriveEvent(ctx, d)
+	}
 	if failure != nil {
 		return failure
 	}
-	dead, err := js.Stream(ctx, deadStream)
-	if err != nil {
-		return s.jetStreamError(begin, err, "the stream "+deadStream)
-	}
-	switch m, err := dead.GetMsg(ctx, d.Sequence); {
-	case err != nil:
-		return s.jetStreamError(begin, err, "dead letter "+strconv.FormatUint(d.Sequence, 10))
-	case !m.Time.Equal(d.Time):
-		return notRun(newError(ErrNotFound, "dead letter %d of %v is no more: there is another one in its place", d.Sequence, d.Time))
-	}
-	if strings.HasPrefix(d.Subject, commandPrefix) {
-		if failure := s.redriveCommand(ctx, d); failure != nil {
-			return failure
+	what := fmt.Sprintf("it was redriven, but removing the dead letter %d", d.Sequence)
+	return s.askJetStream(ctx, what, func(ctx context.Context, js jetstream.JetStream) error {
+		dead, err := js.Stream(ctx, deadStream)
+		if err == nil {
+			err = dead.DeleteMsg(ctx, d.Sequence)
 		}
-		return s.removeLetter(ctx, dead, d)
-	}
-	consumer, err := js.Consumer(ctx, eventStream, d.Consumer)
-	if err != nil {
-		return s.jetStreamError(begin, err, "the consumer "+d.Consumer+" of "+eventStream)
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			return nil
+		}
+		return err
+	}).orNil()
+}
+
+// redriveEvent stores the event of a dead letter for the consumer that failed it.
+func (s *Service) redriveEvent(ctx context.Context, d DeadLetter) *Error {
+	var consumer jetstream.Consumer
+	failure := s.askJetStream(ctx, "the consumer "+d.Consumer+" of "+eventStream, func(ctx context.Context, js jetstream.JetStream) (err error) {
+		consumer, err = js.Consumer(ctx, eventStream, d.Consumer)
+		return err
+	})
+	if failure != nil {
+		return failure
 	}
 	subject := redrivePrefix + d.Consumer
 	have := consumer.CachedInfo().Config
 	if !slices.ContainsFunc(append(have.FilterSubjects, have.FilterSubject), func(p string) bool { return covers(p, subject) }) {
-		return notRun(newError(ErrInvalid, "the consumer %s of %s doesn't take %s: add that to its filter, and to the subjects of the stream", d.Consumer, eventStream, subject))
+		return notRun(newError(ErrInvalid, "the consumer %s of %s does not take %s: add that to its filter, and to the subjects of the stream", d.Consumer, eventStream, subject))
 	}
 	h := copyHeader(d.Header)
 	h[headerSubject] = []string{d.Subject}
 	h[jetstream.MsgIDHeader] = []string{"redrive-" + strconv.FormatUint(d.Sequence, 10) + "-" + strconv.FormatInt(d.Time.UnixNano(), 36)}
-	x := &exchange{subject: subject, header: h, data: d.Data}
-	if failure := s.storeWithRetries(ctx, x, s.eventStream(), callConfigs[kindEvent], nil); failure != nil {
-		return failure
-	}
-	return s.removeLetter(ctx, dead, d)
+	return s.storeWithRetries(ctx, &exchange{subject: subject, header: h, data: d.Data}, s.eventStream(), callConfigs[kindEvent], nil)
 }
 
-func (s *Service) removeLetter(ctx context.Context, dead jetstream.Stream, d DeadLetter) error {
-	begin := clock()
-	if err := dead.DeleteMsg(ctx, d.Sequence); err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
-		return s.jetStreamError(begin, err, "it was redriven, but removing the dead letter "+strconv.FormatUint(d.Sequence, 10))
-	}
-	return nil
-}
-
-// storeDeadLetter stores a dead letter. It is not ok if Stop's time is up before that.
+// storeDeadLetter stores a dead letter. It reports false if Stop's time is up before that.
 func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 	d := r.delivery
 	reason := failure.Error()
@@ -180,7 +189,7 @@ func (s *Service) publishDeadLetter(x *exchange, limit time.Duration) *Error {
 	return failure
 }
 
-// copyHeader is h without what would tell the server something, and what nats.go wouldn't send.
+// copyHeader returns h without the headers that mean something to the server, and those that nats.go would not send.
 func copyHeader(h nats.Header) nats.Header {
 	out := make(nats.Header, len(h)+8)
 	for key, values := range h {

@@ -50,47 +50,32 @@ type feed struct {
 	stream  jetstream.StreamConfig // to be made if there is none
 	lanes   []*lane                // the most urgent first
 	claimed atomic.Int64           // messages asked for, waiting in the queue, or being handled
+	starts  int                    // messages brought since a lane was asked out of turn, or all lanes were empty
 	ackWait atomic.Int64           // the shortest of all consumers
 	active  atomic.Bool            // see share
+	failed  atomic.Bool            // a request has failed
 	wake    chan struct{}          // tells fetch that it can ask for more, or that active has changed
 	inspect func()                 // called at intervals while messages may be handled, unless it is nil
 
-	fetching sync.WaitGroup     // fetch
-	drained  atomic.Bool        // drain was called
-	mu       sync.Mutex         // guards cancel, and that fetch does not begin once drained
-	cancel   context.CancelFunc // ends fetch
-
-	// The following belong to fetch, and to drain when fetch has ended.
-	conn    *conn          // the connection that messages come by, nil if there is none
-	drops   uint32         // of it, when the inboxes were made
-	inbound chan *nats.Msg // from the lanes' inboxes
-	asked   *lane          // the lane that was asked for what can be handled, nil if none is
-	came    int            // messages that this request has brought
-	reverse bool           // it was asked out of turn
-	starts  int            // messages brought since a lane was asked out of turn
-	failed  bool           // a request has failed
-	trouble int            // how often one failed in a row
-
 	counting sync.Mutex    // guards counted, and pending of the lanes
 	counted  time.Duration // when the server was asked for that
+
+	fetching sync.WaitGroup     // fetch, and the requests to parked lanes
+	mu       sync.Mutex         // guards the rest
+	drained  bool               // drain was called
+	cancel   context.CancelFunc // ends fetch
 }
 
-// A lane is one of a feed's consumers.
+// A lane is one of a feed's consumers. The fields from most to floor belong to openConsumer and fetch.
 type lane struct {
 	config  jetstream.ConsumerConfig
-	redrive string      // a subject besides the one in config, "" for none
-	opened  atomic.Bool // the consumer exists, or did
-	most    int64       // messages that may be asked for at once
+	redrive string // a subject besides the one in config, "" for none
+	opened  bool   // the consumer exists, or did
+	most    int64  // messages that may be asked for at once
 	expiry  time.Duration
-	floor   uint64 // all messages up to this sequence are finished
-
-	// The following belong to fetch, like those of the feed.
-	inbox  *nats.Subscription
-	owed   int64         // messages asked for that have not come yet
-	since  time.Duration // when they were asked for
-	parked bool          // the consumer was found empty, and was asked for one message that is not claimed
-
-	pending int64 // messages that wait, as far as is known
+	floor   uint64      // all messages up to this sequence are finished
+	parked  atomic.Bool // the consumer was found empty, and was asked for its next message
+	pending int64       // messages that wait, as far as is known
 }
 
 func newLane(consumer, subject string) *lane {
@@ -107,8 +92,7 @@ func newLane(consumer, subject string) *lane {
 }
 
 func newFeed(e *endpoint, cfg *handlerConfig, stream jetstream.StreamConfig, lanes ...*lane) *feed {
-	return &feed{endpoint: e, cfg: cfg, stream: stream, lanes: lanes, wake: make(chan struct{}, 1),
-		inbound: make(chan *nats.Msg, len(lanes)*(cfg.concurrency+64))}
+	return &feed{endpoint: e, cfg: cfg, stream: stream, lanes: lanes, wake: make(chan struct{}, 1)}
 }
 
 // open makes the consumers and begins to fetch.
@@ -124,12 +108,12 @@ func (f *feed) open(ctx context.Context) error {
 		return failure
 	}
 	for _, l := range f.lanes {
-		f.svc.probePublish(l.next(f.stream.Name), "$JS.ACK."+f.stream.Name+"."+l.config.Durable)
+		f.svc.probePublish("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, "$JS.ACK."+f.stream.Name+"."+l.config.Durable)
 	}
 	f.svc.probePublish(f.letters())
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.drained.Load() {
+	if f.drained {
 		return f.svc.closedError()
 	}
 	ctx, f.cancel = context.WithCancel(f.svc.base)
@@ -173,7 +157,7 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 	what := "the consumer " + config.Durable + " of " + f.stream.Name
 	consumer, err := stream.Consumer(ctx, config.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		if l.opened.Load() { // somebody has deleted it
+		if l.opened { // somebody has deleted it
 			if stream.CachedInfo().State.LastSeq < l.floor { // together with the stream
 				l.floor = 0
 			}
@@ -210,22 +194,29 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 	if have.MaxRequestExpires > 0 {
 		l.expiry = min(l.expiry, have.MaxRequestExpires)
 	}
-	l.opened.Store(true)
+	l.opened = true
 	return have.AckWait, nil
 }
 
-// fetch asks for messages and takes what comes, until ctx ends.
+// fetch asks for messages until ctx ends.
 func (f *feed) fetch(ctx context.Context) {
-	tick := time.NewTicker(fetchTick)
-	defer tick.Stop()
-	looked := clock()
+	looked, trouble := clock(), 0
 	for ctx.Err() == nil {
-		f.ask()
-		if f.failed {
-			f.trouble++
-			sleep(ctx, backoff(f.trouble, fetchTick, 2*time.Second))
+		free := int64(f.limit) - f.claimed.Load()
+		more := f.active.Load() && free > 0
+		if more && f.worthAsking(free) {
+			more = f.ask(ctx, free)
+		} else if more {
+			sleep(ctx, time.Millisecond) // until more is free, or the queue is empty
 		}
-		if (f.failed || clock()-looked > fetchSession) && f.svc.pick() != nil {
+		failed := f.failed.Swap(false)
+		if failed {
+			trouble++
+			sleep(ctx, backoff(trouble, fetchTick, 2*time.Second))
+		} else {
+			trouble = 0
+		}
+		if (failed || clock()-looked > fetchSession) && f.svc.pick() != nil {
 			within, cancel := context.WithTimeout(ctx, 5*time.Second)
 			if failure := f.openConsumers(within); failure != nil && ctx.Err() == nil {
 				f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", failure)
@@ -233,45 +224,12 @@ func (f *feed) fetch(ctx context.Context) {
 			cancel()
 			looked = clock()
 		}
-		if f.failed {
-			f.failed = false
-			continue
+		if !more && !failed {
+			select {
+			case <-f.wake:
+			case <-ctx.Done():
+			}
 		}
-		select {
-		case m := <-f.inbound:
-			f.receive(m)
-		case <-tick.C:
-			f.checkRequests()
-		case <-f.wake:
-		case <-ctx.Done():
-		}
-	}
-}
-
-// ask asks for what can be handled, one lane at a time. With several lanes it asks each for what is there now, the most urgent first,
-// until one has something; those that are empty are parked. One start in 16 goes to the other end, so that nothing waits forever.
-func (f *feed) ask() {
-	if f.asked != nil || !f.active.Load() {
-		return
-	}
-	free := int64(f.limit) - f.claimed.Load()
-	if !f.worthAsking(free) {
-		return
-	}
-	if len(f.lanes) == 1 {
-		f.request(f.lanes[0], free, false, false)
-		return
-	}
-	lanes := f.lanes
-	if f.reverse = f.starts >= 15; f.reverse {
-		lanes = slices.Clone(lanes)
-		slices.Reverse(lanes)
-		free = max(free/16, 1)
-	}
-	if i := slices.IndexFunc(lanes, func(l *lane) bool { return !l.parked }); i >= 0 {
-		f.request(lanes[i], free, true, false)
-	} else {
-		f.starts = 0 // all are empty
 	}
 }
 
@@ -280,129 +238,56 @@ func (f *feed) worthAsking(free int64) bool {
 	return free > 0 && (free >= int64(f.limit)/8 || len(f.queue) == 0)
 }
 
-// request asks a lane for up to n messages: those that are there now, or also those that come before the request expires. They are
-// claimed unless the lane is to be parked.
-func (f *feed) request(l *lane, n int64, now, park bool) {
-	ask := pullRequest{Batch: min(n, l.most), NoWait: now}
-	if !now {
-		ask.Expires = l.expiry
+// ask asks for what can be handled, and reports whether there may be more at once. With several lanes it asks each for what is there
+// now, the most urgent first, until one has something; those that are empty are parked. One start in 16 goes to the other end, so that
+// nothing waits forever.
+func (f *feed) ask(ctx context.Context, free int64) bool {
+	bring := func(l *lane, now bool) (came int) {
+		f.claimed.Add(free)
+		f.request(ctx, l, l.pull(free, now), func(m *nats.Msg) {
+			came++
+			f.queue <- m
+		})
+		f.claimed.Add(int64(came) - free)
+		return came
 	}
-	data, _ := json.Marshal(ask) // numbers can't fail
-	if !f.listen() {
-		f.failed = true
-		return
-	}
-	l.owed, l.since, l.parked = ask.Batch, clock(), park
-	if !park {
-		f.asked, f.came = l, 0
-		f.claimed.Add(l.owed)
-	}
-	if f.conn.nc.PublishRequest(l.next(f.stream.Name), l.inbox.Subject, data) != nil {
-		f.endRequest(l)
-		f.failed = true
-	}
-}
-
-func (l *lane) next(stream string) string {
-	return "$JS.API.CONSUMER.MSG.NEXT." + stream + "." + l.config.Durable
-}
-
-type pullRequest struct {
-	Batch   int64         `json:"batch"`
-	Expires time.Duration `json:"expires,omitempty"`
-	NoWait  bool          `json:"no_wait,omitempty"`
-}
-
-// listen makes the lanes' inboxes, anew if their connection was lost. It reports false if there is no connection.
-func (f *feed) listen() bool {
-	if f.conn != nil && f.drops == f.conn.drops.Load() {
+	if len(f.lanes) == 1 {
+		bring(f.lanes[0], false)
 		return true
 	}
-	f.hangUp()
-	c := f.svc.pick()
-	if c == nil {
-		return false
+	lanes, reverse := f.lanes, f.starts >= 15
+	if reverse {
+		lanes = slices.Clone(lanes)
+		slices.Reverse(lanes)
+		free = max(free/16, 1)
 	}
-	f.drops = c.drops.Load()
-	for _, l := range f.lanes {
-		var err error
-		if l.inbox, err = c.nc.ChanSubscribe(c.newInbox(), f.inbound); err != nil {
-			return false
+	for _, l := range lanes {
+		if l.parked.Load() {
+			continue
 		}
+		if came := bring(l, true); came > 0 {
+			if f.starts += came; reverse {
+				f.starts = 0
+			}
+			return true
+		}
+		l.parked.Store(true)
+		next := l.pull(1, false)
+		f.fetching.Go(func() {
+			f.request(ctx, l, next, func(m *nats.Msg) { f.accept(l, m) })
+			l.parked.Store(false)
+			signal(f.wake)
+		})
 	}
-	f.conn = c
-	return true
+	f.starts = 0
+	return false
 }
 
-// hangUp gives all requests up. What is under way still comes.
-func (f *feed) hangUp() {
-	for _, l := range f.lanes {
-		f.endRequest(l)
-		if l.inbox != nil {
-			_ = l.inbox.Drain() // fails only on a closed connection
-		}
-	}
-	f.conn = nil
-}
-
-// endRequest notes that no more will come for the request to a lane.
-func (f *feed) endRequest(l *lane) {
-	if l == f.asked {
-		f.asked = nil
-		f.claimed.Add(-l.owed)
-		if f.starts += f.came; f.came > 0 && f.reverse {
-			f.starts = 0
-		}
-	}
-	l.owed, l.parked = 0, false
-}
-
-// receive takes a message that has come, or learns that a request has ended.
-func (f *feed) receive(m *nats.Msg) {
-	i := slices.IndexFunc(f.lanes, func(l *lane) bool { return l.inbox == m.Sub })
-	status := m.Header.Get("Status")
-	if m.Reply != "" || status == "" {
-		f.trouble = 0
-		if i < 0 || f.lanes[i].owed == 0 { // it belongs to a request that was given up
-			f.accept(m, nil)
-			return
-		}
-		l := f.lanes[i]
-		l.owed--
-		if l == f.asked {
-			f.came++
-			f.queue <- m // there is room: it was claimed
-		} else {
-			f.accept(m, l)
-		}
-		if l.owed == 0 {
-			f.endRequest(l)
-		}
-		return
-	}
-	if i < 0 || f.lanes[i].owed == 0 {
-		return
-	}
-	l, empty := f.lanes[i], false
-	switch {
-	case status == "404", status == "408", m.Header.Get("Nats-Pending-Messages") != "": // no more messages, or the request has expired
-		f.trouble = 0
-		empty = len(f.lanes) > 1 && l == f.asked && f.came == 0 && !f.drained.Load()
-	default:
-		f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", status+" "+m.Header.Get("Description"))
-		f.failed = true
-	}
-	f.endRequest(l)
-	if empty {
-		f.request(l, 1, false, true)
-	}
-}
-
-// accept takes a message that is not claimed yet, from a parked lane or from none. A command is given back if there is no room for it,
-// or if something more urgent may be waiting. An event would lose an attempt by that.
-func (f *feed) accept(m *nats.Msg, from *lane) {
-	urgent := from != nil && slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked })
-	if f.claimed.Add(1) > int64(f.limit) && f.kind == kindCommand || urgent {
+// accept takes a command from a parked lane, which is not claimed yet. It gives it back if there is no room for it, or if something
+// more urgent may be waiting.
+func (f *feed) accept(from *lane, m *nats.Msg) {
+	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
+	if f.claimed.Add(1) > int64(f.limit) || urgent {
 		f.acknowledge(m, nak)
 		f.release()
 		return
@@ -410,47 +295,87 @@ func (f *feed) accept(m *nats.Msg, from *lane) {
 	f.queue <- m
 }
 
-// checkRequests gives the requests up if their connection was lost or the server does not answer them any more.
-func (f *feed) checkRequests() {
-	late := func(l *lane) bool { return l.owed > 0 && clock()-l.since > fetchExpiry+fetchSlack } // not every lost request is reported
-	if f.conn != nil && (f.conn.drops.Load() != f.drops || slices.ContainsFunc(f.lanes, late)) {
-		f.hangUp()
-		f.failed = true
+// A pullRequest asks a consumer for messages: with NoWait for those that are there now, else also for those that come before it
+// expires.
+type pullRequest struct {
+	Batch   int64         `json:"batch"`
+	Expires time.Duration `json:"expires,omitempty"`
+	NoWait  bool          `json:"no_wait,omitempty"`
+}
+
+// pull returns the request for up to n messages of a lane.
+func (l *lane) pull(n int64, now bool) pullRequest {
+	ask := pullRequest{Batch: min(n, l.most), NoWait: now}
+	if !now {
+		ask.Expires = l.expiry
+	}
+	return ask
+}
+
+// request asks a lane for messages, and passes them to take until no more will come.
+func (f *feed) request(ctx context.Context, l *lane, ask pullRequest, take func(*nats.Msg)) {
+	data, _ := json.Marshal(ask) // numbers can't fail
+	c := f.svc.pick()
+	if c == nil {
+		f.failed.Store(true)
+		return
+	}
+	drops, end := c.drops.Load(), clock()+fetchExpiry+fetchSlack
+	msgs := make(chan *nats.Msg, ask.Batch+1)
+	sub, err := c.nc.ChanSubscribe(c.newInbox(), msgs)
+	if err == nil {
+		defer func() { _ = sub.Unsubscribe() }() // fails only on a closed connection
+		err = c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, sub.Subject, data)
+	}
+	tick := time.NewTicker(fetchTick)
+	defer tick.Stop()
+	drain := ctx.Done()
+	for n := ask.Batch; err == nil && n > 0; {
+		select {
+		case m := <-msgs:
+			switch status := m.Header.Get("Status"); {
+			case m.Reply != "" || status == "":
+				n--
+				take(m)
+			case status == "404", status == "408", m.Header.Get("Nats-Pending-Messages") != "": // no more messages, or it has expired
+				return
+			default:
+				err = errors.New(status + " " + m.Header.Get("Description"))
+				f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", err)
+			}
+		case <-tick.C:
+			if c.drops.Load() != drops || clock() > end { // not every request that is lost is reported
+				err = nats.ErrDisconnected
+			}
+		case <-drain:
+			// In a cluster, servers farther away go on sending for a moment after an unsubscribe, and each event lost by that would
+			// use up an attempt. So the request has to expire there.
+			if drain = nil; c.nc.ConnectedClusterName() == "" {
+				_ = sub.Drain() // fails only on a closed connection
+				_ = c.flush(f.svc.base)
+				for len(msgs) > 0 {
+					if m := <-msgs; m.Reply != "" {
+						take(m)
+					}
+				}
+				return
+			}
+		}
+	}
+	if err != nil {
+		f.failed.Store(true)
 	}
 }
 
-// drain asks for no more. In a cluster it takes what was asked for until that expires: after an unsubscribe, servers farther away go
-// on sending for a moment, and each event lost by that would have used up an attempt.
-func (f *feed) drain(ctx context.Context) {
+// drain asks for no more, and waits until what was asked for has come or will not come.
+func (f *feed) drain(context.Context) {
 	f.mu.Lock()
-	f.drained.Store(true)
+	f.drained = true
 	if f.cancel != nil {
 		f.cancel()
 	}
 	f.mu.Unlock()
 	f.fetching.Wait()
-	if c := f.conn; c != nil {
-		owed := func(l *lane) bool { return l.owed > 0 }
-		cluster, end := c.nc.ConnectedClusterName() != "", clock()+fetchExpiry+fetchSlack
-		for cluster && slices.ContainsFunc(f.lanes, owed) && clock() < end && c.up.Load() && ctx.Err() == nil {
-			select {
-			case m := <-f.inbound:
-				f.receive(m)
-			case <-time.After(5 * time.Millisecond):
-			}
-		}
-		for _, l := range f.lanes {
-			_ = l.inbox.Drain() // fails only on a closed connection
-		}
-		if c.flush(ctx) != nil {
-			for _, l := range f.lanes {
-				_ = l.inbox.Unsubscribe() // or it would come back with the connection; fails only on a closed one
-			}
-		}
-	}
-	for len(f.inbound) > 0 {
-		f.receive(<-f.inbound)
-	}
 }
 
 // release frees the place of a message that has been handled.

@@ -93,6 +93,20 @@ func (s *Service) patiently(ctx context.Context, ask func(ctx context.Context) *
 	}
 }
 
+// askJetStream asks something with the jetstream package, as patiently does.
+func (s *Service) askJetStream(ctx context.Context, what string, ask func(context.Context, jetstream.JetStream) error) *Error {
+	return s.patiently(ctx, func(ctx context.Context) *Error {
+		begin := clock()
+		js, failure := s.jetStream()
+		if failure == nil {
+			if err := ask(ctx, js); err != nil {
+				failure = s.jetStreamError(begin, err, what)
+			}
+		}
+		return failure
+	})
+}
+
 // Codes of the JetStream API.
 const (
 	noSuitablePeers         = 10005 // from a cluster that is not complete
