@@ -160,7 +160,7 @@ func New(name string, opts ...Option) (*Service, error) {
 		since:        time.Now(),
 	}
 	s.calls.most = 1024
-	s.cancels.running = map[string]context.CancelFunc{}
+	s.cancels.cancel = map[string]context.CancelFunc{}
 	s.quitting, s.quit = context.WithCancel(context.Background())
 	s.base, s.cancel = context.WithCancel(context.Background())
 	s.registered, s.unregister = context.WithCancel(context.Background())
@@ -182,9 +182,7 @@ func (s *Service) Name() string { return s.name }
 func (s *Service) ID() string { return s.id }
 
 // Conn returns a connection of the pool, for what aegis does not do. The service goes on using it: don't close or drain it.
-func (s *Service) Conn() *nats.Conn {
-	return cmp.Or(s.pick(), s.conns[0]).nc
-}
+func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 
 // Start begins to serve. It runs the health checks once, makes what [Subscribe] needs on the server, subscribes, and enters the
 // instance into the registry. When it returns, the servers of all connections know the handlers; more handlers may be added later.

@@ -37,17 +37,18 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has what all tests share (servers, services, child processes, a proxy that can be cut), and tests of the life of a service
-// and of the system as a whole.
+// This file has the helpers that all tests share (servers, services, child processes, a proxy that can cut connections), and the
+// tests of a service's lifecycle and of the system as a whole.
 
-// TestMain fails if goroutines of the library or of nats.go are left when all services were stopped.
+// TestMain runs the tests, and fails if goroutines of the library or of nats.go remain after all services have stopped. In a
+// child process it calls runChild instead.
 func TestMain(m *testing.M) {
 	if child := os.Getenv("AEGIS_TEST_CHILD"); child != "" {
 		os.Exit(runChild(child))
 	}
 	code := m.Run()
 	if code == 0 {
-		if left := leaked(10 * time.Second); left != "" {
+		if left := leakedGoroutines(10 * time.Second); left != "" {
 			fmt.Fprintln(os.Stderr, "goroutines left behind:\n"+left)
 			code = 1
 		}
@@ -55,9 +56,9 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// leaked returns the stacks of what still runs in aegis or nats.go after patience has run out.
-func leaked(patience time.Duration) string {
-	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+// leakedGoroutines returns the stacks of the goroutines that still run in aegis or nats.go after timeout.
+func leakedGoroutines(timeout time.Duration) string {
+	for end := time.Now().Add(timeout); ; time.Sleep(10 * time.Millisecond) {
 		buf := make([]byte, 4<<20)
 		buf = buf[:runtime.Stack(buf, true)]
 		var left []string
@@ -91,7 +92,7 @@ func startServer(tb testing.TB, configure ...func(*server.Options)) *server.Serv
 	srv.Start()
 	tb.Cleanup(func() { srv.Shutdown(); srv.WaitForShutdown() })
 	if !srv.ReadyForConnections(10 * time.Second) {
-		tb.Fatal("the server doesn't start")
+		tb.Fatal("the server did not start within 10 s")
 	}
 	return srv
 }
@@ -100,7 +101,8 @@ var lastPort atomic.Uint32
 
 func init() { lastPort.Store(rand.Uint32N(12000)) }
 
-// freePort is a port that no one else gets here, below those that systems give out by themselves: so a server can come back to it.
+// freePort returns a port that no other test gets. The port is below the range from which systems assign ports by themselves, so
+// that a server can listen on it again after a restart.
 func freePort(tb testing.TB) int {
 	tb.Helper()
 	for range 12000 {
@@ -114,19 +116,19 @@ func freePort(tb testing.TB) int {
 	return 0
 }
 
-// onPort makes startServer listen where an earlier server did.
+// onPort makes startServer listen on the port of an earlier server.
 func onPort(srv *server.Server) func(*server.Options) {
 	port := srv.Addr().(*net.TCPAddr).Port
 	return func(o *server.Options) { o.Port = port }
 }
 
-// withJetStream gives startServer a store, which it keeps when it is used again.
+// withJetStream enables JetStream. Servers that are started with the same option, one after another, share one store directory.
 func withJetStream(tb testing.TB) func(*server.Options) {
 	dir := tb.TempDir()
 	return func(o *server.Options) { o.JetStream, o.StoreDir = true, dir }
 }
 
-// startCluster runs n servers with JetStream as one cluster.
+// startCluster runs a cluster of n servers with JetStream until the test ends.
 func startCluster(tb testing.TB, n int) []*server.Server {
 	tb.Helper()
 	ports, routes := make([]int, n), make([]string, n)
@@ -147,7 +149,7 @@ func startCluster(tb testing.TB, n int) []*server.Server {
 		})
 	}
 	starting.Wait()
-	eventually(tb, "the cluster has a leader, and all follow it", func() bool {
+	eventually(tb, "the cluster has a leader that all servers follow", func() bool {
 		return slices.ContainsFunc(servers, func(s *server.Server) bool {
 			return s.JetStreamIsLeader() && len(s.JetStreamClusterPeers()) == n
 		})
@@ -155,7 +157,7 @@ func startCluster(tb testing.TB, n int) []*server.Server {
 	return servers
 }
 
-// newService makes a service that is stopped when the test ends.
+// newService returns a service that is stopped when the test ends.
 func newService(tb testing.TB, srv *server.Server, name string, opts ...aegis.Option) *aegis.Service {
 	tb.Helper()
 	quiet := slog.New(slog.DiscardHandler)
@@ -166,7 +168,7 @@ func newService(tb testing.TB, srv *server.Server, name string, opts ...aegis.Op
 	tb.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
-		_ = s.Stop(ctx) // the server may be gone already
+		_ = s.Stop(ctx) // fails if the server has already stopped
 	})
 	return s
 }
@@ -189,17 +191,17 @@ func call[Req, Resp any](s *aegis.Service, service, method string, req Req, opts
 	return aegis.Call[Req, Resp](context.Background(), s, service, method, req, opts...)
 }
 
-// eventually waits until ok.
+// eventually waits until ok returns true, and fails the test after 20 s. The text what names the condition.
 func eventually(tb testing.TB, what string, ok func() bool) {
 	tb.Helper()
 	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			tb.Fatalf("never: %s", what)
+			tb.Fatalf("timed out waiting until %s", what)
 		}
 	}
 }
 
-// fails checks an error's code and returns it.
+// fails checks that err has the code of kind and mentions all words, and returns it as an *aegis.Error.
 func fails(tb testing.TB, err error, kind *aegis.Error, words ...string) *aegis.Error {
 	tb.Helper()
 	var e *aegis.Error
@@ -214,13 +216,13 @@ func fails(tb testing.TB, err error, kind *aegis.Error, words ...string) *aegis.
 	return e
 }
 
-// promptly fails the test if fn takes long enough to have waited for a timeout.
+// promptly fails the test if fn takes more than 2 s, because it then has probably waited for a timeout.
 func promptly(tb testing.TB, fn func()) {
 	tb.Helper()
 	begin := time.Now()
 	fn()
 	if took := time.Since(begin); took > 2*time.Second {
-		tb.Errorf("it took %v", took)
+		tb.Errorf("took %v, want at most 2 s", took)
 	}
 }
 
@@ -242,7 +244,7 @@ func createOrder(_ context.Context, o Order) (Receipt, error) {
 
 func echo(_ context.Context, s string) (string, error) { return s, nil }
 
-// A safeBuffer may be written to by several goroutines.
+// A safeBuffer is a bytes.Buffer that several goroutines may use.
 type safeBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -260,7 +262,7 @@ func (b *safeBuffer) String() string {
 	return b.b.String()
 }
 
-// A journal is what handlers wrote down.
+// A journal collects values from handlers. Several goroutines may use it.
 type journal[T any] struct {
 	mu      sync.Mutex
 	entries []T
@@ -278,12 +280,12 @@ func (l *journal[T]) all() []T {
 	return slices.Clone(l.entries)
 }
 
-// wait waits until there are n entries.
+// wait waits until there are n entries, and returns all of them.
 func (l *journal[T]) wait(tb testing.TB, n int) []T {
 	tb.Helper()
 	for end := time.Now().Add(20 * time.Second); len(l.all()) < n; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			tb.Fatalf("never %d entries: %v", n, l.all())
+			tb.Fatalf("timed out waiting for %d entries; got %v", n, l.all())
 		}
 	}
 	return l.all()
@@ -295,7 +297,7 @@ func sorted(s []string) []string {
 	return s
 }
 
-// manage is JetStream's own interface, for what an operator does.
+// manage returns a JetStream client that is independent of aegis, for the tasks of an operator.
 func manage(tb testing.TB, srv *server.Server) jetstream.JetStream {
 	tb.Helper()
 	nc, err := nats.Connect(srv.ClientURL())
@@ -310,7 +312,7 @@ func manage(tb testing.TB, srv *server.Server) jetstream.JetStream {
 	return js
 }
 
-// limitMessages makes a stream refuse larger messages.
+// limitMessages makes a stream reject messages larger than size.
 func limitMessages(tb testing.TB, srv *server.Server, stream string, size int32) {
 	tb.Helper()
 	js := manage(tb, srv)
@@ -325,15 +327,15 @@ func limitMessages(tb testing.TB, srv *server.Server, stream string, size int32)
 	}
 }
 
-// A process is this test's binary, run once more in a role of runChild's.
+// A process is a child process: this test's binary, run again in one of the roles of runChild.
 type process struct {
 	*exec.Cmd
-	lines chan string   // that it prints
-	told  <-chan string // what startLeader leaves of them
+	lines chan string   // the lines that the child prints
+	told  <-chan string // the lines that startLeader does not handle itself; closed when the output ends
 	input io.WriteCloser
 }
 
-// startProcess runs a child, with settings as environment variables, that ends with the test.
+// startProcess runs a child process until the test ends. The settings are environment variables.
 func startProcess(tb testing.TB, role string, srv *server.Server, settings ...string) *process {
 	tb.Helper()
 	p := &process{Cmd: exec.Command(os.Args[0]), lines: make(chan string, 1<<16)}
@@ -360,25 +362,25 @@ func startProcess(tb testing.TB, role string, srv *server.Server, settings ...st
 		}
 	}()
 	tb.Cleanup(func() {
-		_ = p.Process.Kill() // it may have ended
+		_ = p.Process.Kill() // fails if the child has already exited
 		<-read
 		_ = p.Wait()
 	})
 	return p
 }
 
-// line waits for the next line, not ok if the process has ended.
+// line returns the next line that the child prints. If the child's output has ended, ok is false.
 func (p *process) line(tb testing.TB) (line string, ok bool) {
 	tb.Helper()
 	select {
 	case line, ok = <-p.lines:
 	case <-time.After(20 * time.Second):
-		tb.Fatal("the child prints nothing")
+		tb.Fatal("the child printed nothing for 20 s")
 	}
 	return line, ok
 }
 
-// runChild plays a role; it ends when its standard input does.
+// runChild is the main function of a child process in the given role. It returns when the child's standard input ends.
 func runChild(role string) int {
 	name := "risk"
 	opts := []aegis.Option{aegis.WithLogger(slog.New(slog.DiscardHandler))}
@@ -397,14 +399,14 @@ func runChild(role string) int {
 		switch role {
 		case "crashing":
 			err = aegis.Handle(svc, "who", func(context.Context, bool) (string, error) { return "crashing", nil })
-		case "leader": // tells when it leads, and serves exclusively
+		case "leader": // serves an exclusive method, and prints each period in which it leads
 			err = handleExclusively(svc)
 			go reign(context.Background(), svc, func(r reignOf) { fmt.Println("reign", r.from, r.to) })
 		case "idle":
 			err = aegis.Handle(svc, "create_order", createOrder)
 		case "soak":
 			err = handleAll(svc)
-		case "events": // prints each event; SLEEP and EXIT are what it does with one that says so
+		case "events": // prints each event; the data SLEEP and EXIT make the handler sleep and the process exit
 			err = aegis.Subscribe(svc, "order.*", func(_ context.Context, e aegis.Event[string]) error {
 				fmt.Println(e.Data, e.Attempt)
 				switch e.Data {
@@ -415,7 +417,9 @@ func runChild(role string) int {
 				}
 				return nil
 			}, aegis.Attempts(2))
-		case "commands": // prints each attempt, and what it reported before; reports once, then goes on for ever, but for EXIT, PAUSED and SILENT
+		case "commands":
+			// Prints each attempt with the progress that earlier attempts reported, reports progress once, and then sleeps until
+			// it is killed. The data EXIT, SILENT and PAUSED select other behaviour.
 			err = aegis.HandleCommand(svc, "work", func(ctx context.Context, c *aegis.Command[string]) (string, error) {
 				fmt.Println(c.Data, c.Attempt, c.Last.Message)
 				err := c.Progress(50, "half of "+c.Data)
@@ -426,7 +430,7 @@ func runChild(role string) int {
 					<-ctx.Done()
 					fmt.Println("FENCED")
 					return "the first", nil
-				case "PAUSED": // until it is fenced
+				case "PAUSED": // reports progress until it is fenced
 					for err == nil {
 						time.Sleep(50 * time.Millisecond)
 						err = c.Progress(60, "")
@@ -449,7 +453,7 @@ func runChild(role string) int {
 		return 1
 	}
 	fmt.Println("ready")
-	if role == "senders" { // sends one command 25 times at once when it is told to, and prints the results
+	if role == "senders" { // on a byte of input, sends one command 25 times concurrently and prints the results
 		_, _ = os.Stdin.Read(make([]byte, 1))
 		for range 25 {
 			go func() {
@@ -470,7 +474,7 @@ func runChild(role string) int {
 	return 0
 }
 
-// A proxy stands between clients and a server, and can hold up what goes either way, or cut the connections.
+// A proxy forwards connections from clients to a server. It can delay the data in either direction, or cut the connections.
 type proxy struct {
 	address string
 	ended   chan struct{}
@@ -478,10 +482,10 @@ type proxy struct {
 	mu     sync.Mutex // guards the rest
 	held   map[way]chan struct{}
 	conns  []net.Conn
-	frozen net.Conn // a client's connection on which nothing goes any more
+	frozen net.Conn // a client's connection that forwards nothing any more
 }
 
-// freeze holds one connection, whatever heal does.
+// freeze stops one connection for good: heal does not release it.
 func (p *proxy) freeze() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -495,7 +499,7 @@ const (
 	toClient
 )
 
-// hold keeps what goes these ways until heal.
+// hold delays all data in the given directions until heal.
 func (p *proxy) hold(ways ...way) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -517,7 +521,7 @@ func (p *proxy) heal() {
 	}
 }
 
-// cut closes all connections; with what is held.
+// cut closes all connections. Delayed data is lost.
 func (p *proxy) cut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -605,7 +609,7 @@ func TestLifecycle(t *testing.T) {
 	promptly(t, func() {
 		_, err = call[string, string](svc, "svc", "m", "")
 		if e := fails(t, err, aegis.ErrClosed, "svc"); !e.NotRun {
-			t.Error("it says that it may have run")
+			t.Error("NotRun = false, want true")
 		}
 		fails(t, svc.Start(t.Context()), aegis.ErrClosed)
 		fails(t, aegis.Handle(svc, "other", echo), aegis.ErrClosed)
@@ -632,7 +636,7 @@ func TestRun(t *testing.T) {
 	}
 }
 
-func TestStopFinishesWhatRuns(t *testing.T) {
+func TestStopFinishesRequests(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
@@ -640,7 +644,7 @@ func TestStopFinishesWhatRuns(t *testing.T) {
 	handle(t, svc, "m", func(ctx context.Context, n int) (string, error) {
 		running <- struct{}{}
 		<-release
-		return aegis.Call[string, string](ctx, svc, "helper", "echo", strconv.Itoa(n)) // it may still call
+		return aegis.Call[string, string](ctx, svc, "helper", "echo", strconv.Itoa(n)) // a stopping service may still make calls
 	}, aegis.Concurrency(2))
 	start(t, svc)
 	helper := newService(t, srv, "helper")
@@ -658,18 +662,18 @@ func TestStopFinishesWhatRuns(t *testing.T) {
 	}
 	<-running
 	<-running
-	time.Sleep(50 * time.Millisecond) // for the others to arrive
+	time.Sleep(50 * time.Millisecond) // lets the other two requests arrive
 	stopped := make(chan error)
 	go func() { stopped <- svc.Stop(context.Background()) }()
-	eventually(t, "no new calls are taken", func() bool {
-		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond) // it may still have got in, and wait
+	eventually(t, "new calls are refused", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond) // a call that was still accepted waits until release
 		defer cancel()
 		_, err := aegis.Call[int, string](ctx, client, "svc", "m", 9)
 		return errors.Is(err, aegis.ErrUnavailable)
 	})
 	select {
 	case err := <-stopped:
-		t.Fatalf("Stop returned %v while handlers run", err)
+		t.Fatalf("Stop returned %v while handlers were running", err)
 	default:
 	}
 	close(release)
@@ -683,7 +687,7 @@ func TestStopFinishesWhatRuns(t *testing.T) {
 	}
 }
 
-func TestStopRunsOutOfTime(t *testing.T) {
+func TestStopTimeout(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
@@ -702,7 +706,7 @@ func TestStopRunsOutOfTime(t *testing.T) {
 		}()
 	}
 	<-running
-	time.Sleep(50 * time.Millisecond) // for the other to arrive
+	time.Sleep(50 * time.Millisecond) // lets the other request arrive
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	promptly(t, func() {
@@ -714,13 +718,13 @@ func TestStopRunsOutOfTime(t *testing.T) {
 				ran++
 			default:
 				if e := fails(t, err, aegis.ErrUnavailable, "stopping"); !e.NotRun {
-					t.Error("it says that it may have run")
+					t.Error("NotRun = false, want true")
 				}
 				refused++
 			}
 		}
 		if ran != 1 || refused != 1 {
-			t.Errorf("%d ran, %d refused", ran, refused)
+			t.Errorf("%d ran and %d were refused, want 1 and 1", ran, refused)
 		}
 	})
 }
@@ -733,7 +737,7 @@ func TestStopWhileDisconnected(t *testing.T) {
 	start(t, svc)
 	srv.Shutdown()
 	srv.WaitForShutdown()
-	eventually(t, "it notices", func() bool { return !svc.Conn().IsConnected() })
+	eventually(t, "the service notices the lost connection", func() bool { return !svc.Conn().IsConnected() })
 	promptly(t, func() {
 		fails(t, svc.Stop(context.Background()), aegis.ErrUnavailable)
 		if err := svc.Stop(context.Background()); err != nil {
@@ -744,8 +748,8 @@ func TestStopWhileDisconnected(t *testing.T) {
 	})
 }
 
-// Stop with a connection down serves out what the others bring.
-func TestStopWithAConnectionDown(t *testing.T) {
+// If one connection is down, Stop still finishes the requests that arrived over the others.
+func TestStopWithOneConnectionDown(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc := newService(t, srv, "svc", aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return time.Hour })))
@@ -756,8 +760,8 @@ func TestStopWithAConnectionDown(t *testing.T) {
 	start(t, other)
 	client := newService(t, srv, "client")
 	stop := hammer(t, client, 16, "svc", "m", func(err error) { t.Error(err) })
-	idle := func(n int) func() bool { return func() bool { return srv.NumClients() == n } }
-	eventually(t, "all are connected", idle(6))
+	clients := func(n int) func() bool { return func() bool { return srv.NumClients() == n } }
+	eventually(t, "all connections are up", clients(6))
 	time.Sleep(20 * time.Millisecond)
 	stop()
 	id, err := svc.Conn().GetClientID()
@@ -767,16 +771,16 @@ func TestStopWithAConnectionDown(t *testing.T) {
 	if err := srv.DisconnectClientByID(id); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "one is gone", idle(5))
+	eventually(t, "one connection is down", clients(5))
 	stop = hammer(t, client, 16, "svc", "m", func(err error) { t.Error(err) })
 	time.Sleep(20 * time.Millisecond)
 	fails(t, svc.Stop(t.Context()), aegis.ErrUnavailable)
 	if stop() == 0 {
-		t.Error("no calls")
+		t.Error("no call succeeded")
 	}
 }
 
-// allowances are those of a row of the README's table, and of the rows that it names.
+// allowances returns the subjects in a row of the README's table of permissions, and in the rows that it includes ("+ service").
 func allowances(tb testing.TB, who string) (publish, subscribe []string) {
 	tb.Helper()
 	readme, err := os.ReadFile("README.md")
@@ -789,7 +793,7 @@ func allowances(tb testing.TB, who string) (publish, subscribe []string) {
 		if len(cells) < 4 || !strings.HasPrefix(strings.TrimSpace(cells[1]), who) {
 			continue
 		}
-		sure, _, _ := strings.Cut(cells[2], ";") // what comes behind isn't needed for each little thing
+		sure, _, _ := strings.Cut(cells[2], ";") // only some operations need the subjects after the semicolon
 		for _, m := range subject.FindAllStringSubmatch(sure, -1) {
 			publish = append(publish, m[1])
 		}
@@ -802,12 +806,12 @@ func allowances(tb testing.TB, who string) (publish, subscribe []string) {
 		}
 		return publish, subscribe
 	}
-	tb.Fatalf("the README has no row of %s", who)
+	tb.Fatalf("the README's table of permissions has no row %q", who)
 	return nil, nil
 }
 
-// That a service may not listen on a subject says nothing about a call to the same one.
-func TestDenialOfSomethingElse(t *testing.T) {
+// A denied subscription to a subject must not fail a call in flight to the same subject.
+func TestDeniedSubscriptionDoesNotFailCall(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, func(o *server.Options) {
 		o.Users = []*server.User{{Username: "admin"}, {Username: "user", Permissions: &server.Permissions{Subscribe: &server.SubjectPermission{Deny: []string{"rpc.svc.m"}}}}}
@@ -831,8 +835,8 @@ func TestDenialOfSomethingElse(t *testing.T) {
 	}
 }
 
-// TestPermissions has a server that allows each role what the README says, which has to be enough; and then all of that but one
-// subject, which has to fail, with an error that names it: so the README names no subject too many.
+// TestPermissions gives each role exactly the permissions that the README lists, which must suffice. Then it removes one subject
+// at a time, which must fail with an error that names that subject. So the README lists no subject that is not needed.
 func TestPermissions(t *testing.T) {
 	t.Parallel()
 	type env struct {
@@ -841,27 +845,27 @@ func TestPermissions(t *testing.T) {
 		admin *aegis.Service // may do anything
 		user  aegis.Option
 	}
-	within := func(e env, ctx context.Context, what string, ok func() bool) error {
+	waitUntil := func(e env, ctx context.Context, what string, ok func() bool) error {
 		for !ok() {
 			if ctx.Err() != nil {
-				return fmt.Errorf("never: %s", what)
+				return fmt.Errorf("timed out waiting until %s", what)
 			}
 			time.Sleep(time.Millisecond)
 		}
 		return nil
 	}
-	served := func(e env, ctx context.Context, prepare func(s *aegis.Service) error) (*aegis.Service, error) {
+	startUser := func(e env, ctx context.Context, prepare func(s *aegis.Service) error) (*aegis.Service, error) {
 		s := newService(e, e.srv, "orders", e.user, aegis.WithFailover(aegis.Aggressive))
 		if err := prepare(s); err != nil {
 			return nil, err
 		}
 		return s, s.Start(ctx)
 	}
-	target := func(e env) *aegis.Service { // of callers
+	startTarget := func(e env) *aegis.Service { // the service that callers use
 		s := newService(e, e.srv, "orders", aegis.WithNATS(nats.UserInfo("admin", "")), aegis.WithFailover(aegis.Aggressive))
 		handle(e, s, "create", echo)
 		handleCommand(e, s, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
-			time.Sleep(200 * time.Millisecond) // the sender hears of it before
+			time.Sleep(200 * time.Millisecond) // lets the sender learn of a denied subscription before the result is there
 			return c.Data, nil
 		})
 		start(e, s)
@@ -869,7 +873,7 @@ func TestPermissions(t *testing.T) {
 	}
 	for who, exercise := range map[string]func(e env, ctx context.Context) error{
 		"service": func(e env, ctx context.Context) error {
-			if _, err := served(e, ctx, func(s *aegis.Service) error { return aegis.Handle(s, "create", echo) }); err != nil {
+			if _, err := startUser(e, ctx, func(s *aegis.Service) error { return aegis.Handle(s, "create", echo) }); err != nil {
 				return err
 			}
 			_, err := aegis.Call[string, string](ctx, e.admin, "orders", "create", "x")
@@ -878,11 +882,11 @@ func TestPermissions(t *testing.T) {
 		"it subscribes": func(e env, ctx context.Context) error {
 			var got journal[int]
 			failed := false
-			_, err := served(e, ctx, func(s *aegis.Service) error {
+			_, err := startUser(e, ctx, func(s *aegis.Service) error {
 				return aegis.Subscribe(s, "order.*", func(_ context.Context, ev aegis.Event[int]) error {
 					if got.add(ev.Data); ev.Data == 2 && !failed {
 						failed = true
-						return errors.New("it goes to the dead letters")
+						return errors.New("store this as a dead letter")
 					}
 					return nil
 				}, aegis.Attempts(1), aegis.Concurrency(1))
@@ -893,13 +897,13 @@ func TestPermissions(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			return within(e, ctx, "all come", func() bool { return slices.Equal(got.all(), []int{1, 2, 3}) })
+			return waitUntil(e, ctx, "all events are delivered", func() bool { return slices.Equal(got.all(), []int{1, 2, 3}) })
 		},
 		"it handles commands": func(e env, ctx context.Context) error {
-			_, err := served(e, ctx, func(s *aegis.Service) error {
+			_, err := startUser(e, ctx, func(s *aegis.Service) error {
 				return aegis.HandleCommand(s, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
 					if c.Data == "fail" {
-						return "", errors.New("it goes to the dead letters")
+						return "", errors.New("store this as a dead letter")
 					}
 					return c.Data, c.Progress(50, "")
 				}, aegis.Attempts(1))
@@ -918,22 +922,22 @@ func TestPermissions(t *testing.T) {
 			return err
 		},
 		"it leads": func(e env, ctx context.Context) error {
-			s, err := served(e, ctx, func(s *aegis.Service) error { return aegis.Handle(s, "create", echo, aegis.Exclusive()) })
+			s, err := startUser(e, ctx, func(s *aegis.Service) error { return aegis.Handle(s, "create", echo, aegis.Exclusive()) })
 			if err != nil {
 				return err
 			}
 			if _, err := s.Leader(ctx); err != nil && !errors.Is(err, aegis.ErrNotFound) {
 				return err
 			}
-			return within(e, ctx, "it leads", s.IsLeader)
+			return waitUntil(e, ctx, "the instance leads", s.IsLeader)
 		},
 		"caller": func(e env, ctx context.Context) error {
-			target(e)
+			startTarget(e)
 			_, err := aegis.Call[string, string](ctx, newService(e, e.srv, "shop", e.user), "orders", "create", "x")
 			return err
 		},
 		"it discovers": func(e env, ctx context.Context) error {
-			target(e)
+			startTarget(e)
 			shop := newService(e, e.srv, "shop", e.user)
 			if list, err := shop.Discover(ctx, "orders"); err != nil || len(list) != 1 {
 				return err
@@ -949,7 +953,7 @@ func TestPermissions(t *testing.T) {
 			return aegis.PublishBatch(ctx, s, "order", "created", []int{1, 2, 3})
 		},
 		"it sends commands": func(e env, ctx context.Context) error {
-			target(e)
+			startTarget(e)
 			shop := newService(e, e.srv, "shop", e.user)
 			j, err := aegis.SendCommand[string, string](ctx, shop, "orders", "work", "x")
 			if err == nil {
@@ -958,7 +962,7 @@ func TestPermissions(t *testing.T) {
 			return err
 		},
 		"an operator": func(e env, ctx context.Context) error {
-			s := target(e)
+			s := startTarget(e)
 			broken := true
 			subscribe(e, s, "order.*", func(context.Context, aegis.Event[int]) error {
 				if broken {
@@ -997,9 +1001,10 @@ func TestPermissions(t *testing.T) {
 		t.Run(who, func(t *testing.T) {
 			t.Parallel()
 			publish, subscribe := allowances(t, who)
-			without := func(t *testing.T, missing string) error {
+			exerciseWithout := func(t *testing.T, missing string) error {
 				p, s := slices.DeleteFunc(slices.Clone(publish), func(x string) bool { return x == missing }), slices.DeleteFunc(slices.Clone(subscribe), func(x string) bool { return x == missing })
-				permissions := &server.Permissions{Publish: &server.SubjectPermission{Allow: append(p, "none")}, Subscribe: &server.SubjectPermission{Allow: append(s, "none")}} // an empty list allows all
+				// "none" keeps the lists from being empty, because an empty list allows everything.
+				permissions := &server.Permissions{Publish: &server.SubjectPermission{Allow: append(p, "none")}, Subscribe: &server.SubjectPermission{Allow: append(s, "none")}}
 				if who == "service" || strings.HasPrefix(who, "it ") && slices.Contains(publish, "service.orders.*") {
 					permissions.Response = &server.ResponsePermission{MaxMsgs: server.DEFAULT_ALLOW_RESPONSE_MAX_MSGS, Expires: server.DEFAULT_ALLOW_RESPONSE_EXPIRATION}
 				}
@@ -1009,7 +1014,7 @@ func TestPermissions(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 				defer cancel()
 				admin := newService(t, srv, "admin", aegis.WithNATS(nats.UserInfo("admin", "")))
-				handle(t, admin, "m", echo, aegis.Exclusive()) // makes the streams and buckets
+				handle(t, admin, "m", echo, aegis.Exclusive()) // creates the streams and buckets
 				handleCommand(t, admin, "m", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil })
 				start(t, admin)
 				if err := aegis.Publish(ctx, admin, "x", "y", 1); err != nil {
@@ -1017,15 +1022,15 @@ func TestPermissions(t *testing.T) {
 				}
 				return exercise(env{t, srv, admin, aegis.WithNATS(nats.UserInfo("user", ""))}, ctx)
 			}
-			if err := without(t, ""); err != nil {
-				t.Fatal("what the README says is not enough:", err)
+			if err := exerciseWithout(t, ""); err != nil {
+				t.Fatal("the permissions in the README do not suffice:", err)
 			}
 			for _, missing := range slices.Concat(publish, subscribe) {
 				t.Run(missing, func(t *testing.T) {
 					t.Parallel()
-					err := without(t, missing)
+					err := exerciseWithout(t, missing)
 					if e := fails(t, err, aegis.ErrDenied); !strings.Contains(e.Message, strings.TrimRight(missing, ">*")) {
-						t.Errorf("it doesn't name it: %v", e)
+						t.Errorf("the error doesn't name %s: %v", missing, e)
 					}
 				})
 			}
@@ -1033,7 +1038,8 @@ func TestPermissions(t *testing.T) {
 	}
 }
 
-// Stop doesn't wait for what it may not do: the consumer of a broadcast is left to expire.
+// Stop does not wait if it has no permission to delete the consumer of a broadcast. The server removes that consumer when it
+// expires.
 func TestStopWithoutPermissionToDelete(t *testing.T) {
 	t.Parallel()
 	publish, subscribe := allowances(t, "it subscribes")
@@ -1042,7 +1048,7 @@ func TestStopWithoutPermissionToDelete(t *testing.T) {
 		o.Users = []*server.User{{Username: "admin"}, {Username: "user", Permissions: permissions}}
 	})
 	admin := newService(t, srv, "admin", aegis.WithNATS(nats.UserInfo("admin", "")))
-	if err := aegis.Subscribe(admin, "x.y", into(&journal[int]{})); err != nil { // makes the streams
+	if err := aegis.Subscribe(admin, "x.y", into(&journal[int]{})); err != nil { // creates the streams
 		t.Fatal(err)
 	}
 	start(t, admin)
@@ -1057,7 +1063,7 @@ func TestStopWithoutPermissionToDelete(t *testing.T) {
 		t.Error(err)
 	}
 	if d := time.Since(begin); d > 500*time.Millisecond {
-		t.Errorf("it took %v", d)
+		t.Errorf("Stop took %v, want at most 500 ms", d)
 	}
 }
 
@@ -1101,7 +1107,7 @@ func TestTLSAndCredentials(t *testing.T) {
 		t.Error(got)
 	}
 	if _, err := svc.Conn().TLSConnectionState(); err != nil {
-		t.Errorf("not encrypted: %v", err)
+		t.Errorf("the connection is not encrypted: %v", err)
 	}
 	promptly(t, func() {
 		for word, opts := range map[string][]nats.Option{
@@ -1114,7 +1120,8 @@ func TestTLSAndCredentials(t *testing.T) {
 	})
 }
 
-// handleAll adds what children in the role of soak serve. Each event that was handled is printed, and when an exclusive call ran.
+// handleAll adds the handlers of a child in the role "soak". They print each handled event, and the term and time of each
+// exclusive call.
 func handleAll(svc *aegis.Service) error {
 	return errors.Join(
 		aegis.Handle(svc, "echo", echo),
@@ -1131,25 +1138,26 @@ func handleAll(svc *aegis.Service) error {
 			return nil
 		}, aegis.Attempts(100)),
 		aegis.HandleCommand(svc, "work", func(_ context.Context, c *aegis.Command[int]) (string, error) {
-			_ = c.Progress(50, "half") // if it was cancelled or taken over, its result won't count
+			_ = c.Progress(50, "half") // the error doesn't matter: if the command was canceled or taken over, its result does not count
 			time.Sleep(5 * time.Millisecond)
 			return fmt.Sprint(c.Data, " by ", svc.ID(), " ", c.Attempt), nil
 		}, aegis.Attempts(100)),
 	)
 }
 
-// TestSoak puts three instances under load of all kinds, and does to them what happens: the server is restarted, one is killed, one
-// paused, one stopped, connections are cut. With -full it goes on for three minutes. No acknowledged event is lost, each command has
-// one outcome, no two terms serve exclusively at once, and each call gets an answer or an error in time.
-func TestSoak(t *testing.T) { // not beside others, since it takes all there is
+// TestSoak puts three instances under all kinds of load while connections are cut, an instance is killed, one is paused, one is
+// stopped and the server is restarted. With -full, it repeats this for three minutes. No acknowledged event may be lost, each
+// command must have one outcome, no two terms may serve exclusive calls at the same time, and each call must get an answer or an
+// error in time.
+func TestSoak(t *testing.T) { // not parallel, because it uses the whole machine
 	store := withJetStream(t)
 	srv := startServer(t, store)
 	port := onPort(srv)
 	p := startProxy(t, srv)
-	events := map[int]int{} // handled, how often
+	events := map[int]int{} // how often each event was handled
 	var exclusive []reignOf
-	var mu sync.Mutex // guards both
-	add := func() *process {
+	var mu sync.Mutex // guards events and exclusive
+	startInstance := func() *process {
 		child := startProcess(t, "soak", srv, "NATS_URL=nats://"+p.address)
 		ready, told := make(chan struct{}), make(chan string)
 		child.told = told
@@ -1172,7 +1180,7 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 		select {
 		case <-ready:
 		case <-time.After(30 * time.Second):
-			t.Fatal("the child isn't ready")
+			t.Fatal("the child was not ready after 30 s")
 		}
 		return child
 	}
@@ -1181,7 +1189,7 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 		for range child.told {
 		}
 	}
-	stop(add()) // makes the streams and consumers
+	stop(startInstance()) // creates the streams and consumers
 	js := manage(t, srv)
 	consumers := func() (names []string) {
 		for _, stream := range []string{"AEGIS_EVENTS", "AEGIS_COMMANDS", "KV_aegis_registry", "KV_aegis_leaders", "KV_aegis_commands"} {
@@ -1199,13 +1207,14 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 		}
 		return sorted(names)
 	}
-	durable := slices.DeleteFunc(consumers(), func(name string) bool { return !strings.HasPrefix(name, "risk~") }) // one of a watch goes a moment later
+	// The consumer of a watch disappears a moment later, so it is left out.
+	durable := slices.DeleteFunc(consumers(), func(name string) bool { return !strings.HasPrefix(name, "risk~") })
 	idle := srv.NumSubscriptions()
-	instances := []*process{add(), add(), add()}
+	instances := []*process{startInstance(), startInstance(), startInstance()}
 	quick := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 20 * time.Millisecond }))
 	client := newService(t, srv, "shop", quick)
 
-	// Load. Whoever does it counts what went well.
+	// Three goroutines per kind produce the load, and count the successes.
 	done := make(chan struct{})
 	var load sync.WaitGroup
 	progress := map[string]*atomic.Int64{"call": {}, "event": {}, "command": {}, "exclusive": {}}
@@ -1224,7 +1233,7 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 					cancel()
 					var e *aegis.Error
 					if took := time.Since(begin); took > allowed+3*time.Second {
-						t.Errorf("%s: %v after %v", kind, err, took)
+						t.Errorf("%s: returned %v after %v, allowed %v", kind, err, took, allowed)
 					}
 					if err == nil {
 						progress[kind].Add(1)
@@ -1247,7 +1256,7 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 	}
 	var stored journal[int]
 	var jobs journal[string]
-	run("call", time.Second, answered("echo")) // a third goes to the instance that is paused
+	run("call", time.Second, answered("echo")) // a third of the calls go to the instance that is paused
 	run("exclusive", 10*time.Second, answered("alone", aegis.Sticky(), aegis.Idempotent()))
 	run("event", 10*time.Second, func(ctx context.Context, n int) error {
 		err := aegis.Publish(ctx, client, "order", "created", n, aegis.Sticky())
@@ -1265,38 +1274,38 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 		time.Sleep(10 * time.Millisecond)
 		return err
 	})
-	flows := func(after string) {
+	waitForProgress := func(after string) {
 		t.Helper()
 		for kind, n := range progress {
 			was := n.Load()
-			eventually(t, kind+" goes on after "+after, func() bool { return n.Load() > was+3 })
+			eventually(t, "more "+kind+" requests succeed after "+after, func() bool { return n.Load() > was+3 })
 		}
 	}
-	flows("the start")
+	waitForProgress("the start")
 	for end := time.Now().Add(3 * time.Minute); ; {
 		p.cut()
-		flows("a cut")
+		waitForProgress("all connections were cut")
 		if err := instances[0].Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
-		instances[0] = add()
-		flows("a kill")
+		instances[0] = startInstance()
+		waitForProgress("an instance was killed")
 		if err := instances[1].Process.Signal(syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(3 * time.Second) // longer than its lease
-		flows("a pause")
+		waitForProgress("an instance was paused")
 		if err := instances[1].Process.Signal(syscall.SIGCONT); err != nil {
 			t.Fatal(err)
 		}
-		flows("its end")
+		waitForProgress("the paused instance continued")
 		stop(instances[2])
-		instances[2] = add()
-		flows("a stop")
+		instances[2] = startInstance()
+		waitForProgress("an instance was stopped")
 		srv.Shutdown()
 		srv.WaitForShutdown()
 		srv = startServer(t, port, store)
-		flows("a restart of the server")
+		waitForProgress("the server was restarted")
 		if !*full || time.Now().After(end) {
 			break
 		}
@@ -1304,20 +1313,20 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 	close(done)
 	load.Wait()
 
-	// All that was confirmed has been done.
+	// Everything that was acknowledged has been done.
 	eventually(t, "all events are handled", func() bool {
 		mu.Lock()
 		defer mu.Unlock()
 		return !slices.ContainsFunc(stored.all(), func(n int) bool { return events[n] == 0 })
 	})
 	outcomes := map[string]string{}
-	for range 2 { // the same both times
+	for range 2 { // both rounds must return the same results
 		for _, key := range jobs.all() {
 			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 			result, err := aegis.Attach[string](client, "risk", "work", key).Wait(ctx)
 			cancel()
 			if err != nil || !strings.HasPrefix(result, strings.TrimPrefix(key, "job-")+" by ") || outcomes[key] != "" && outcomes[key] != result {
-				t.Errorf("%s: %q, %v; before: %q", key, result, err, outcomes[key])
+				t.Errorf("%s: got %q, %v; the first round returned %q", key, result, err, outcomes[key])
 			}
 			outcomes[key] = result
 		}
@@ -1325,7 +1334,7 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 	letters := 0
 	for d, err := range client.DeadLetters(t.Context()) {
 		letters++
-		t.Errorf("a dead letter: %s %v", d.Reason, err)
+		t.Errorf("unexpected dead letter: %s %v", d.Reason, err)
 	}
 	t.Logf("%d calls, %d exclusive, %d events, %d commands; %d dead letters", progress["call"].Load(), progress["exclusive"].Load(), len(stored.all()), len(outcomes), letters)
 	mu.Lock()
@@ -1333,7 +1342,7 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 	latest := reignOf{}
 	for _, r := range exclusive {
 		if r.from < latest.to && r.term != latest.term || r.term < latest.term {
-			t.Errorf("term %d of %s ran while term %d of %s did", r.term, r.who, latest.term, latest.who)
+			t.Errorf("term %d of %s served while term %d of %s served", r.term, r.who, latest.term, latest.who)
 		}
 		if r.to > latest.to {
 			latest = r
@@ -1341,23 +1350,25 @@ func TestSoak(t *testing.T) { // not beside others, since it takes all there is
 	}
 	mu.Unlock()
 
-	// Nothing is left behind.
+	// No consumers or subscriptions are left behind.
 	for _, child := range instances {
 		stop(child)
 	}
 	if err := client.Stop(t.Context()); err != nil {
 		t.Error(err)
 	}
-	for end := time.Now().Add(time.Minute); !slices.Equal(consumers(), durable); time.Sleep(100 * time.Millisecond) { // the server takes its time
+	// The server removes consumers with a delay.
+	for end := time.Now().Add(time.Minute); !slices.Equal(consumers(), durable); time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("consumers %v, at first %v", consumers(), durable)
+			t.Fatalf("got consumers %v, want those of the start: %v", consumers(), durable)
 		}
 	}
 	eventually(t, fmt.Sprint("there are no more subscriptions than ", idle), func() bool { return srv.NumSubscriptions() <= idle })
 }
 
-// Whoever may publish can send anything anywhere. Nothing of it crashes an instance, takes its memory, or keeps it from its work.
-func TestHostileInput(t *testing.T) { // not beside others, since it takes all there is
+// A client that may publish can send any data to any subject. This must not crash an instance, exhaust its memory, or keep it
+// from its work.
+func TestHostileInput(t *testing.T) { // not parallel, because it uses the whole machine
 	srv := startServer(t, withJetStream(t))
 	svc, client := newService(t, srv, "risk", aegis.WithID("a")), newService(t, srv, "shop")
 	handle(t, svc, "echo", echo)
@@ -1372,7 +1383,8 @@ func TestHostileInput(t *testing.T) { // not beside others, since it takes all t
 	if _, err := client.Discover(t.Context(), "risk"); err != nil {
 		t.Fatal(err)
 	}
-	nc, err := nats.Connect(srv.ClientURL(), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {})) // it overhears more than it takes
+	// The connection receives more than it reads, and ignores the errors about that.
+	nc, err := nats.Connect(srv.ClientURL(), nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1407,8 +1419,9 @@ func TestHostileInput(t *testing.T) { // not beside others, since it takes all t
 		"events.order.created", "events.$redrive.risk~order~+", "commands.risk.work", "commands.risk.work.critical",
 		"$KV.aegis_registry.risk.x", "$KV.aegis_registry.risk.x.y", "$KV.aegis_commands.risk.work.x", "aegis.jobs.risk.work.x", "service.risk.register",
 	}
-	// Replies that nobody asked for, to those that wait for one and to those that did: the subjects are overheard. The caller whose
-	// answers are overheard may take such a reply for its answer, if it comes first; the others must not notice anything.
+	// Some messages are unsolicited replies to calls, both calls that wait for an answer and calls that have ended. A
+	// subscription overhears the reply subjects. The caller whose replies are overheard may take an unsolicited reply for its
+	// answer if that reply comes first. The other callers must not notice anything.
 	victim := newService(t, srv, "victim")
 	stopVictim := hammer(t, victim, 2, "risk", "echo", func(error) {})
 	overheard := make(chan *nats.Msg, 64)
@@ -1436,7 +1449,7 @@ func TestHostileInput(t *testing.T) { // not beside others, since it takes all t
 		}
 		m.Reply = []string{"", "_INBOX.mine", "_INBOX.x.ABCDEFGHIJKL.1.1.99999999999999", "_INBOX..1", "rpc.risk.echo", "a b"}[random.IntN(5)]
 		select {
-		case heard := <-overheard: // ours, or what the service answers others
+		case heard := <-overheard: // from this loop, or an answer of the service to the victim
 			m.Subject = heard.Subject
 		default:
 		}
@@ -1454,7 +1467,7 @@ func TestHostileInput(t *testing.T) { // not beside others, since it takes all t
 	}
 	stopVictim()
 	if calls := stop(); calls < 100 {
-		t.Errorf("%d calls went through", calls)
+		t.Errorf("only %d calls succeeded, want at least 100", calls)
 	}
 	if err := eavesdropping.Unsubscribe(); err != nil {
 		t.Fatal(err)
@@ -1463,20 +1476,21 @@ func TestHostileInput(t *testing.T) { // not beside others, since it takes all t
 		<-overheard
 	}
 	publish(t, client, "order", "created", Order{Qty: 4711})
-	eventually(t, "the event gets through", func() bool { return slices.Contains(got.all(), 4711) })
+	eventually(t, "the event is delivered", func() bool { return slices.Contains(got.all(), 4711) })
 	if r := wait(t, send[Order, int](t, client, "risk", "work", Order{Qty: 7})); r != 7 {
 		t.Error(r)
 	}
-	eventually(t, "who is there shows", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
-	eventually(t, "memory is what it was, about", func() bool { return heap() < before+64<<20 })
-	t.Logf("%d messages, %d MB more", sent, (int64(heap())-int64(before))>>20)
+	eventually(t, "Discover returns the instance", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
+	eventually(t, "memory use is at most 64 MB above what it was before", func() bool { return heap() < before+64<<20 })
+	t.Logf("%d messages sent, memory grew by %d MB", sent, (int64(heap())-int64(before))>>20)
 }
 
-// Three times as much is asked for as can be done: what can be done is, and the rest is refused at once, be it that handlers wait, or
-// that they take all the CPU there is. It is measured again, twice at most, if it looks bad: something else may keep the machine busy.
-func TestGoodputUnderOverload(t *testing.T) { // not beside others
+// Callers offer three times as much load as a service can handle. The service must keep up its throughput and reject the rest at
+// once, whether its handlers wait or use all of the CPU. A bad result is measured again, at most twice, because something else
+// may keep the machine busy.
+func TestGoodputUnderOverload(t *testing.T) { // not parallel, because other tests would distort it
 	var sink atomic.Uint64
-	compute := func() { // some 10 ms, also with -race
+	compute := func() { // takes about 10 ms, also with -race
 		x := uint64(1)
 		for range 10_000_000 {
 			x = x*6364136223846793005 + 1442695040888963407
@@ -1487,27 +1501,28 @@ func TestGoodputUnderOverload(t *testing.T) { // not beside others
 		name        string
 		work        func()
 		concurrency int
-		quick       time.Duration
+		quick       time.Duration // within which a call must be rejected
 	}{
 		{"waiting", func() { time.Sleep(20 * time.Millisecond) }, 8, 200 * time.Millisecond},
-		{"computing", compute, runtime.GOMAXPROCS(0), time.Second}, // each of a dozen hops waits for its slice of the CPU, 10 ms or more
+		{"computing", compute, runtime.GOMAXPROCS(0), time.Second}, // each of a dozen hops waits 10 ms or more for its slice of the CPU
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			for round := 1; ; round++ {
-				goodput, took := overload(t, c.work, c.concurrency)
+				goodput, took := measureOverload(t, c.work, c.concurrency)
 				if goodput >= 0.8 && took < c.quick {
 					return
 				}
 				if round == 3 {
-					t.Fatalf("goodput is %.2f of capacity, and it took up to %v to be refused", goodput, took)
+					t.Fatalf("goodput is %.2f of capacity, want 0.8; a rejection took up to %v, want less than %v", goodput, took, c.quick)
 				}
 			}
 		})
 	}
 }
 
-// overload is which part of its capacity a service does under three times as much load, and how long it took at most to be refused.
-func overload(t *testing.T, work func(), concurrency int) (goodput float64, took time.Duration) {
+// measureOverload offers a service three times the load that it can handle. It returns the throughput as a fraction of the
+// service's capacity, and the longest time that a rejection took.
+func measureOverload(t *testing.T, work func(), concurrency int) (goodput float64, took time.Duration) {
 	t.Helper()
 	srv := startServer(t)
 	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
@@ -1520,8 +1535,8 @@ func overload(t *testing.T, work func(), concurrency int) (goodput float64, took
 		runtime.ReadMemStats(&m)
 		return int64(m.HeapAlloc)
 	}
-	var done, refused, slowest atomic.Int64 // slowest in ns, of those that were refused
-	one := func() {
+	var done, refused, slowest atomic.Int64 // slowest is the time of the slowest rejection in ns
+	callOnce := func() {
 		begin := time.Now()
 		switch _, err := call[int, int](client, "svc", "m", 1); {
 		case err == nil:
@@ -1536,10 +1551,10 @@ func overload(t *testing.T, work func(), concurrency int) (goodput float64, took
 	}
 	var callers sync.WaitGroup
 	begin := time.Now()
-	for range concurrency + max(concurrency/2, 1) { // some run, some wait
+	for range concurrency + max(concurrency/2, 1) { // some requests run, and some wait
 		callers.Go(func() {
 			for time.Since(begin) < phase {
-				one()
+				callOnce()
 			}
 		})
 	}
@@ -1550,9 +1565,9 @@ func overload(t *testing.T, work func(), concurrency int) (goodput float64, took
 	refused.Store(0)
 	offered := 0
 	begin = time.Now()
-	for time.Since(begin) < phase { // whether there are answers or not
+	for time.Since(begin) < phase { // offers load at a fixed rate, without waiting for answers
 		for due := int(3 * capacity * time.Since(begin).Seconds()); offered < due; offered++ {
-			callers.Go(one)
+			callers.Go(callOnce)
 		}
 		time.Sleep(time.Millisecond)
 	}
@@ -1560,13 +1575,13 @@ func overload(t *testing.T, work func(), concurrency int) (goodput float64, took
 	more := heap() - before
 	callers.Wait()
 	took = time.Duration(slowest.Load())
-	t.Logf("capacity %.0f/s, offered %.0f/s, goodput %.2f of it, %d refused, the slowest after %v, %d kB more",
+	t.Logf("capacity %.0f/s, offered %.0f/s, goodput %.2f of capacity, %d rejected, the slowest after %v, memory grew by %d kB",
 		capacity, float64(offered)/phase.Seconds(), goodput, refused.Load(), took, more>>10)
 	if int(done.Load()+refused.Load()) != offered || refused.Load() < int64(offered)/3 {
-		t.Errorf("%d done and %d refused of %d", done.Load(), refused.Load(), offered)
+		t.Errorf("%d done and %d rejected of %d offered", done.Load(), refused.Load(), offered)
 	}
 	if more > 16<<20 {
-		t.Errorf("%d MB more", more>>20)
+		t.Errorf("memory grew by %d MB, want at most 16", more>>20)
 	}
 	return goodput, took
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/aegistrader/aegis"
 )
 
-// gobbledygook is a codec of a user's own: JSON with every bit flipped.
+// gobbledygook is a codec as a user might define it: JSON with every bit flipped.
 type gobbledygook struct{}
 
 func (gobbledygook) ContentType() string { return "application/gobbledygook" }
@@ -60,7 +60,7 @@ func TestCodecs(t *testing.T) {
 		}
 		again, _ := c.Marshal(&in)
 		if !bytes.Equal(data, again) {
-			t.Errorf("%s: equal values differ in bytes", c.ContentType())
+			t.Errorf("%s: equal values have different encodings", c.ContentType())
 		}
 		var out everything
 		if err := c.Unmarshal(data, &out); err != nil {
@@ -79,11 +79,11 @@ func TestCodecs(t *testing.T) {
 	}
 }
 
-func TestMsgPackRefuses(t *testing.T) {
+func TestMsgPackRejectsMalformedInput(t *testing.T) {
 	t.Parallel()
 	for name, data := range map[string][]byte{
-		"nothing":               {},
-		"a byte without use":    {0xc1},
+		"empty input":           {},
+		"the unused code 0xc1":  {0xc1},
 		"two values":            {1, 2},
 		"half a float":          {0xcb, 1, 2, 3},
 		"half a string":         {0xd9, 5, 'a'},
@@ -94,7 +94,7 @@ func TestMsgPackRefuses(t *testing.T) {
 		"an extension of 4 GB":  {0xc9, 0xff, 0xff, 0xff, 0xff, 1, 1},
 		"a million levels":      append(bytes.Repeat([]byte{0x91}, 1_000_000), 1),
 		"129 levels":            append(bytes.Repeat([]byte{0x91}, 129), 1),
-		"a map short of one":    {0x82, 1, 1, 2},
+		"a map without a value": {0x82, 1, 1, 2},
 		"an unhashable key":     {0x81, 0x91, 1, 1},
 	} {
 		var m map[any]any
@@ -112,7 +112,7 @@ func TestMsgPackRefuses(t *testing.T) {
 	}
 }
 
-// FuzzMsgPack checks that hostile bytes cost no more memory than their length warrants, and no panic.
+// FuzzMsgPack checks that malformed input causes no panic, and no more allocations than are proportionate to its length.
 func FuzzMsgPack(f *testing.F) {
 	for _, v := range []any{1, "s", []int{1, 2}, map[string]any{"i": 1, "L": []string{"a"}, "P": map[string]any{"M": map[string]int{"x": 1}}}, everything{}} {
 		data, err := aegis.MsgPack.Marshal(v)

@@ -103,9 +103,7 @@ type record struct {
 	Error    *Error    `json:"error,omitempty"`
 }
 
-func (r *record) final() bool {
-	return r.State == completed || r.State == failed || r.State == canceled
-}
+func (r *record) final() bool { return r.State == completed || r.State == failed || r.State == canceled }
 
 func (r *record) progress() Progress {
 	return Progress{State: r.State, Percent: r.Percent, Message: r.Message, Attempt: r.Attempt, Time: r.Time}
@@ -396,20 +394,8 @@ func (ex *executions) checkAll() {
 	}
 	ex.helpers.Go(func() {
 		defer ex.checking.Store(false)
-		for _, x := range ex.atWork() {
-			if !x.check() {
-				return
-			}
-		}
+		ex.runs.Range(func(_, x any) bool { return x.(*run).check() })
 	})
-}
-
-func (ex *executions) atWork() (runs []*run) {
-	ex.runs.Range(func(_, x any) bool {
-		runs = append(runs, x.(*run))
-		return true
-	})
-	return runs
 }
 
 // check looks whether the command is still this run's; not ok if that can't be told.
@@ -588,5 +574,5 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 			return failure
 		}
 	}
-	return s.wake(ctx, d.Subject, key, revision, copyHeader(d.Header), d.Data, nil, callConfigs[kindCommand])
+	return s.queueCommand(ctx, d.Subject, key, revision, copyHeader(d.Header), d.Data, nil, callConfigs[kindCommand])
 }

@@ -42,7 +42,7 @@ func TestCommand(t *testing.T) {
 					t.Error(err)
 				}
 				<-reported
-				for i := range 1000 { // faster than they are written
+				for i := range 1000 { // faster than progress is written
 					if err := c.Progress(25+float64(i)/1000, "more"); err != nil {
 						t.Error(err)
 					}
@@ -75,13 +75,13 @@ func TestCommand(t *testing.T) {
 			if got.ID != "k.1/"+name || got.Source != "shop" || got.Priority != aegis.High || got.Attempt != 1 || got.Fence == 0 || got.Data.SKU != "x" {
 				t.Errorf("got %+v", got)
 			}
-			elsewhere := newService(t, srv, "ops", aegis.WithCodec(codec))
-			if r := wait(t, aegis.Attach[Receipt](elsewhere, name, "rebalance", j.ID)); r.ID != "x-"+j.ID {
-				t.Errorf("attached, got %+v", r)
+			other := newService(t, srv, "ops", aegis.WithCodec(codec))
+			if r := wait(t, aegis.Attach[Receipt](other, name, "rebalance", j.ID)); r.ID != "x-"+j.ID {
+				t.Errorf("another service that attached got %+v", r)
 			}
 			for n := range 130 {
 				if r := wait(t, send[int, int](t, client, name, "count", n)); r != n+1 {
-					t.Fatalf("got %d after %d", r, n)
+					t.Fatalf("got %d, want %d", r, n+1)
 				}
 			}
 		})
@@ -93,7 +93,7 @@ func TestCommandFails(t *testing.T) {
 	srv := startServer(t, withJetStream(t), func(o *server.Options) { o.MaxPayload = 64 << 10 })
 	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
 	var attempts journal[string]
-	var mended atomic.Bool
+	var fixed atomic.Bool
 	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) ([]byte, error) {
 		attempts.add(fmt.Sprint(c.Data, " ", c.Attempt))
 		switch {
@@ -101,7 +101,7 @@ func TestCommandFails(t *testing.T) {
 			panic("ouch")
 		case c.Data == "large":
 			return make([]byte, 64<<10), nil
-		case c.Data == "once" && c.Attempt == 1, c.Data == "never" && !mended.Load():
+		case c.Data == "once" && c.Attempt == 1, c.Data == "never" && !fixed.Load():
 			return nil, &aegis.Error{Code: "NO_LIMIT", Message: "no limit set"}
 		}
 		return []byte(c.Data), nil
@@ -124,14 +124,14 @@ func TestCommandFails(t *testing.T) {
 	fails(t, waitError(t, send[[]int, []byte](t, client, "risk", "work", []int{1})), aegis.ErrInvalid, "string")
 	want := []string{"once 1", "once 2", "never 1", "never 2", "panic 1", "panic 2", "large 1"}
 	if got := attempts.all(); !slices.Equal(got, want) {
-		t.Errorf("attempts %q", got)
+		t.Errorf("got attempts %q", got)
 	}
 	letters := deadLetters(t, svc)
 	if len(letters) != 4 || letters[0].Subject != "commands.risk.work" || letters[0].Attempts != 2 || !strings.Contains(letters[0].Reason, "NO_LIMIT") {
-		t.Fatalf("dead letters %+v", letters)
+		t.Fatalf("got dead letters %+v", letters)
 	}
 
-	mended.Store(true)
+	fixed.Store(true)
 	if err := client.Redrive(t.Context(), letters[0]); err != nil {
 		t.Fatal(err)
 	}
@@ -140,7 +140,7 @@ func TestCommandFails(t *testing.T) {
 	}
 	fails(t, client.Redrive(t.Context(), letters[0]), aegis.ErrNotFound)
 	if n := len(deadLetters(t, svc)); n != 3 {
-		t.Errorf("%d dead letters are left", n)
+		t.Errorf("got %d dead letters, want 3", n)
 	}
 }
 
@@ -161,7 +161,7 @@ func TestPriorities(t *testing.T) {
 		jobs = append(jobs, send[string, int](t, client, "risk", "work", data, aegis.AtPriority(p)))
 	}
 	add("first", aegis.Normal)
-	eventually(t, "the first is taken", func() bool {
+	eventually(t, "the first command runs", func() bool {
 		for p, err := range jobs[0].Updates(t.Context()) {
 			return err == nil && p.State == "running"
 		}
@@ -182,7 +182,7 @@ func TestPriorities(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 
-	// However many critical ones there are, a low one gets its turn.
+	// A command of low priority gets its turn, however many critical commands there are.
 	low := send[string, int](t, client, "risk", "work", "patient", aegis.AtPriority(aegis.Low))
 	stop := make(chan struct{})
 	var senders sync.WaitGroup
@@ -204,15 +204,15 @@ func TestPriorities(t *testing.T) {
 	senders.Wait()
 }
 
-// The turn of the less urgent isn't lost to a level at which there is nothing.
-func TestPatientCommandBelowWhichThereIsNone(t *testing.T) {
+// Now and then a less urgent command gets a turn. That turn must not be lost on a priority that has no commands, here Low.
+func TestTurnOfLessUrgentSkipsEmptyPriorities(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
-	var urgent, before atomic.Int32
+	var urgent, urgentBefore atomic.Int32
 	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (int, error) {
 		if time.Sleep(10 * time.Millisecond); c.Data == "patient" {
-			before.Store(urgent.Load())
+			urgentBefore.Store(urgent.Load())
 		} else {
 			urgent.Add(1)
 		}
@@ -228,8 +228,8 @@ func TestPatientCommandBelowWhichThereIsNone(t *testing.T) {
 	for _, j := range jobs {
 		wait(t, j)
 	}
-	if before.Load() > 40 {
-		t.Errorf("it ran after %d more urgent ones", before.Load())
+	if urgentBefore.Load() > 40 {
+		t.Errorf("the less urgent command ran after %d more urgent ones", urgentBefore.Load())
 	}
 }
 
@@ -238,13 +238,13 @@ func TestThousandCommandsAtOnce(t *testing.T) {
 	const n = 1000
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
-	var now atomic.Int32
+	var running atomic.Int32
 	release := make(chan struct{})
 	instance := func() *aegis.Service {
 		svc := newService(t, srv, "risk")
 		handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) {
-			now.Add(1)
-			defer now.Add(-1)
+			running.Add(1)
+			defer running.Add(-1)
 			if err := c.Progress(50, strconv.Itoa(c.Data)); err != nil {
 				return 0, err
 			}
@@ -272,25 +272,25 @@ func TestThousandCommandsAtOnce(t *testing.T) {
 	if t.Failed() {
 		t.FailNow()
 	}
-	eventually(t, "all run", func() bool { return now.Load() == n })
+	eventually(t, "all commands run", func() bool { return running.Load() == n })
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	fails(t, svc.Stop(ctx), aegis.ErrTimeout)
 	cancel()
-	eventually(t, "all were told", func() bool { return now.Load() == 0 })
+	eventually(t, "all handlers have returned", func() bool { return running.Load() == 0 })
 	close(release)
 	second := instance()
-	for i, j := range jobs { // each ran in vain once, which counts as nothing
+	for i, j := range jobs { // the run that Stop cancelled does not count as an attempt
 		if r := wait(t, j); r != i*1000+1 {
 			t.Fatalf("command %d: got %d", i, r)
 		}
 	}
 	if letters := deadLetters(t, second); len(letters) > 0 {
-		t.Errorf("%d dead letters", len(letters))
+		t.Errorf("got %d dead letters, want none", len(letters))
 	}
 }
 
-// A command's sender and its worker get through a restart of the server.
-func TestCommandThroughServerRestart(t *testing.T) {
+// Both the sender and the worker of a command survive a restart of the server.
+func TestCommandSurvivesServerRestart(t *testing.T) {
 	t.Parallel()
 	store := withJetStream(t)
 	srv := startServer(t, store)
@@ -313,17 +313,17 @@ func TestCommandThroughServerRestart(t *testing.T) {
 	samePort := onPort(srv)
 	srv.Shutdown()
 	srv.WaitForShutdown()
-	close(release) // it ends while there is no server
+	close(release) // the handler returns while there is no server
 	startServer(t, samePort, store)
 	if r := <-result; r != "done" {
 		t.Errorf("got %q", r)
 	}
 	if runs.Load() != 1 {
-		t.Errorf("%d runs", runs.Load())
+		t.Errorf("got %d runs, want 1", runs.Load())
 	}
 }
 
-func TestCommandStreamsThatCannotBeUsed(t *testing.T) {
+func TestUnusableCommandStreams(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		words  []string
@@ -375,14 +375,14 @@ func TestKilledWorker(t *testing.T) {
 		t.Errorf("got %q", r)
 	}
 
-	// One that kills its process each time is set aside.
+	// A command that kills its process at each attempt fails.
 	if err := svc.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	exit := send[string, string](t, client, "risk", "work", "EXIT")
 	for range 3 {
 		p := startProcess(t, "commands", srv)
-		eventually(t, "it dies, or the command has failed", func() bool {
+		eventually(t, "the process ends or the command has failed", func() bool {
 			select {
 			case _, ok := <-p.lines:
 				return !ok
@@ -394,8 +394,8 @@ func TestKilledWorker(t *testing.T) {
 	fails(t, waitError(t, exit), aegis.ErrInternal, "2 times", "never finished")
 }
 
-// A worker that was paused for longer than its ack wait has lost its command: it learns of that, with or without reporting
-// progress, and neither overwrites the outcome nor acknowledges the message.
+// A worker that was paused for longer than its ack wait has lost its command to another worker. It notices that, whether or not
+// it reports progress, and it neither overwrites the outcome nor acknowledges the message.
 func TestPausedWorker(t *testing.T) {
 	t.Parallel()
 	if runtime.GOOS == "windows" {
@@ -408,7 +408,7 @@ func TestPausedWorker(t *testing.T) {
 		if line, _ := paused.line(t); line != "ready" {
 			t.Fatal(line)
 		}
-		shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second) // for those that start later
+		shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second) // applies to workers that start later
 		j := send[string, string](t, client, "risk", "work", data)
 		if line, _ := paused.line(t); line != data+" 1 " {
 			t.Fatal(line)
@@ -425,13 +425,13 @@ func TestPausedWorker(t *testing.T) {
 		})
 		start(t, svc)
 		if n := <-attempts; n != 2 {
-			t.Errorf("attempt %d", n)
+			t.Errorf("got attempt %d, want 2", n)
 		}
 		if err := paused.Process.Signal(syscall.SIGCONT); err != nil {
 			t.Fatal(err)
 		}
 		if line, _ := paused.line(t); line != "FENCED" {
-			t.Errorf("the one that was paused says %q", line)
+			t.Errorf("the paused worker printed %q", line)
 		}
 		close(release)
 		if r := wait(t, j); r != "the second" {
@@ -442,7 +442,7 @@ func TestPausedWorker(t *testing.T) {
 			return err == nil && st.CachedInfo().State.Msgs == 0
 		})
 		if len(attempts) > 0 {
-			t.Error("it ran once more")
+			t.Error("the command ran once more")
 		}
 		if err := svc.Stop(t.Context()); err != nil {
 			t.Error(err)
@@ -453,8 +453,8 @@ func TestPausedWorker(t *testing.T) {
 	}
 }
 
-// A command that was queued again, and then sent again, has two messages, but runs once at a time.
-func TestCommandWokenUpTwice(t *testing.T) {
+// A command that was returned to its queue and then sent again has two messages in the queue. They must not run at the same time.
+func TestCommandWithTwoMessagesRunsOnceAtATime(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
@@ -473,30 +473,30 @@ func TestCommandWokenUpTwice(t *testing.T) {
 		return svc
 	}
 	data := map[string]int{}
-	for i := range 20 { // whose order in the encoded data is random
+	for i := range 20 { // the order of the keys in the encoded data is random
 		data[strconv.Itoa(i)] = i
 	}
 	first := instance(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
 	j := send[map[string]int, int](t, client, "risk", "work", data, aegis.IdempotencyKey("k"))
-	eventually(t, "it runs", func() bool { return running.Load() == 1 })
+	eventually(t, "the command runs", func() bool { return running.Load() == 1 })
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	fails(t, first.Stop(ctx), aegis.ErrTimeout)
-	eventually(t, "it was told", func() bool { return running.Load() == 0 })
+	eventually(t, "the handler has returned", func() bool { return running.Load() == 0 })
 	send[map[string]int, int](t, client, "risk", "work", data, aegis.IdempotencyKey("k"))
 	for range 2 {
 		instance(func(context.Context) error { time.Sleep(500 * time.Millisecond); return nil })
 	}
 	if r := wait(t, j); r != 1 || runs.Load() != 2 || overlaps.Load() != 0 {
-		t.Errorf("result of attempt %d, %d runs, %d of them while another went on", r, runs.Load(), overlaps.Load())
+		t.Errorf("got the result of attempt %d, %d runs, %d of them during another run", r, runs.Load(), overlaps.Load())
 	}
 }
 
-func TestOddCommands(t *testing.T) {
+func TestCommandEdgeCases(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
-	answers := func(next aegis.HandlerFunc) aegis.HandlerFunc { // instead of the handler
+	answers := func(next aegis.HandlerFunc) aegis.HandlerFunc { // answers instead of the handler
 		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
 			if m.Header.Get("X-Answer") != "" {
 				return []byte{7}, nil
@@ -525,5 +525,5 @@ func TestOddCommands(t *testing.T) {
 	}
 	_, err = aegis.SendCommand[int, int](aegis.WithHeader(t.Context(), "bad key", "x"), client, "risk", "work", 1, aegis.IdempotencyKey("bad"))
 	fails(t, err, aegis.ErrInvalid, "bad key")
-	fails(t, waitError(t, aegis.Attach[int](client, "risk", "work", "bad")), aegis.ErrNotFound) // nothing is left behind
+	fails(t, waitError(t, aegis.Attach[int](client, "risk", "work", "bad")), aegis.ErrNotFound) // it leaves no record
 }

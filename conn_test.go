@@ -51,14 +51,14 @@ func TestServerRestartUnderLoad(t *testing.T) {
 			t.Errorf("got %+v", e)
 		}
 	})
-	eventually(t, "calls fail at once", func() bool { return unavailable.Load() > 100 })
+	eventually(t, "calls fail immediately", func() bool { return unavailable.Load() > 100 })
 	again := startServer(t, samePort)
 	eventually(t, "calls succeed again", func() bool {
 		_, err := call[string, string](client, "svc", "m", "")
 		return err == nil
 	})
 	eventually(t, "all connections are back", func() bool { return again.NumClients() == 5 })
-	eventually(t, "all connections serve", func() bool {
+	eventually(t, "calls succeed on all connections", func() bool {
 		for range 30 {
 			if _, err := call[string, string](client, "svc", "m", ""); err != nil {
 				return false
@@ -69,7 +69,7 @@ func TestServerRestartUnderLoad(t *testing.T) {
 	stop()
 }
 
-func TestPoolSkipsWhatIsDown(t *testing.T) {
+func TestPoolSkipsLostConnection(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc := newService(t, srv, "svc")
@@ -86,7 +86,7 @@ func TestPoolSkipsWhatIsDown(t *testing.T) {
 	if err := srv.DisconnectClientByID(id); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the user's handler is told", func() bool { return lost.Load() == 1 })
+	eventually(t, "the user's disconnect handler is called", func() bool { return lost.Load() == 1 })
 	for range 30 {
 		if _, err := call[string, string](client, "svc", "m", ""); err != nil {
 			t.Error(err)
@@ -94,8 +94,9 @@ func TestPoolSkipsWhatIsDown(t *testing.T) {
 	}
 }
 
-// A responder that answers late, twice, and to calls that are long over must never get an answer to another call.
-func TestLateAnswers(t *testing.T) {
+// A responder sends some answers twice and some after their call has ended. Such an answer must never be taken for the answer to
+// another call.
+func TestLateAnswersAreDiscarded(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	nc, err := nats.Connect(srv.ClientURL())
@@ -107,7 +108,7 @@ func TestLateAnswers(t *testing.T) {
 		*nats.Msg
 		since time.Time
 	}
-	var old []held // calls that were not answered in time; only the subscription's goroutine uses it
+	var old []held // requests that were not answered in time; only the subscription's goroutine uses it
 	if _, err := nc.Subscribe("rpc.svc.m", func(m *nats.Msg) {
 		for len(old) > 0 && time.Since(old[0].since) > 40*time.Millisecond {
 			_ = old[0].Respond(old[0].Data)
@@ -134,13 +135,13 @@ func TestLateAnswers(t *testing.T) {
 		}
 		late.Add(1)
 	})
-	eventually(t, "many answers are late", func() bool { return late.Load() > 100 })
+	eventually(t, "many calls have timed out", func() bool { return late.Load() > 100 })
 	if stop() == 0 {
 		t.Error("no call was answered in time")
 	}
 }
 
-func TestManyCallsAtOnce(t *testing.T) {
+func TestConcurrentCalls(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
@@ -149,16 +150,16 @@ func TestManyCallsAtOnce(t *testing.T) {
 		return s, nil
 	})
 	start(t, svc)
-	var calls atomic.Int64
+	var polls atomic.Int64
 	stop := hammer(t, client, 500, "svc", "m", func(err error) { t.Error(err) })
-	eventually(t, "some time passes", func() bool { return calls.Add(1) > 200 })
+	eventually(t, "about 200 ms have passed", func() bool { return polls.Add(1) > 200 })
 	if n := stop(); n < 500 {
-		t.Errorf("only %d calls", n)
+		t.Errorf("only %d calls succeeded, want at least 500", n)
 	}
 }
 
-// A request that can't be sent fails as such in whatever company it is.
-func TestTooLargeInACrowd(t *testing.T) {
+// A request that cannot be sent fails with its own error, and does not affect the other requests that are sent at the same time.
+func TestInvalidRequestsAmongConcurrentCalls(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, func(o *server.Options) { o.MaxPayload = 32 << 10 })
 	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
@@ -186,7 +187,7 @@ func TestTooLargeInACrowd(t *testing.T) {
 	})
 }
 
-// A peer that takes nothing any more holds up neither calls beyond their deadline nor Stop.
+// A server that reads nothing from its connections any more must not block calls or Stop for long after their deadlines.
 func TestStalledConnection(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
@@ -212,20 +213,21 @@ func TestStalledConnection(t *testing.T) {
 		})
 	}
 	calls.Wait()
-	if took := time.Since(begin); took > 8*time.Second { // nats.go holds them up for a flush and a connect, 2 s each, on both connections
-		t.Errorf("calls with 0.5 s to live took %v", took)
+	// On each of the two connections, nats.go blocks calls for a flush and a connect, 2 s each.
+	if took := time.Since(begin); took > 8*time.Second {
+		t.Errorf("calls with a timeout of 0.5 s took %v, want at most 8 s", took)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	begin = time.Now()
 	fails(t, client.Stop(ctx), aegis.ErrUnavailable)
 	if took := time.Since(begin); took > 5*time.Second {
-		t.Errorf("Stop with 1 s took %v", took)
+		t.Errorf("Stop with a timeout of 1 s took %v, want at most 5 s", took)
 	}
 }
 
-// Late answers to many calls that were given up must leave room for the answer to the next.
-func TestManyLateAnswersAtOnce(t *testing.T) {
+// Many late answers to calls that have timed out must leave room for the answer to the next call.
+func TestLateAnswersDoNotDisplaceNextAnswer(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	nc, err := nats.Connect(srv.ClientURL())
@@ -241,7 +243,7 @@ func TestManyLateAnswersAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	client := newService(t, srv, "client", aegis.WithPool(1))
-	for len(requests) < 20 { // some may be given up before they are sent
+	for len(requests) < 20 { // some calls may time out before they are sent
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		_, err := aegis.Call[int, int](ctx, client, "svc", "m", 1)
 		cancel()
@@ -267,7 +269,8 @@ func TestManyLateAnswersAtOnce(t *testing.T) {
 	}
 }
 
-// flaky fails the first calls: each instance of it can be asked how often it was called.
+// flaky returns a handler that answers its first calls with 0 and the error of how, and later calls with 7. The counter called
+// counts the calls.
 func flaky(failures int32, how func() error) (fn func(context.Context, int) (int, error), called *atomic.Int32) {
 	called = new(atomic.Int32)
 	return func(context.Context, int) (int, error) {
@@ -278,8 +281,8 @@ func flaky(failures int32, how func() error) (fn func(context.Context, int) (int
 	}, called
 }
 
-// An attempt that the end of ctx cuts short doesn't hide what the one before it has found out.
-func TestGivingUpTellsWhatIsKnown(t *testing.T) {
+// If ctx ends during an attempt, the error still reports the failure of the attempt before it.
+func TestTimeoutReportsEarlierFailure(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	client := newService(t, srv, "client")
@@ -304,8 +307,9 @@ func TestGivingUpTellsWhatIsKnown(t *testing.T) {
 		_, err := aegis.Call[int, int](ctx, client, "never", "m", 1, aegis.Sticky())
 		result <- err
 	}()
-	eventually(t, "some attempts", func() bool { return sent() > before+8 })
-	if _, err := nc.Subscribe("$SRV.INFO.never", func(*nats.Msg) {}); err != nil { // so that nobody tells why any more
+	eventually(t, "some attempts have been made", func() bool { return sent() > before+8 })
+	// This subscriber never answers. So the question why there are no responders is still open when ctx ends.
+	if _, err := nc.Subscribe("$SRV.INFO.never", func(*nats.Msg) {}); err != nil {
 		t.Fatal(err)
 	}
 	if e := fails(t, <-result, aegis.ErrTimeout, "never is not running"); !e.NotRun {
@@ -319,7 +323,7 @@ func TestRetry(t *testing.T) {
 	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
 	policy := aegis.RetryPolicy{Attempts: 4, Backoff: time.Millisecond, AttemptTimeout: time.Second}
 
-	// What ran is not sent again, whatever its error says.
+	// A call that ran is not retried, whatever its error says.
 	fn, called := flaky(99, func() error { return &aegis.Error{Code: "UNAVAILABLE", NotRun: true} })
 	handle(t, svc, "ran", fn)
 	slow, slowCalled := flaky(1, func() error { time.Sleep(1200 * time.Millisecond); return nil })
@@ -333,7 +337,7 @@ func TestRetry(t *testing.T) {
 		}
 	}
 
-	// A missing answer is waited for, unless the call is idempotent.
+	// Only an idempotent call is retried after AttemptTimeout without an answer. Other calls go on waiting.
 	if got, err := call[int, int](client, "svc", "slow", 1, aegis.Retry(policy)); got != 0 || err != nil || slowCalled.Load() != 1 {
 		t.Errorf("got %d, %v after %d calls", got, err, slowCalled.Load())
 	}
@@ -342,14 +346,14 @@ func TestRetry(t *testing.T) {
 		t.Errorf("got %d, %v after %d calls", got, err, slowCalled.Load())
 	}
 
-	// What did not reach a handler is sent again.
+	// A call that did not reach a handler is retried.
 	started := time.Now()
 	_, err := call[int, int](client, "late", "m", 1, aegis.Retry(policy))
 	if e := fails(t, err, aegis.ErrUnavailable, "late"); !e.NotRun {
-		t.Error("it says that it may have run")
+		t.Error("NotRun = false, want true")
 	}
 	if time.Since(started) > 2*time.Second {
-		t.Error("retrying took", time.Since(started))
+		t.Errorf("retrying took %v, want at most 2 s", time.Since(started))
 	}
 	result := make(chan error)
 	go func() {
@@ -364,7 +368,7 @@ func TestRetry(t *testing.T) {
 		t.Error(err)
 	}
 
-	// Giving up says why, and that nothing ran, unless an attempt was still unanswered.
+	// When a call gives up, its error says why, and that nothing ran unless an attempt was still unanswered.
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err = aegis.Call[int, int](ctx, client, "never", "m", 1, aegis.Sticky())
@@ -372,7 +376,7 @@ func TestRetry(t *testing.T) {
 		t.Errorf("got %+v", e)
 	}
 
-	// Once an attempt may have run, the call may have, even if the last attempt did not.
+	// If an earlier attempt may have run, NotRun is false, even if the last attempt did not run.
 	once := newService(t, srv, "once")
 	release := make(chan struct{})
 	defer close(release)
@@ -384,6 +388,6 @@ func TestRetry(t *testing.T) {
 	start(t, once)
 	_, err = call[int, int](client, "once", "m", 1, aegis.Idempotent(), aegis.Retry(aegis.RetryPolicy{Attempts: 2, Backoff: time.Millisecond, AttemptTimeout: 500 * time.Millisecond}))
 	if e := fails(t, err, aegis.ErrUnavailable, "once is not running"); e.NotRun {
-		t.Error("the first attempt ran, and the error says that none did")
+		t.Error("NotRun = true, want false: the first attempt ran")
 	}
 }

@@ -30,21 +30,21 @@ func deadLetters(tb testing.TB, s *aegis.Service) (letters []aegis.DeadLetter) {
 	return letters
 }
 
-func TestEventIsRetriedThenSetAside(t *testing.T) {
+func TestEventIsRetriedThenBecomesDeadLetter(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc, other := newService(t, srv, "risk"), newService(t, srv, "audit")
-	ways := map[string]func() error{
+	failures := map[string]func() error{
 		"error": func() error { return &aegis.Error{Code: "NO_LIMIT", Message: "no limit set"} },
 		"panic": func() error { panic("ouch") },
 		"exit":  func() error { runtime.Goexit(); return nil },
 	}
 	var attempts journal[aegis.Event[string]]
-	var mended atomic.Bool
+	var fixed atomic.Bool
 	subscribe(t, svc, "order.*", func(_ context.Context, e aegis.Event[string]) error {
 		attempts.add(e)
-		if way := ways[e.Data]; way != nil && !mended.Load() {
-			return way()
+		if fail := failures[e.Data]; fail != nil && !fixed.Load() {
+			return fail()
 		}
 		return nil
 	}, aegis.Attempts(3), aegis.Backoff(time.Millisecond, 5*time.Millisecond))
@@ -55,11 +55,11 @@ func TestEventIsRetriedThenSetAside(t *testing.T) {
 	start(t, other)
 
 	reasons := map[string]string{"error": "NO_LIMIT: no limit set", "panic": "ouch", "exit": "Goexit"}
-	for data := range ways {
+	for data := range failures {
 		publish(t, other, "order", "created", data, aegis.IdempotencyKey(data), aegis.EventVersion("2.0"))
 	}
 	var letters []aegis.DeadLetter
-	eventually(t, "three dead letters", func() bool { letters = deadLetters(t, svc); return len(letters) == 3 })
+	eventually(t, "there are three dead letters", func() bool { letters = deadLetters(t, svc); return len(letters) == 3 })
 	if n := len(attempts.all()); n != 9 {
 		t.Errorf("%d attempts, want 9", n)
 	}
@@ -75,8 +75,8 @@ func TestEventIsRetriedThenSetAside(t *testing.T) {
 	}
 	others.wait(t, 6)
 
-	// Redriven, it reaches the consumer that failed it and no other, as it was but for the sequence.
-	mended.Store(true)
+	// A redriven event reaches only the consumer that failed to handle it, and nothing but its sequence has changed.
+	fixed.Store(true)
 	first := attempts.all()[0]
 	i := slices.IndexFunc(letters, func(d aegis.DeadLetter) bool { return bytes.HasSuffix(d.Data, []byte(first.Data)) })
 	if err := other.Redrive(t.Context(), letters[i]); err != nil {
@@ -84,35 +84,35 @@ func TestEventIsRetriedThenSetAside(t *testing.T) {
 	}
 	again := attempts.wait(t, 10)[9]
 	if again.Sequence <= first.Sequence {
-		t.Errorf("sequence %d after %d", again.Sequence, first.Sequence)
+		t.Errorf("got sequence %d, want more than %d", again.Sequence, first.Sequence)
 	}
 	again.Sequence = first.Sequence
 	if !again.Time.Equal(first.Time) {
-		t.Errorf("time %v, was %v", again.Time, first.Time)
+		t.Errorf("got time %v, want %v", again.Time, first.Time)
 	}
 	again.Time = first.Time
 	if !reflect.DeepEqual(again, first) {
-		t.Errorf("got %+v, was %+v", again, first)
+		t.Errorf("got %+v, want %+v", again, first)
 	}
 	if left := deadLetters(t, other); len(left) != 2 {
-		t.Errorf("left are %+v", left)
+		t.Errorf("got dead letters %+v, want 2", left)
 	}
 	fails(t, other.Redrive(t.Context(), letters[i]), aegis.ErrNotFound, "dead letter "+strconv.FormatUint(letters[i].Sequence, 10))
 	fails(t, other.Redrive(t.Context(), aegis.DeadLetter{}), aegis.ErrInvalid)
 	publish(t, other, "user", "created", "last")
 	others.wait(t, 8)
 	if n := len(others.all()); n != 8 {
-		t.Errorf("others got %v", others.all())
+		t.Errorf("the other consumers got %v", others.all())
 	}
 
-	// What fails again is set aside again, and can be redriven again, mended.
-	mended.Store(false)
+	// An event that fails again becomes a dead letter again, which can be redriven with other data.
+	fixed.Store(false)
 	i = (i + 1) % 3
 	if err := svc.Redrive(t.Context(), letters[i]); err != nil {
 		t.Fatal(err)
 	}
 	attempts.wait(t, 13)
-	eventually(t, "it is set aside again", func() bool { letters = deadLetters(t, svc); return len(letters) == 2 })
+	eventually(t, "it is a dead letter again", func() bool { letters = deadLetters(t, svc); return len(letters) == 2 })
 	last := letters[1]
 	last.Data, _ = aegis.MsgPack.Marshal("mended")
 	last.Header = nil
@@ -124,7 +124,7 @@ func TestEventIsRetriedThenSetAside(t *testing.T) {
 	}
 }
 
-func TestUndecodableEventIsSetAsideAtOnce(t *testing.T) {
+func TestUndecodableEventBecomesDeadLetterAtOnce(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -134,15 +134,16 @@ func TestUndecodableEventIsSetAsideAtOnce(t *testing.T) {
 	publish(t, svc, "order", "created", []int{1, 2})
 	publish(t, svc, "order", "created", Order{SKU: "x"})
 	var letters []aegis.DeadLetter
-	eventually(t, "it is set aside", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
+	eventually(t, "there is a dead letter", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
 	if d := letters[0]; d.Attempts != 1 || !strings.Contains(d.Reason, "INVALID_ARGUMENT") || !strings.Contains(d.Reason, "Order") {
 		t.Errorf("got %+v", d)
 	}
 	got.wait(t, 1)
 }
 
-// As long as dead letters can't be stored, their events wait; then they have the true reason.
-func TestDeadLettersWhileTheirStreamIsOutOfOrder(t *testing.T) {
+// As long as a dead letter can't be stored, its event waits. The dead letter that is stored at last has the handler's error as
+// its reason.
+func TestEventWaitsWhileDeadLettersCannotBeStored(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -153,7 +154,7 @@ func TestDeadLettersWhileTheirStreamIsOutOfOrder(t *testing.T) {
 	}, aegis.Attempts(2), aegis.Backoff(time.Millisecond, time.Millisecond))
 	start(t, svc)
 	js := manage(t, srv)
-	takes := func(subject string) {
+	setSubject := func(subject string) {
 		st, err := js.Stream(t.Context(), "AEGIS_DEAD")
 		if err != nil {
 			t.Fatal(err)
@@ -164,20 +165,20 @@ func TestDeadLettersWhileTheirStreamIsOutOfOrder(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	takes("nothing.>")
+	setSubject("nothing.>")
 	publish(t, svc, "order", "created", 1)
 	got.wait(t, 2)
-	time.Sleep(100 * time.Millisecond) // for it to try; the test holds if it doesn't
-	takes("aegis.dead.>")
+	time.Sleep(100 * time.Millisecond) // so that storing fails at least once; the test is valid if it doesn't
+	setSubject("aegis.dead.>")
 	var letters []aegis.DeadLetter
-	eventually(t, "a dead letter", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
+	eventually(t, "there is a dead letter", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
 	if d := letters[0]; d.Attempts != 2 || !strings.Contains(d.Reason, "the true reason") || len(got.all()) != 2 {
-		t.Errorf("%d attempts, %+v", len(got.all()), d)
+		t.Errorf("got %d attempts, dead letter %+v", len(got.all()), d)
 	}
 }
 
-// Events of other clients can be such that nats.go wouldn't send them, or too large to be copied.
-func TestDeadLettersOfOddEvents(t *testing.T) {
+// Other clients can send events with headers that nats.go would not send, and events too large to be copied into a dead letter.
+func TestDeadLettersOfMalformedAndLargeEvents(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t), func(o *server.Options) { o.MaxPayload = 16 << 10 })
 	svc := newService(t, srv, "risk")
@@ -192,7 +193,7 @@ func TestDeadLettersOfOddEvents(t *testing.T) {
 	large := strings.Repeat("z", 16<<10)
 	fmt.Fprintf(c, "CONNECT {\"headers\":true,\"verbose\":false}\r\nHPUB events.order.odd %d %d\r\n%s??\r\nPUB events.order.large %d\r\n%s\r\n", len(header), len(header)+2, header, len(large), large)
 	var letters []aegis.DeadLetter
-	eventually(t, "two dead letters", func() bool { letters = deadLetters(t, svc); return len(letters) == 2 })
+	eventually(t, "there are two dead letters", func() bool { letters = deadLetters(t, svc); return len(letters) == 2 })
 	if d := letters[0]; string(d.Data) != "??" || d.Header.Get("X-Good") != "y" || d.Header.Get("Nats-Expected-Last-Sequence") != "" {
 		t.Errorf("got %+v", d)
 	}
@@ -201,7 +202,7 @@ func TestDeadLettersOfOddEvents(t *testing.T) {
 	}
 }
 
-func TestEventThatKillsItsProcessIsSetAside(t *testing.T) {
+func TestEventThatKillsItsProcessBecomesDeadLetter(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	publisher := newService(t, srv, "shop")
@@ -217,7 +218,7 @@ func TestEventThatKillsItsProcessIsSetAside(t *testing.T) {
 		}
 		var lines []string
 		dead := false
-		eventually(t, "the process dies, or the event is set aside", func() bool {
+		eventually(t, "the process ends or there is a dead letter", func() bool {
 			select {
 			case line, ok := <-p.lines:
 				dead = dead || !ok
@@ -240,13 +241,14 @@ func TestEventThatKillsItsProcessIsSetAside(t *testing.T) {
 		}
 	}
 	letters := deadLetters(t, publisher)
-	if runs != 5 || len(letters) != 1 || letters[0].Attempts != 5 || // 2 attempts, and 3 that may fail to come to an end
+	if runs != 5 || len(letters) != 1 || letters[0].Attempts != 5 || // 2 attempts, and 3 more that may end without a result
 		!strings.Contains(letters[0].Reason, "never finished") {
-		t.Errorf("%d runs, dead letters %+v", runs, letters)
+		t.Errorf("got %d runs, dead letters %+v", runs, letters)
 	}
 }
 
-// As long as the dead letter can't be stored there is no outcome; Stop doesn't wait for it, and nothing is forgotten.
+// As long as the dead letter can't be stored, the command has no outcome. Stop doesn't wait for that longer than its ctx allows,
+// and the next instance stores both without running the handler again.
 func TestFailedCommandWhileDeadLettersCannotBeStored(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
@@ -264,7 +266,7 @@ func TestFailedCommandWhileDeadLettersCannotBeStored(t *testing.T) {
 	svc := instance()
 	limitMessages(t, srv, "AEGIS_DEAD", 1)
 	j := send[string, int](t, client, "risk", "work", "x", aegis.IdempotencyKey("x"))
-	eventually(t, "it runs", func() bool { return runs.Load() == 1 })
+	eventually(t, "the command runs", func() bool { return runs.Load() == 1 })
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	fails(t, svc.Stop(ctx), aegis.ErrTimeout)
@@ -272,18 +274,18 @@ func TestFailedCommandWhileDeadLettersCannotBeStored(t *testing.T) {
 	svc = instance()
 	fails(t, waitError(t, j), aegis.ErrInternal, "the true reason")
 	if runs.Load() != 1 {
-		t.Errorf("%d runs", runs.Load())
+		t.Errorf("got %d runs, want 1", runs.Load())
 	}
 
-	// A Redrive that came only half of the way can be repeated.
+	// A Redrive that failed halfway can be repeated.
 	letter := deadLetters(t, svc)[0]
 	limitMessages(t, srv, "AEGIS_COMMANDS", 1)
 	if err := svc.Redrive(t.Context(), letter); err == nil {
-		t.Error("it was redriven")
+		t.Error("Redrive succeeded although the command could not be queued")
 	}
 	limitMessages(t, srv, "AEGIS_COMMANDS", -1)
 	if err := svc.Redrive(t.Context(), letter); err != nil {
 		t.Error(err)
 	}
-	eventually(t, "it runs again", func() bool { return runs.Load() == 2 })
+	eventually(t, "the command runs again", func() bool { return runs.Load() == 2 })
 }

@@ -589,21 +589,21 @@ func headersFor(ctx context.Context) (h nats.Header, correlation string) {
 
 func cancelSubject(service string) string { return "rpc." + service + ".$cancel" }
 
-// cancels has the handlers that use their ctx, and the latest cancellations of requests that have not begun.
+// cancels has the running handlers that use their ctx, and the latest cancellations of requests that have not begun.
 type cancels struct {
-	any     atomic.Bool // early is not empty
-	mu      sync.Mutex  // guards the rest
-	running map[string]context.CancelFunc
-	early   [2]map[string]bool // the latest, and those before
+	any    atomic.Bool                   // early is not empty
+	mu     sync.Mutex                    // guards the rest
+	cancel map[string]context.CancelFunc // by reply subject; nil for a request that was cancelled early
+	early  []string                      // the latter, oldest first
 }
 
-const maxEarly = 1024 // cancellations in each of the two
+const maxEarly = 2048
 
 // add makes cancel be called when the request with this reply subject is cancelled.
 func (c *cancels) add(reply string, cancel context.CancelFunc) {
 	c.mu.Lock()
-	c.running[reply] = cancel
-	early := c.early[0][reply] || c.early[1][reply]
+	_, early := c.cancel[reply]
+	c.cancel[reply] = cancel
 	c.mu.Unlock()
 	if early {
 		cancel()
@@ -613,7 +613,7 @@ func (c *cancels) add(reply string, cancel context.CancelFunc) {
 func (c *cancels) remove(reply string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.running, reply)
+	delete(c.cancel, reply)
 }
 
 // has reports whether the request was cancelled before it began.
@@ -623,7 +623,8 @@ func (c *cancels) has(reply string) bool {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.early[0][reply] || c.early[1][reply]
+	cancel, known := c.cancel[reply]
+	return known && cancel == nil
 }
 
 // receive handles a message on the cancel subject.
@@ -634,13 +635,16 @@ func (c *cancels) receive(m *nats.Msg) {
 		return // not from a caller
 	}
 	c.mu.Lock()
-	cancel := c.running[reply]
-	if cancel == nil && !command {
-		if c.early[0] == nil || len(c.early[0]) >= maxEarly {
-			c.early = [2]map[string]bool{{}, c.early[0]}
-		}
-		c.early[0][reply] = true
+	cancel, known := c.cancel[reply]
+	if !known && !command {
 		c.any.Store(true)
+		c.cancel[reply] = nil
+		if c.early = append(c.early, reply); len(c.early) > maxEarly {
+			if oldest := c.early[0]; c.cancel[oldest] == nil {
+				delete(c.cancel, oldest)
+			}
+			c.early = c.early[1:]
+		}
 	}
 	c.mu.Unlock()
 	if cancel != nil {

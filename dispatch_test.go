@@ -20,7 +20,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-func TestContextTravels(t *testing.T) {
+func TestContextPropagation(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	type seen struct {
@@ -73,7 +73,7 @@ func TestContextTravels(t *testing.T) {
 		t.Errorf("time left: %v, %v of 3s", first.left, second.left)
 	}
 
-	for _, id := range []string{"order-77", "an id. that is no token"} { // of the user's own
+	for _, id := range []string{"order-77", "an id. that is no token"} { // chosen by the user
 		if _, err := aegis.Call[string, string](aegis.WithHeader(t.Context(), "Aegis-Correlation-Id", id), client, "middle", "first", "x"); err != nil {
 			t.Fatal(err)
 		}
@@ -91,7 +91,7 @@ func TestDeadlineReachesHandler(t *testing.T) {
 	svc := newService(t, srv, "svc")
 	ended := make(chan error, 2)
 	handle(t, svc, "wait", func(ctx context.Context, _ int) (int, error) {
-		child, cancel := context.WithCancel(ctx) // what most libraries do first
+		child, cancel := context.WithCancel(ctx) // most libraries begin with a derived context
 		defer cancel()
 		<-child.Done()
 		ended <- ctx.Err()
@@ -119,11 +119,11 @@ func TestDeadlineReachesHandler(t *testing.T) {
 	defer cancel()
 	_, err := aegis.Call[int, int](ctx, client, "svc", "wait", 1)
 	if e := fails(t, err, aegis.ErrTimeout); !e.NotRun {
-		t.Error("a call past its deadline was sent")
+		t.Error("NotRun = false, want true: the deadline had passed before the call")
 	}
 }
 
-// A deadline that is never to come is one all the same.
+// A timeout of math.MaxInt64 must not overflow: the handler still gets a deadline in the far future.
 func TestFarDeadline(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
@@ -148,7 +148,7 @@ func TestFarDeadline(t *testing.T) {
 func TestCancelReachesHandler(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
-	one := aegis.WithPool(1) // so that cancellations arrive in their order
+	one := aegis.WithPool(1) // so that cancellations arrive in order
 	svc, client := newService(t, srv, "svc", one), newService(t, srv, "client", one)
 	running, ended := make(chan int, 2), make(chan error, 2)
 	handle(t, svc, "wait", func(ctx context.Context, n int) (int, error) {
@@ -162,15 +162,15 @@ func TestCancelReachesHandler(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		failed = make(chan error, 1)
 		go func() {
-			_, err := aegis.Call[int, int](ctx, client, "svc", "wait", n, aegis.Sticky()) // OVERLOADED while one waits
+			_, err := aegis.Call[int, int](ctx, client, "svc", "wait", n, aegis.Sticky()) // retries OVERLOADED, while another call waits
 			failed <- err
 		}()
 		return cancel, failed
 	}
 	cancel0, failed0 := begin(0)
 	<-running
-	cancel1, failed1 := begin(1)      // waits its turn
-	time.Sleep(50 * time.Millisecond) // for it to be sent; the test holds if it isn't
+	cancel1, failed1 := begin(1)      // waits in the queue
+	time.Sleep(50 * time.Millisecond) // lets the call be sent; the test also passes if it is not
 	cancel1()
 	fails(t, <-failed1, aegis.ErrCanceled)
 	at := time.Now()
@@ -182,11 +182,11 @@ func TestCancelReachesHandler(t *testing.T) {
 		t.Errorf("the handler's ctx ended with %v", err)
 	}
 	if took := time.Since(at); took > time.Second {
-		t.Errorf("the handler learned of it after %v", took)
+		t.Errorf("the cancellation reached the handler after %v, want at most 1 s", took)
 	}
 	cancel7, failed7 := begin(7)
 	if n := <-running; n != 7 {
-		t.Errorf("call %d ran although it was cancelled while it waited", n)
+		t.Errorf("call %d ran, although it was canceled while it waited", n)
 	}
 	cancel7()
 	<-failed7
@@ -218,12 +218,13 @@ func TestExpiredRequestIsNotRun(t *testing.T) {
 	defer cancel()
 	_, err := aegis.Call[int, int](ctx, client, "svc", "work", 2)
 	fails(t, err, aegis.ErrTimeout)
-	time.Sleep(500 * time.Millisecond) // well past its deadline: the instance only knows when it noticed the request
+	time.Sleep(500 * time.Millisecond) // well past the deadline: the instance counts from when it noticed the request
 	close(release)
 	if err := <-first; err != nil {
 		t.Error(err)
 	}
-	if _, err := call[int, int](client, "svc", "work", 3, aegis.Sticky()); err != nil { // is behind the expired one, which may still wait
+	// Sticky retries the call if the expired request still waits.
+	if _, err := call[int, int](client, "svc", "work", 3, aegis.Sticky()); err != nil {
 		t.Error(err)
 	}
 	if n := ran.Load(); n != 2 {
@@ -235,7 +236,7 @@ func TestBlockingHandlers(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc := newService(t, srv, "svc")
-	handle(t, svc, "countdown", func(ctx context.Context, n int) (int, error) { // each waits for the next, on the same handler
+	handle(t, svc, "countdown", func(ctx context.Context, n int) (int, error) { // each call waits for another one to the same handler
 		if n == 0 {
 			return 0, nil
 		}
@@ -250,7 +251,7 @@ func TestBlockingHandlers(t *testing.T) {
 		return 0, nil
 	})
 	fast := make(chan struct{})
-	handle(t, svc, "suddenly", func(_ context.Context, n int) (int, error) { // fast as a rule, so that it has few workers
+	handle(t, svc, "suddenly", func(_ context.Context, n int) (int, error) { // usually fast, so that it has few workers
 		if n < 0 {
 			<-fast
 		}
@@ -291,7 +292,7 @@ func TestBlockingHandlers(t *testing.T) {
 	calls.Wait()
 }
 
-func TestOverload(t *testing.T) {
+func TestLoadShedding(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc, client := newService(t, srv, "svc", aegis.WithConcurrency(3)), newService(t, srv, "client")
@@ -314,9 +315,9 @@ func TestOverload(t *testing.T) {
 		}()
 	}
 	promptly(t, func() {
-		for range 14 { // 3 run, 3 wait
+		for range 14 { // of 20 calls, 3 run and 3 wait
 			if e := fails(t, <-results, aegis.ErrOverloaded, "rpc.svc.m", "3"); !e.NotRun {
-				t.Error("it says that it may have run")
+				t.Error("NotRun = false, want true")
 			}
 		}
 	})
@@ -327,14 +328,15 @@ func TestOverload(t *testing.T) {
 		}
 	}
 	if most.Load() != 3 {
-		t.Errorf("%d ran at once, want 3", most.Load())
+		t.Errorf("%d ran concurrently, want 3", most.Load())
 	}
 	if _, err := call[int, int](client, "svc", "m", 1); err != nil {
 		t.Error(err)
 	}
 }
 
-// hammer calls from several goroutines until stop, and counts successes; failed is told of the errors.
+// hammer calls a method from several goroutines until stop is called, and checks that each answer belongs to its call. It passes
+// errors to failed; stop returns the number of successful calls.
 func hammer(tb testing.TB, client *aegis.Service, goroutines int, service, method string, failed func(error), opts ...aegis.CallOption) (stop func() (calls int64)) {
 	var done atomic.Bool
 	var n atomic.Int64
@@ -364,8 +366,8 @@ func hammer(tb testing.TB, client *aegis.Service, goroutines int, service, metho
 	return stop
 }
 
-// Whoever sends more than can be handled gets an answer to each request all the same.
-func TestFlood(t *testing.T) {
+// A client that sends more requests than the service can handle still gets an answer to each of them.
+func TestFloodIsAnswered(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc := newService(t, srv, "svc", aegis.WithConcurrency(4))
@@ -394,9 +396,9 @@ func TestFlood(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "each is answered", func() bool { return answers.Load() == requests })
+	eventually(t, "each request is answered", func() bool { return answers.Load() == requests })
 	if refused.Load() < requests/2 {
-		t.Errorf("only %d of %d were refused", refused.Load(), requests)
+		t.Errorf("only %d of %d requests were rejected, want at least half", refused.Load(), requests)
 	}
 }
 
@@ -429,7 +431,7 @@ func TestMiddleware(t *testing.T) {
 	client := newService(t, srv, "client")
 	_, err := call[string, string](client, "svc", "m", "hi")
 	if e := fails(t, err, &aegis.Error{Code: "DENIED"}, "no token"); !e.NotRun {
-		t.Error("it did not reach the handler, and the error doesn't say so")
+		t.Error("NotRun = false, want true: the call did not reach the handler")
 	}
 	got, err := aegis.Call[string, string](aegis.WithHeader(t.Context(), "Authorization", "secret"), client, "svc", "m", "hi")
 	if got != "hi" || err != nil {
@@ -447,8 +449,8 @@ func TestMiddleware(t *testing.T) {
 	fails(t, err, aegis.ErrInternal, "ctx")
 }
 
-// Each line that is about a message names it as the handler does.
-func TestLogsNameTheRequest(t *testing.T) {
+// Each log line about a message has the correlation ID that the handler sees.
+func TestLogLinesHaveCorrelationID(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	var logged safeBuffer
@@ -472,7 +474,7 @@ func TestLogsNameTheRequest(t *testing.T) {
 		ID                               string `json:"correlation_id"`
 		Error                            any
 	}
-	eventually(t, "all is logged", func() bool { return strings.Count(logged.String(), "dead letter") == 2 })
+	eventually(t, "both dead letters are logged", func() bool { return strings.Count(logged.String(), "dead letter") == 2 })
 	var about []line
 	for text := range strings.Lines(logged.String()) {
 		var l line
@@ -480,28 +482,28 @@ func TestLogsNameTheRequest(t *testing.T) {
 			t.Fatal(err)
 		}
 		if l.Service != "risk" || l.Instance != svc.ID() {
-			t.Errorf("whose is this? %s", text)
+			t.Errorf("wrong service or instance in the log line %s", text)
 		}
 		if l.Endpoint != "" {
 			about = append(about, l)
 		}
 	}
 	if len(about) != 5+2+2 { // panics, failed attempts, dead letters
-		t.Errorf("%d lines: %s", len(about), logged.String())
+		t.Errorf("%d log lines are about messages, want 9: %s", len(about), logged.String())
 	}
 	for _, l := range about {
 		if l.Error == nil || !slices.Contains(ids.all(), l.ID) || l.Endpoint == "order.*" && l.ID != "event-1" || l.Endpoint == "work" && l.ID != "command-1" {
-			t.Errorf("%+v is about none of %v", l, ids.all())
+			t.Errorf("log line %+v has no error, or the wrong correlation ID; the handlers saw %v", l, ids.all())
 		}
 	}
 }
 
-func TestTraceTravels(t *testing.T) {
+func TestTracePropagation(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	const trace, state = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "a=1"
 	var hops journal[string]
-	// Each handler is a span of its own, as a tracer's middleware makes them.
+	// This middleware makes each handler a separate span, as the middleware of a tracer does.
 	spans := aegis.WithMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
 		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
 			parent := m.Header.Get("traceparent")
@@ -519,7 +521,7 @@ func TestTraceTravels(t *testing.T) {
 	})
 	subscribe(t, svc, "order.*", func(ctx context.Context, e aegis.Event[int]) error {
 		if e.Attempt == 1 {
-			return errors.New("not yet") // the second attempt belongs to the same trace
+			return errors.New("not yet") // the second attempt must belong to the same trace
 		}
 		_, err := aegis.SendCommand[int, int](ctx, svc, "risk", "work", e.Data)
 		return err

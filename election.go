@@ -203,9 +203,7 @@ type claim struct {
 func (c *claim) leads() bool { return c.Holder != "" && !c.Released }
 
 // valid reports whether c can be from aegis.
-func (c *claim) valid() bool {
-	return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= maxLease
-}
+func (c *claim) valid() bool { return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= maxLease }
 
 // A candidate takes part in the election of a group's leader. All but term and nudge belong to the goroutine that campaigns, or,
 // while it leads, to the one that renews.

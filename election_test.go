@@ -22,14 +22,14 @@ import (
 
 var policies = map[string]aegis.FailoverPolicy{"Aggressive": aegis.Aggressive, "Balanced": aegis.Balanced, "Conservative": aegis.Conservative}
 
-// A reignOf is a time in which an instance believed, without a break, that it leads.
+// A reignOf is a period during which IsLeader of an instance reported true without interruption.
 type reignOf struct {
 	who      string
 	term     uint64 // 0 if unknown
-	from, to int64  // by the machine's clock, which all its processes share
+	from, to int64  // in Unix nanoseconds of the machine's clock, which all processes share
 }
 
-// reign looks all the time whether s leads, and reports each reign at its end.
+// reign polls whether s leads until ctx ends. It calls report with each reign when the reign ends.
 func reign(ctx context.Context, s *aegis.Service, report func(reignOf)) {
 	for ctx.Err() == nil {
 		r := reignOf{who: s.ID()}
@@ -50,31 +50,31 @@ func reign(ctx context.Context, s *aegis.Service, report func(reignOf)) {
 	}
 }
 
-// checkReigns fails the test if two overlap, or a term went back.
+// checkReigns fails the test if two reigns overlap or if a later reign has no higher term.
 func checkReigns(tb testing.TB, reigns []reignOf) {
 	tb.Helper()
 	slices.SortFunc(reigns, func(a, b reignOf) int { return cmp.Compare(a.from, b.from) })
 	for i := 1; i < len(reigns); i++ {
 		a, b := reigns[i-1], reigns[i]
 		if b.from < a.to {
-			tb.Errorf("%s and %s both led for %v", a.who, b.who, time.Duration(a.to-b.from))
+			tb.Errorf("%s and %s both led for %v; want one leader at a time", a.who, b.who, time.Duration(a.to-b.from))
 		}
 		if a.term != 0 && b.term != 0 && b.term <= a.term {
-			tb.Errorf("term %d of %s came after %d of %s", b.term, b.who, a.term, a.who)
+			tb.Errorf("term %d of %s came after term %d of %s; want a higher one", b.term, b.who, a.term, a.who)
 		}
 	}
 }
 
-// A contest is instances of one service that campaign, watched.
+// A contest is a group of instances of one service that campaign for the leadership. It records their reigns.
 type contest struct {
 	reigns  journal[reignOf]
-	elected atomic.Int32 // terms that began
+	elected atomic.Int32 // counts the terms that began
 	stop    context.CancelFunc
 	members []*aegis.Service
 	all     sync.WaitGroup
 }
 
-// compete has them campaign until the test ends, or stop and wait.
+// compete makes the members campaign until finish is called or the test ends.
 func compete(tb testing.TB, p aegis.FailoverPolicy, members ...*aegis.Service) *contest {
 	ctx, cancel := context.WithCancel(context.Background())
 	c := &contest{stop: cancel, members: members}
@@ -83,7 +83,7 @@ func compete(tb testing.TB, p aegis.FailoverPolicy, members ...*aegis.Service) *
 			err := s.Lead(ctx, "default", p, func(ctx context.Context, term uint64) error {
 				c.elected.Add(1)
 				if aegis.Term(ctx) != term {
-					tb.Errorf("Term is %d in term %d", aegis.Term(ctx), term)
+					tb.Errorf("Term(ctx) is %d in term %d", aegis.Term(ctx), term)
 				}
 				r := reignOf{who: s.ID(), term: term}
 				for {
@@ -114,7 +114,7 @@ func compete(tb testing.TB, p aegis.FailoverPolicy, members ...*aegis.Service) *
 	return c
 }
 
-// finish ends the campaigns, and checks what was seen.
+// finish ends the campaigns and checks the recorded reigns.
 func (c *contest) finish(tb testing.TB) {
 	tb.Helper()
 	c.stop()
@@ -122,11 +122,11 @@ func (c *contest) finish(tb testing.TB) {
 	checkReigns(tb, c.reigns.all())
 }
 
-// leader waits until one of the members leads that isn't among the others.
+// leader waits until a member leads that is not in others, and returns it.
 func (c *contest) leader(tb testing.TB, others ...*aegis.Service) *aegis.Service {
 	tb.Helper()
 	var leader *aegis.Service
-	eventually(tb, "somebody leads", func() bool {
+	eventually(tb, "a member leads", func() bool {
 		i := slices.IndexFunc(c.members, func(s *aegis.Service) bool { return s.IsLeader() && !slices.Contains(others, s) })
 		if i >= 0 {
 			leader = c.members[i]
@@ -136,7 +136,7 @@ func (c *contest) leader(tb testing.TB, others ...*aegis.Service) *aegis.Service
 	return leader
 }
 
-// brisk is a policy for tests in which time matters less than how it goes on a busy machine.
+// brisk is a failover policy for tests that do not measure time and have to pass on a busy machine.
 var brisk = aegis.FailoverPolicy{Lease: 1500 * time.Millisecond, Valid: time.Second, Renew: 200 * time.Millisecond, Timeout: 200 * time.Millisecond}
 
 func TestExclusive(t *testing.T) {
@@ -144,12 +144,12 @@ func TestExclusive(t *testing.T) {
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
 	var instances []*aegis.Service
-	var ran journal[string] // who ran what
+	var ran journal[string] // "event <data> <attempt> <instance>" for each event that was handled
 	add := func() *aegis.Service {
 		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
 		handle(t, s, "who", func(ctx context.Context, _ int) (string, error) {
 			if aegis.Term(ctx) == 0 || !s.IsLeader() {
-				t.Error("it runs without leading")
+				t.Error("the exclusive handler runs in an instance that does not lead")
 			}
 			return s.ID(), nil
 		}, aegis.Exclusive())
@@ -166,7 +166,7 @@ func TestExclusive(t *testing.T) {
 	first := add()
 	_, err := call[int, string](client, "risk", "who", 1)
 	if e := fails(t, err, aegis.ErrNotActive, "risk"); !e.NotRun {
-		t.Error("it may have run?")
+		t.Error("NotRun is false for a call that no instance has run")
 	}
 	_, err = first.Leader(t.Context())
 	fails(t, err, aegis.ErrNotFound, "risk")
@@ -174,16 +174,16 @@ func TestExclusive(t *testing.T) {
 	add()
 	for round := range 3 {
 		var leader *aegis.Service
-		eventually(t, "one leads", func() bool {
-			id, err := client.Discover(t.Context(), "risk")
+		eventually(t, "one instance is ACTIVE and the others are STANDBY", func() bool {
+			list, err := client.Discover(t.Context(), "risk")
 			if err != nil {
 				t.Fatal(err)
 			}
 			states := map[string]int{}
-			for _, i := range id {
+			for _, i := range list {
 				states[i.Status]++
 			}
-			if states["ACTIVE"] != 1 || states["STANDBY"] != 2-round || len(id) != 3-round {
+			if states["ACTIVE"] != 1 || states["STANDBY"] != 2-round || len(list) != 3-round {
 				return false
 			}
 			i := slices.IndexFunc(instances, (*aegis.Service).IsLeader)
@@ -195,24 +195,24 @@ func TestExclusive(t *testing.T) {
 		for range 20 {
 			for _, opts := range [][]aegis.CallOption{nil, {aegis.Sticky()}, {aegis.Balance(aegis.RoundRobin)}} {
 				if who, err := call[int, string](client, "risk", "who", 1, opts...); who != leader.ID() || err != nil {
-					t.Errorf("got %s, %v; %s leads", who, err, leader.ID())
+					t.Errorf("got %s, %v; want the leader %s", who, err, leader.ID())
 				}
 			}
 			if term, err := call[int, uint64](client, "risk", "any", 1); term != 0 || err != nil {
-				t.Error(term, err)
+				t.Errorf("a handler that is not exclusive got term %d, %v; want 0", term, err)
 			}
 		}
 		for _, s := range instances {
 			if id, err := s.Leader(t.Context()); id != leader.ID() || err != nil {
-				t.Errorf("%s says that %q leads: %v", s.ID(), id, err)
+				t.Errorf("Leader of %s returns %q, %v; want %s", s.ID(), id, err, leader.ID())
 			}
 			who, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance(s.ID()))
 			if s == leader {
 				if who != s.ID() || err != nil {
-					t.Error(who, err)
+					t.Errorf("a call to the leader returned %q, %v", who, err)
 				}
 			} else if e := fails(t, err, aegis.ErrNotActive, leader.ID()); e.Details["leader"] != leader.ID() || !e.NotRun {
-				t.Errorf("got %+v", e)
+				t.Errorf("got error %+v; want the leader %s in the details, and NotRun", e, leader.ID())
 			}
 		}
 		n := len(ran.all())
@@ -221,12 +221,12 @@ func TestExclusive(t *testing.T) {
 		}
 		for _, got := range ran.wait(t, n+20)[n:] {
 			if !strings.HasSuffix(got, " 1 "+leader.ID()) {
-				t.Errorf("got %q, but %s leads", got, leader.ID())
+				t.Errorf("got %q; want the first attempt, on the leader %s", got, leader.ID())
 			}
 		}
 		for range 5 {
 			if who := wait(t, send[int, string](t, client, "risk", "work", 1)); who != leader.ID() {
-				t.Errorf("%s worked, but %s leads", who, leader.ID())
+				t.Errorf("%s executed the command; want the leader %s", who, leader.ID())
 			}
 		}
 		if round < 2 {
@@ -238,8 +238,9 @@ func TestExclusive(t *testing.T) {
 	}
 }
 
-// A graceful stop of the leader under load: no caller that is Sticky sees an error, no call runs twice, and it is quick.
-func TestHandOver(t *testing.T) {
+// TestGracefulHandOverUnderLoad stops the leader ten times while callers that use Sticky call it. No caller sees an error, and no
+// call runs twice.
+func TestGracefulHandOverUnderLoad(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
@@ -251,37 +252,38 @@ func TestHandOver(t *testing.T) {
 		return s
 	}
 	leader := add()
-	eventually(t, "it leads", leader.IsLeader)
+	eventually(t, "the first instance leads", leader.IsLeader)
 	stop := hammer(t, client, 8, "risk", "m", func(err error) { failures.Add(1); t.Error(err) }, aegis.Sticky())
 	for range 10 {
 		next := add()
 		n := ran.Load()
-		eventually(t, "calls are made", func() bool { return ran.Load() > n+100 })
+		eventually(t, "100 more calls have run", func() bool { return ran.Load() > n+100 })
 		if err := leader.Stop(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the next one leads", next.IsLeader)
+		eventually(t, "the next instance leads", next.IsLeader)
 		leader = next
 	}
 	if calls := stop(); calls != ran.Load() {
-		t.Errorf("%d calls were answered, %d ran, %d failed", calls, ran.Load(), failures.Load())
+		t.Errorf("%d calls were answered, %d calls ran, %d failed; want as many answers as runs", calls, ran.Load(), failures.Load())
 	}
 }
 
-// A handler that ignores that Stop's time is up keeps the leadership from others until it ends, or the lease does.
-func TestStopWithAStubbornExclusiveHandler(t *testing.T) {
+// TestStopWithExclusiveHandlerThatIgnoresCtx stops the leader while its handler goes on after the deadline of Stop. No other
+// instance leads before the handler returns or the lease ends.
+func TestStopWithExclusiveHandlerThatIgnoresCtx(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
-	var now atomic.Int32
+	var running atomic.Int32
 	runs := make(chan string, 10)
 	add := func() *aegis.Service {
 		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
 		handle(t, s, "m", func(context.Context, int) (int, error) {
-			if now.Add(1) > 1 {
-				t.Error("two run")
+			if running.Add(1) > 1 {
+				t.Error("two exclusive handlers run at the same time")
 			}
-			defer now.Add(-1)
+			defer running.Add(-1)
 			runs <- s.ID()
 			time.Sleep(500 * time.Millisecond)
 			return 1, nil
@@ -290,31 +292,32 @@ func TestStopWithAStubbornExclusiveHandler(t *testing.T) {
 		return s
 	}
 	leader := add()
-	eventually(t, "it leads", leader.IsLeader)
+	eventually(t, "the first instance leads", leader.IsLeader)
 	next := add()
-	eventually(t, "it is known", func() bool { id, err := next.Leader(t.Context()); return id == leader.ID() && err == nil })
+	eventually(t, "the second instance knows the leader", func() bool { id, err := next.Leader(t.Context()); return id == leader.ID() && err == nil })
 	go func() { _, _ = call[int, int](client, "risk", "m", 1) }()
 	<-runs
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	fails(t, leader.Stop(ctx), aegis.ErrTimeout, "1 handlers")
 	if next.IsLeader() {
-		t.Error("the next one leads already")
+		t.Error("the second instance leads while the handler of the first one runs")
 	}
 	if _, err := call[int, int](client, "risk", "m", 1, aegis.Sticky()); err != nil {
 		t.Error(err)
 	}
 	if id := <-runs; id != next.ID() {
-		t.Errorf("%s ran it", id)
+		t.Errorf("instance %s ran the second call; want %s", id, next.ID())
 	}
 }
 
-// A leader goes on though one of its connections hangs.
-func TestLeaderWithAStalledConnection(t *testing.T) {
+// TestLeaderKeepsLeadingWithStalledConnection checks that a leader stays elected when one of its two connections hangs.
+func TestLeaderKeepsLeadingWithStalledConnection(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	p := startProxy(t, srv)
-	seed := newService(t, srv, "risk") // lest the test waits for a lease
+	// The first election in a new bucket waits for a whole lease. seed gets that over with, under a policy with a short lease.
+	seed := newService(t, srv, "risk")
 	if err := seed.Lead(t.Context(), "default", brisk, func(context.Context, uint64) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
@@ -323,35 +326,36 @@ func TestLeaderWithAStalledConnection(t *testing.T) {
 	p.freeze()
 	for end := time.Now().Add(3 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if !c.members[0].IsLeader() {
-			t.Fatal("it leads no more")
+			t.Fatal("the leader lost its leadership")
 		}
 	}
 	if c.finish(t); c.elected.Load() != 1 {
-		t.Errorf("%d terms", c.elected.Load())
+		t.Errorf("%d terms began; want 1", c.elected.Load())
 	}
 }
 
-// Losing the leadership in the middle: the answer is FENCED, events and commands are handled by the next leader.
-func TestFenced(t *testing.T) {
+// TestLeadershipLostWhileHandlersRun removes the leader's key while exclusive handlers run. The call fails with ErrFenced; the
+// event and the command are handled again in the next term.
+func TestLeadershipLostWhileHandlersRun(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
 	var terms journal[uint64]
 	s := newService(t, srv, "risk", aegis.WithFailover(brisk))
-	var lose atomic.Bool
-	lose.Store(true)
-	held := func(ctx context.Context) error {
+	var waitForCtx atomic.Bool
+	waitForCtx.Store(true)
+	recordTerm := func(ctx context.Context) error {
 		terms.add(aegis.Term(ctx))
-		if lose.Load() {
+		if waitForCtx.Load() {
 			<-ctx.Done()
 		}
-		return nil // though it was told to end
+		return nil // a success, although ctx has ended
 	}
-	handle(t, s, "m", func(ctx context.Context, _ int) (int, error) { return 1, held(ctx) }, aegis.Exclusive())
-	subscribe(t, s, "order.*", func(ctx context.Context, e aegis.Event[int]) error { return held(ctx) }, aegis.Exclusive(), aegis.Attempts(1))
-	handleCommand(t, s, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) { return c.Attempt, held(ctx) }, aegis.Exclusive(), aegis.Attempts(1))
+	handle(t, s, "m", func(ctx context.Context, _ int) (int, error) { return 1, recordTerm(ctx) }, aegis.Exclusive())
+	subscribe(t, s, "order.*", func(ctx context.Context, e aegis.Event[int]) error { return recordTerm(ctx) }, aegis.Exclusive(), aegis.Attempts(1))
+	handleCommand(t, s, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) { return c.Attempt, recordTerm(ctx) }, aegis.Exclusive(), aegis.Attempts(1))
 	start(t, s)
-	eventually(t, "it leads", s.IsLeader)
+	eventually(t, "the instance leads", s.IsLeader)
 	publish(t, client, "order", "created", 1)
 	j := send[int, int](t, client, "risk", "work", 1)
 	answer := make(chan error, 1)
@@ -368,24 +372,24 @@ func TestFenced(t *testing.T) {
 		t.Fatal(err)
 	}
 	if e := fails(t, <-answer, aegis.ErrFenced, "leadership"); e.NotRun || e.Source != "risk" {
-		t.Errorf("got %+v", e)
+		t.Errorf("got error %+v; want the source risk, and NotRun false", e)
 	}
 	if s.IsLeader() {
-		t.Error("it still leads")
+		t.Error("the instance still leads after its key was removed")
 	}
 	_, err = call[int, int](client, "risk", "m", 1, aegis.ToInstance(s.ID()))
 	fails(t, err, aegis.ErrNotActive)
-	lose.Store(false)
+	waitForCtx.Store(false)
 	if r := wait(t, j); r != 1 {
-		t.Errorf("attempt %d", r)
+		t.Errorf("the command succeeded in attempt %d; want 1, because a lost leadership uses up no attempt", r)
 	}
 	for _, term := range terms.wait(t, 5)[3:] {
 		if term <= before[0] {
-			t.Errorf("term %d after %d", term, before[0])
+			t.Errorf("term %d came after term %d; want a higher one", term, before[0])
 		}
 	}
 	if letters := deadLetters(t, s); len(letters) > 0 {
-		t.Errorf("dead letters %+v", letters)
+		t.Errorf("got dead letters %+v; want none", letters)
 	}
 }
 
@@ -393,12 +397,12 @@ func TestLead(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	a, b := newService(t, srv, "risk"), newService(t, srv, "risk")
-	never := func(context.Context, uint64) error { t.Error("it leads"); return nil }
+	never := func(context.Context, uint64) error { t.Error("Lead called the function"); return nil }
 	fails(t, a.Lead(t.Context(), "no group", brisk, never), aegis.ErrInvalid, "no group")
 	fails(t, a.Lead(t.Context(), "g", aegis.FailoverPolicy{}, never), aegis.ErrInvalid, "Lease")
 	fails(t, a.Lead(t.Context(), "g", brisk, nil), aegis.ErrInvalid, "nil")
 	tooLong := brisk
-	tooLong.Lease = 25 * time.Hour // others would take the key for nonsense
+	tooLong.Lease = 25 * time.Hour // other instances would take the key for invalid
 	fails(t, a.Lead(t.Context(), "g", tooLong, never), aegis.ErrInvalid, "24h")
 	exclusive := newService(t, srv, "risk")
 	handle(t, exclusive, "m", echo, aegis.Exclusive())
@@ -409,52 +413,52 @@ func TestLead(t *testing.T) {
 		fails(t, newService(t, startServer(t), "risk").Lead(t.Context(), "g", brisk, never), aegis.ErrUnavailable, "JetStream")
 	})
 
-	// Several groups at once, each with a leader of its own.
-	var leads sync.WaitGroup
+	// The instances campaign for two groups at once. Each group has a leader of its own.
+	var campaigns sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
 	for _, group := range []string{"scheduler", "reaper"} {
-		var now, calls atomic.Int32
+		var active, calls atomic.Int32
 		for _, s := range []*aegis.Service{a, b} {
-			leads.Go(func() {
+			campaigns.Go(func() {
 				err := s.Lead(ctx, group, brisk, func(ctx context.Context, term uint64) error {
-					if now.Add(1) > 1 || term == 0 {
-						t.Errorf("%d lead %s", now.Load(), group)
+					if active.Add(1) > 1 || term == 0 {
+						t.Errorf("%d instances lead the group %s, in term %d", active.Load(), group, term)
 					}
-					defer now.Add(-1)
+					defer active.Add(-1)
 					calls.Add(1)
 					<-ctx.Done()
-					return errors.New("not this one")
+					return errors.New("Lead must not return this error")
 				})
 				if !errors.Is(err, aegis.ErrCanceled) || !errors.Is(err, context.Canceled) {
-					t.Errorf("got %v", err)
+					t.Errorf("Lead returned %v; want ErrCanceled", err)
 				}
 			})
 		}
-		eventually(t, group+" is led", func() bool { return calls.Load() > 0 })
+		eventually(t, "the group "+group+" has a leader", func() bool { return calls.Load() > 0 })
 	}
 	if a.IsLeader() || b.IsLeader() {
-		t.Error("that is another group")
+		t.Error("IsLeader reports true, but the instances lead other groups than default")
 	}
 	cancel()
-	leads.Wait()
+	campaigns.Wait()
 
-	// What fn returns while it leads is what Lead returns, and the next one has it at once.
-	mine := errors.New("mine")
-	if err := a.Lead(t.Context(), "g", brisk, func(context.Context, uint64) error { return mine }); err != mine {
-		t.Errorf("got %v", err)
+	// When fn returns while it leads, Lead returns fn's error and releases the lease, so that another instance can take it at once.
+	errOfFn := errors.New("mine")
+	if err := a.Lead(t.Context(), "g", brisk, func(context.Context, uint64) error { return errOfFn }); err != errOfFn {
+		t.Errorf("Lead returned %v; want the error of fn", err)
 	}
 	begin := time.Now()
 	if err := b.Lead(t.Context(), "g", aegis.Conservative, func(context.Context, uint64) error { return nil }); err != nil {
 		t.Error(err)
 	}
 	if took := time.Since(begin); took > aegis.Conservative.Lease/2 {
-		t.Errorf("a lease that was released was taken after %v", took)
+		t.Errorf("it took %v to take a lease that was released", took)
 	}
 	ctx, cancel = context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	fails(t, b.Lead(ctx, "another", brisk, never), aegis.ErrTimeout)
 
-	// Stop ends it, and waits for fn.
+	// Stop ends the leadership and waits until fn has returned.
 	leading, result := make(chan struct{}), make(chan error, 1)
 	var ended atomic.Bool
 	go func() {
@@ -471,7 +475,7 @@ func TestLead(t *testing.T) {
 		t.Error(err)
 	}
 	if !ended.Load() {
-		t.Error("Stop did not wait")
+		t.Error("Stop returned before the function that led")
 	}
 	fails(t, <-result, aegis.ErrClosed, "risk")
 	fails(t, a.Lead(t.Context(), "g", brisk, never), aegis.ErrClosed)
@@ -480,12 +484,13 @@ func TestLead(t *testing.T) {
 		t.Error(err)
 	}
 	if took := time.Since(begin); took > aegis.Conservative.Lease/2 {
-		t.Errorf("the next one had to wait for %v", took)
+		t.Errorf("it took %v to take the lease of an instance that was stopped", took)
 	}
 }
 
-// A leader that is cut off, either way or both, stops to lead before the next one begins. Once healed there is still one.
-func TestPartition(t *testing.T) {
+// TestLeaderBehindPartition cuts the leader off, in one direction or in both. It stops leading before the next leader begins, and
+// there is still only one leader after the partition has healed.
+func TestLeaderBehindPartition(t *testing.T) {
 	t.Parallel()
 	for name, ways := range map[string][]way{"to server": {toServer}, "to client": {toClient}, "both": {toServer, toClient}} {
 		t.Run(name, func(t *testing.T) {
@@ -500,16 +505,16 @@ func TestPartition(t *testing.T) {
 				members = append(members, s)
 			}
 			c := compete(t, brisk, members...)
-			last := c.leader(t)
+			leader := c.leader(t)
 			for range 2 {
-				proxies[last].hold(ways...)
-				next := c.leader(t, last)
-				if last.IsLeader() {
-					t.Error("two lead")
+				proxies[leader].hold(ways...)
+				next := c.leader(t, leader)
+				if leader.IsLeader() {
+					t.Error("the former leader still leads beside the next one")
 				}
-				proxies[last].heal()
-				time.Sleep(brisk.Lease / 4) // for what was held up to do its harm
-				last = next
+				proxies[leader].heal()
+				time.Sleep(brisk.Lease / 4) // gives the delayed messages time to arrive
+				leader = next
 			}
 			eventually(t, "a second term begins", func() bool { return c.elected.Load() >= 2 })
 			c.finish(t)
@@ -517,19 +522,21 @@ func TestPartition(t *testing.T) {
 	}
 }
 
-// A renewal whose confirmation is lost was made all the same: the leader finds out, and goes on in the same term.
-func TestLostConfirmationOfRenewal(t *testing.T) {
+// TestRenewalWithLostAcknowledgement drops the server's acknowledgement of a renewal that was stored. The leader finds out that it
+// was stored and continues in the same term.
+func TestRenewalWithLostAcknowledgement(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	p := startProxy(t, srv)
 	reconnect := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 5 * time.Millisecond }))
 	s := newService(t, srv, "risk", aegis.WithURL("nats://"+p.address), reconnect)
-	patient := aegis.FailoverPolicy{Lease: 15 * time.Second, Valid: 12 * time.Second, Renew: 100 * time.Millisecond, Timeout: 200 * time.Millisecond}
-	seed := newService(t, srv, "risk") // lest the test waits for a lease
+	longLease := aegis.FailoverPolicy{Lease: 15 * time.Second, Valid: 12 * time.Second, Renew: 100 * time.Millisecond, Timeout: 200 * time.Millisecond}
+	// The first election in a new bucket waits for a whole lease. seed gets that over with, under a policy with a short lease.
+	seed := newService(t, srv, "risk")
 	if err := seed.Lead(t.Context(), "default", brisk, func(context.Context, uint64) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
-	c := compete(t, patient, s)
+	c := compete(t, longLease, s)
 	c.leader(t)
 	kv, err := manage(t, srv).KeyValue(t.Context(), "aegis_leaders")
 	if err != nil {
@@ -545,29 +552,30 @@ func TestLostConfirmationOfRenewal(t *testing.T) {
 	for range 3 {
 		was := revision()
 		p.hold(toClient)
-		for end := time.Now().Add(time.Second); revision() == was && time.Now().Before(end); { // else it was the one before that
+		// If the revision does not change, hold has caught the acknowledgement of the renewal before.
+		for end := time.Now().Add(time.Second); revision() == was && time.Now().Before(end); {
 			time.Sleep(time.Millisecond)
 		}
-		time.Sleep(patient.Timeout) // until it is given up
+		time.Sleep(longLease.Timeout) // until the leader gives up waiting for the acknowledgement
 		p.cut()
 		p.heal()
 		was = revision()
-		eventually(t, "renewals go on", func() bool { return revision() > was+1 })
+		eventually(t, "the leader renews its lease again", func() bool { return revision() > was+1 })
 	}
 	if !s.IsLeader() {
-		t.Error("it leads no more")
+		t.Error("the leader lost its leadership")
 	}
 	if c.finish(t); c.elected.Load() != 1 {
-		t.Errorf("%d terms", c.elected.Load())
+		t.Errorf("%d terms began; want 1", c.elected.Load())
 	}
 }
 
-// Whatever becomes of the key, there is one leader at a time, and terms rise.
-func TestLeadersKeyIsLost(t *testing.T) {
+// TestLeaderKeyLostOrCorrupted removes or overwrites the leader's key. There is still only one leader at a time, and terms rise.
+func TestLeaderKeyLostOrCorrupted(t *testing.T) {
 	t.Parallel()
-	for name, harm := range map[string]func(t *testing.T, js jetstream.JetStream){
-		"purged":  func(t *testing.T, js jetstream.JetStream) { purgeLeader(t, js, jetstream.KeyValue.Purge) },
-		"deleted": func(t *testing.T, js jetstream.JetStream) { purgeLeader(t, js, jetstream.KeyValue.Delete) },
+	for name, damage := range map[string]func(t *testing.T, js jetstream.JetStream){
+		"purged":  func(t *testing.T, js jetstream.JetStream) { removeLeaderKey(t, js, jetstream.KeyValue.Purge) },
+		"deleted": func(t *testing.T, js jetstream.JetStream) { removeLeaderKey(t, js, jetstream.KeyValue.Delete) },
 		"bucket deleted": func(t *testing.T, js jetstream.JetStream) {
 			if err := js.DeleteKeyValue(t.Context(), "aegis_leaders"); err != nil {
 				t.Fatal(err)
@@ -590,8 +598,8 @@ func TestLeadersKeyIsLost(t *testing.T) {
 			for range 2 {
 				leader := c.leader(t)
 				n := len(c.reigns.all())
-				harm(t, manage(t, srv))
-				eventually(t, "it leads no more", func() bool { return !leader.IsLeader() || len(c.reigns.all()) > n })
+				damage(t, manage(t, srv))
+				eventually(t, "the leader has lost its leadership", func() bool { return !leader.IsLeader() || len(c.reigns.all()) > n })
 				c.leader(t)
 			}
 			eventually(t, "a third term begins", func() bool { return c.elected.Load() >= 3 })
@@ -600,18 +608,19 @@ func TestLeadersKeyIsLost(t *testing.T) {
 	}
 }
 
-func purgeLeader(t *testing.T, js jetstream.JetStream, how func(jetstream.KeyValue, context.Context, string, ...jetstream.KVDeleteOpt) error) {
+// removeLeaderKey removes the key of the leader of risk by remove, which is Purge or Delete.
+func removeLeaderKey(t *testing.T, js jetstream.JetStream, remove func(jetstream.KeyValue, context.Context, string, ...jetstream.KVDeleteOpt) error) {
 	t.Helper()
 	kv, err := js.KeyValue(t.Context(), "aegis_leaders")
 	if err == nil {
-		err = how(kv, t.Context(), "risk.default")
+		err = remove(kv, t.Context(), "risk.default")
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-func TestElectionThroughServerRestart(t *testing.T) {
+func TestElectionAcrossServerRestarts(t *testing.T) {
 	t.Parallel()
 	store := withJetStream(t)
 	srv := startServer(t, store)
@@ -622,7 +631,7 @@ func TestElectionThroughServerRestart(t *testing.T) {
 		c.leader(t)
 		srv.Shutdown()
 		srv.WaitForShutdown()
-		eventually(t, "nobody leads", func() bool { return !slices.ContainsFunc(c.members, (*aegis.Service).IsLeader) })
+		eventually(t, "nobody leads without the server", func() bool { return !slices.ContainsFunc(c.members, (*aegis.Service).IsLeader) })
 		srv = startServer(t, samePort, store)
 		c.leader(t)
 	}
@@ -630,7 +639,9 @@ func TestElectionThroughServerRestart(t *testing.T) {
 	c.finish(t)
 }
 
-func TestElectionInACluster(t *testing.T) {
+// TestElectionInCluster shuts down both followers of the stream leader, one after the other. The leadership survives the loss of
+// the first; without a quorum, nobody leads.
+func TestElectionInCluster(t *testing.T) {
 	t.Parallel()
 	servers := startCluster(t, 3)
 	var urls []string
@@ -645,36 +656,37 @@ func TestElectionInACluster(t *testing.T) {
 	c := compete(t, aegis.Balanced, members...)
 	c.leader(t)
 	leads := func(s *server.Server) bool { return s.Running() && s.JetStreamIsStreamLeader("$G", "KV_aegis_leaders") }
-	eventually(t, "the bucket has a leader", func() bool { return slices.ContainsFunc(servers, leads) })
+	eventually(t, "the bucket's stream has a leader", func() bool { return slices.ContainsFunc(servers, leads) })
 
-	// A follower: nothing changes.
+	// One follower is lost: nothing changes.
 	before := len(c.reigns.all())
 	follower := slices.IndexFunc(servers, func(s *server.Server) bool { return !leads(s) })
 	servers[follower].Shutdown()
 	for end := time.Now().Add(2 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if n := slices.IndexFunc(members, (*aegis.Service).IsLeader); n < 0 {
-			t.Fatal("nobody leads since a follower is away")
+			t.Fatal("nobody leads after one follower was shut down")
 		}
 	}
 	if n := len(c.reigns.all()); n != before {
-		t.Errorf("%d reigns ended with a follower", n-before)
+		t.Errorf("%d reigns ended when a follower was shut down; want none", n-before)
 	}
 
-	// The other follower, too: there is no quorum, and nobody leads.
+	// The other follower is lost too: there is no quorum, so nobody leads.
 	leader := slices.IndexFunc(servers, leads)
 	other := 3 - follower - leader
 	servers[other].Shutdown()
 	eventually(t, "nobody leads without a quorum", func() bool { return !slices.ContainsFunc(members, (*aegis.Service).IsLeader) })
 	for end := time.Now().Add(2 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if slices.ContainsFunc(members, (*aegis.Service).IsLeader) {
-			t.Fatal("somebody leads without a quorum")
+			t.Fatal("an instance leads without a quorum")
 		}
 	}
 	c.finish(t)
 }
 
-// Losing the server that leads the bucket: nobody leads until the cluster has another, then one.
-func TestElectionWithoutTheStreamLeader(t *testing.T) {
+// TestElectionAfterLossOfStreamLeader shuts down the server that leads the bucket's stream. Nobody leads until the cluster has
+// another stream leader; then there is one leader again.
+func TestElectionAfterLossOfStreamLeader(t *testing.T) {
 	t.Parallel()
 	servers := startCluster(t, 3)
 	var urls []string
@@ -687,19 +699,20 @@ func TestElectionWithoutTheStreamLeader(t *testing.T) {
 	c.leader(t)
 	leads := func(s *server.Server) bool { return s.Running() && s.JetStreamIsStreamLeader("$G", "KV_aegis_leaders") }
 	i := -1
-	eventually(t, "the bucket has a leader", func() bool { i = slices.IndexFunc(servers, leads); return i >= 0 })
+	eventually(t, "the bucket's stream has a leader", func() bool { i = slices.IndexFunc(servers, leads); return i >= 0 })
 	n := len(c.reigns.all())
 	servers[i].Shutdown()
 	servers[i].WaitForShutdown()
-	eventually(t, "the cluster has another leader", func() bool { return slices.ContainsFunc(servers, leads) })
+	eventually(t, "the bucket's stream has another leader", func() bool { return slices.ContainsFunc(servers, leads) })
 	c.leader(t)
 	if got := len(c.reigns.all()) - n; got > 1 {
-		t.Errorf("%d reigns ended", got)
+		t.Errorf("%d reigns ended; want at most 1", got)
 	}
 	c.finish(t)
 }
 
-// startLeader runs a child that campaigns with a policy, and collects what it says of its reigns.
+// startLeader starts a child process that campaigns with the named policy. It records the reigns that the child prints; all other
+// lines go to the channel told of the process.
 func startLeader(tb testing.TB, srv *server.Server, policy string, reigns *journal[reignOf]) *process {
 	tb.Helper()
 	p := startProcess(tb, "leader", srv, "AEGIS_TEST_POLICY="+policy)
@@ -723,14 +736,14 @@ func startLeader(tb testing.TB, srv *server.Server, policy string, reigns *journ
 	select {
 	case <-ready:
 	case <-time.After(20 * time.Second):
-		tb.Fatal("the child isn't ready")
+		tb.Fatal("the child process is not ready after 20 s")
 	}
 	return p
 }
 
-// The time from a leader's kill -9 to the first answer of the next one, as a caller sees it who is Sticky and Idempotent, and who sees
-// no error. Callers who are only Sticky lose nothing but the calls that may have run.
-func TestFailover(t *testing.T) { // not beside others, since it measures
+// TestFailover measures the time from a kill -9 of the leader to the first answer of the next leader, as a caller sees it that uses
+// Sticky and Idempotent. Such a caller sees no error. Callers that use only Sticky lose only calls that may have run.
+func TestFailover(t *testing.T) { // not parallel to other tests, because it measures time
 	for policy, want := range map[string]struct {
 		kills, all int
 		from, to   time.Duration
@@ -766,12 +779,12 @@ func TestFailover(t *testing.T) { // not beside others, since it measures
 				kills = want.all
 			}
 			var took []time.Duration
-			var lost atomic.Int32 // calls that may have run
+			var lost atomic.Int32 // counts failed calls that may have run
 			var answered [4]atomic.Int32
 			done := make(chan struct{})
-			var others sync.WaitGroup
-			for i := range 4 { // half of them are only Sticky
-				others.Go(func() {
+			var callers sync.WaitGroup
+			for i := range 4 { // callers with an even number use only Sticky, the others Idempotent too
+				callers.Go(func() {
 					opts := []aegis.CallOption{aegis.Sticky(), aegis.Idempotent()}[:1+i%2]
 					for {
 						select {
@@ -782,7 +795,7 @@ func TestFailover(t *testing.T) { // not beside others, since it measures
 						if _, _, err := ask(opts...); err != nil {
 							var e *aegis.Error
 							if i%2 == 1 || !errors.As(err, &e) || e.NotRun {
-								t.Errorf("%d options: %v", len(opts), err)
+								t.Errorf("a caller with %d options got %v", len(opts), err)
 							}
 							lost.Add(1)
 						} else {
@@ -796,9 +809,9 @@ func TestFailover(t *testing.T) { // not beside others, since it measures
 				if err != nil {
 					t.Fatal(err)
 				}
-				for i := range answered { // lest one waits for the second leader in a row
+				for i := range answered { // otherwise a caller might wait through two failovers in a row
 					n := answered[i].Load()
-					eventually(t, "each gets an answer", func() bool { return answered[i].Load() > n })
+					eventually(t, "each caller gets an answer", func() bool { return answered[i].Load() > n })
 				}
 				leader := children[pid(id)]
 				begin := time.Now()
@@ -807,28 +820,28 @@ func TestFailover(t *testing.T) { // not beside others, since it measures
 				}
 				var next uint64
 				next, id, err = ask(aegis.Sticky(), aegis.Idempotent())
-				for err == nil && next == term { // it had answered already
+				for err == nil && next == term { // the leader had answered before it was killed
 					next, id, err = ask(aegis.Sticky(), aegis.Idempotent())
 				}
 				took = append(took, time.Since(begin))
 				if next < term {
-					t.Errorf("term %d after %d", next, term)
+					t.Errorf("term %d came after term %d; terms must not fall", next, term)
 				}
 				term = next
 				add()
 			}
 			close(done)
-			others.Wait()
-			if n := int(lost.Load()); n > 2*kills { // two callers have one call each under way
-				t.Errorf("%d calls were lost with %d leaders", n, kills)
+			callers.Wait()
+			if n := int(lost.Load()); n > 2*kills { // two callers use only Sticky, with one call in flight each
+				t.Errorf("%d calls were lost in %d kills; want at most %d", n, kills, 2*kills)
 			}
 			slices.Sort(took)
 			if took[0] < want.from || took[len(took)-1] > want.to {
-				t.Errorf("%v: want %v to %v", took, want.from, want.to)
+				t.Errorf("failovers took %v; want %v to %v", took, want.from, want.to)
 			}
 			t.Logf("%d kills: %v to %v, median %v", len(took), took[0], took[len(took)-1], took[len(took)/2])
 			for _, p := range children {
-				_ = p.input.Close() // it stops, unless it was killed
+				_ = p.input.Close() // stops the child, unless it was killed
 				for range p.told {
 				}
 			}
@@ -837,8 +850,8 @@ func TestFailover(t *testing.T) { // not beside others, since it measures
 	}
 }
 
-// A leader that is paused for longer than its lease: the next one takes over; when it goes on, it answers NOT_ACTIVE, and what it
-// was about to write is refused by a store that checks terms.
+// TestPausedLeader pauses the leader for longer than its lease, so that another instance takes over. When the former leader
+// resumes, it answers ErrNotActive, and a store that checks terms rejects its pending write.
 func TestPausedLeader(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
@@ -891,11 +904,11 @@ func TestPausedLeader(t *testing.T) {
 			t.Fatal(err)
 		}
 		next, other := who()
-		for next == term { // it answered before it stopped
+		for next == term { // the leader answered before SIGSTOP took effect
 			next, other = who()
 		}
 		if next < term || other == id {
-			t.Errorf("term %d of %s after %d of %s", next, other, term, id)
+			t.Errorf("term %d of %s came after term %d of %s; want a higher one of another instance", next, other, term, id)
 		}
 		if _, err := call[uint64, string](client, "store", "write", next); err != nil {
 			t.Error(err)
@@ -903,15 +916,15 @@ func TestPausedLeader(t *testing.T) {
 		if err := leader.Process.Signal(syscall.SIGCONT); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "it knows who leads", func() bool {
+		eventually(t, "the former leader knows who leads", func() bool {
 			_, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance(id))
 			return fails(t, err, aegis.ErrNotActive).Details["leader"] == other
 		})
 		if line := <-leader.told; !strings.Contains(line, refused.Error()) {
-			t.Errorf("the one that was paused says %q", line)
+			t.Errorf("the former leader printed %q; want the store's error", line)
 		}
 		if e := fails(t, <-writing, aegis.ErrFenced, refused.Error()); e.NotRun {
-			t.Error("it did run")
+			t.Error("NotRun is true for a call that ran")
 		}
 	}
 	for _, p := range []*process{a, b} {

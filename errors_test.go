@@ -13,7 +13,7 @@ import (
 	"github.com/aegistrader/aegis"
 )
 
-func TestErrors(t *testing.T) {
+func TestHandlerErrors(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc := newService(t, srv, "svc")
@@ -34,7 +34,7 @@ func TestErrors(t *testing.T) {
 	handle(t, svc, "unencodable", func(context.Context, int) (chan int, error) { return nil, nil })
 	start(t, svc)
 	client := newService(t, srv, "client")
-	for range 3 { // a handler that panics goes on serving
+	for range 3 { // a method still serves after its handler has panicked
 		for _, c := range []struct{ method, code, message, text string }{
 			{"own", "NO_FUNDS", "balance is 3", "svc: NO_FUNDS: balance is 3"},
 			{"wrapped", "NO_FUNDS", "order 7: balance is 3", "svc: NO_FUNDS: order 7: balance is 3"},
@@ -62,7 +62,7 @@ func TestErrors(t *testing.T) {
 		t.Errorf("the handler's error was changed: %+v", noFunds)
 	}
 	if errors.Is(noFunds, aegis.ErrNotFound) || !errors.Is(&aegis.Error{Code: "NOT_FOUND"}, aegis.ErrNotFound) {
-		t.Error("errors.Is doesn't go by the code")
+		t.Error("errors.Is does not compare codes")
 	}
 }
 
@@ -121,9 +121,9 @@ func TestErrorChainOverThreeHops(t *testing.T) {
 	_, err = call[int, int](client, "a", "nowhere", 1)
 	e := fails(t, err, aegis.ErrUnavailable, "d is not running")
 	if e.NotRun {
-		t.Error("a ran, but its error says that it did not")
+		t.Error("NotRun = true, want false: the handler of a ran")
 	}
 	if !errors.Is(err, aegis.ErrUnavailable) {
-		t.Error("errors.Is")
+		t.Error("errors.Is(err, ErrUnavailable) = false, want true")
 	}
 }

@@ -98,7 +98,7 @@ func (s *Service) newPublication(ctx context.Context, domain, eventType string, 
 			return nil, notRun(newError(ErrInvalid, "event %q: want domain.type, each of a letter, then letters, digits, - and _", p.name))
 		}
 	}
-	p.header = s.envelope(ctx)
+	p.header = s.newHeader(ctx)
 	if cfg.version != nil {
 		p.header[headerVersion] = []string{*cfg.version}
 	}
@@ -108,8 +108,8 @@ func (s *Service) newPublication(ctx context.Context, domain, eventType string, 
 	return p, nil
 }
 
-// envelope is the headers of what is stored, as far as they come from ctx and the service, for the caller to add to.
-func (s *Service) envelope(ctx context.Context) nats.Header {
+// newHeader returns the headers of a message to be stored, as far as they come from ctx and the service. The caller may add to them.
+func (s *Service) newHeader(ctx context.Context) nats.Header {
 	header, correlation := headersFor(ctx)
 	header = withHeader(header, headerSource, s.name)
 	if correlation != "" {
@@ -118,22 +118,27 @@ func (s *Service) envelope(ctx context.Context) nats.Header {
 	return header
 }
 
-// encode is the payload of an event, of which value points to the data. It sets the event's headers; its id ends in suffix.
+// completeHeader adds the content type of data if receivers could not detect it, and checks the size of the message.
+func (s *Service) completeHeader(header nats.Header, data []byte, what string) *Error {
+	delete(header, headerContentType)
+	if label := contentType(s.cfg.codec, data); label != "" {
+		header[headerContentType] = []string{label}
+	}
+	if size, limit := messageSize(header, data), s.conns[0].limit.Load()-letterRoom; size > limit {
+		return notRun(newError(ErrInvalid, "%s has %d bytes with its headers, more than %d: the server's max_payload, less %d for what a dead letter adds",
+			what, size, limit, letterRoom))
+	}
+	return nil
+}
+
+// encode returns the payload of an event, of which value points to the data, and sets the event's headers. Its id ends in suffix.
 func (p *publication) encode(value any, suffix string) ([]byte, *packer, *Error) {
 	data, buf, err := marshal(p.s.cfg.codec, value)
 	if err != nil {
 		return nil, nil, notRun(newError(ErrInvalid, "encoding the event %s: %v", p.name, err))
 	}
 	p.header[jetstream.MsgIDHeader] = []string{p.id + suffix}
-	delete(p.header, headerContentType)
-	if label := contentType(p.s.cfg.codec, data); label != "" {
-		p.header[headerContentType] = []string{label}
-	}
-	if size, limit := messageSize(p.header, data), p.s.conns[0].limit.Load()-letterRoom; size > limit {
-		return nil, nil, notRun(newError(ErrInvalid, "the event %s has %d bytes with its headers, more than %d: the server's max_payload, less %d for what a dead letter adds",
-			p.name, size, limit, letterRoom))
-	}
-	return data, buf, nil
+	return data, buf, p.s.completeHeader(p.header, data, "the event "+p.name)
 }
 
 // PublishBatch publishes data in order, without waiting for the confirmation of one event before it sends the next, and returns
@@ -146,7 +151,7 @@ func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType stri
 	if failure != nil {
 		return failure
 	}
-	b := &batch{publication: p, failures: make([]*Error, len(data)), unsure: make([]bool, len(data))}
+	b := &batch{publication: p, failures: make([]*Error, len(data)), mayBeStored: make([]bool, len(data))}
 	b.encode = func(i int) ([]byte, *packer, *Error) { return p.encode(&data[i], "-"+strconv.Itoa(i)) }
 	return b.publish(ctx)
 }
@@ -154,13 +159,13 @@ func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType stri
 // A batch is events that are published one after the other.
 type batch struct {
 	*publication
-	encode   func(i int) ([]byte, *packer, *Error)
-	failures []*Error // by position
-	unsure   []bool   // by position: it may have been stored
+	encode    func(i int) ([]byte, *packer, *Error)
+	failures  []*Error // by position
+	mayBeStored []bool   // by position: the event may have been stored
 }
 
-// publish stores one event like Publish, which finds out what there is to find out, then all that are left in one go; and again
-// with those that failed but may be sent again.
+// publish stores one event like Publish, which finds out whether publishing works, and then all others at once. It repeats that with
+// the events that failed and may be sent again.
 func (b *batch) publish(ctx context.Context) error {
 	todo := make([]int, len(b.failures))
 	for i := range todo {
@@ -174,41 +179,40 @@ func (b *batch) publish(ctx context.Context) error {
 			x := &exchange{subject: b.subject, header: maps.Clone(b.header), data: data}
 			if failure = b.s.storeWithRetries(ctx, x, b.s.eventStream(), b.cfg, buf); failure != nil {
 				for _, i := range todo {
-					b.fail(i, notRun(newError(failure, "not sent, since event %d failed: %s", first, failure.Message)))
+					b.setResult(i, notRun(newError(failure, "not sent, because event %d failed: %s", first, failure.Message)))
 				}
 				todo = nil
 			}
 		}
-		b.fail(first, failure)
+		b.setResult(first, failure)
 		todo = b.pipeline(ctx, todo)
 	}
 	var errs []error
 	for i, failure := range b.failures {
 		if failure != nil {
 			failure.Details = map[string]string{"index": strconv.Itoa(i)}
-			failure.NotRun = !b.unsure[i]
+			failure.NotRun = !b.mayBeStored[i]
 			errs = append(errs, failure)
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// fail notes what became of an event.
-func (b *batch) fail(i int, failure *Error) {
+func (b *batch) setResult(i int, failure *Error) {
 	b.failures[i] = failure
-	b.unsure[i] = b.unsure[i] || failure != nil && !failure.NotRun
+	b.mayBeStored[i] = b.mayBeStored[i] || failure != nil && !failure.NotRun
 }
 
-// batchWindow bounds how many events of a batch wait for their confirmation. (The server takes in up to 100,000.)
+// batchWindow is how many events of a batch may wait for their confirmation. (The server accepts up to 100,000.)
 const batchWindow = 1024
 
-// pipeline publishes todo on one connection, and returns what may be sent again.
+// These stand for the failures of events in pipeline until their results are known. They are compared by identity.
+var notSent, notConfirmed = &Error{}, &Error{}
+
+// pipeline publishes the events todo on one connection, and returns those that may be sent again.
 func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
-	if len(todo) == 0 {
-		return nil
-	}
 	c := b.s.pick()
-	if c == nil {
+	if len(todo) == 0 || c == nil {
 		return todo
 	}
 	sl, failure := c.newSlot(c.newInbox()+".", batchWindow)
@@ -217,59 +221,57 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	}
 	defer c.endSlot(sl)
 	sl.drops, sl.since = c.drops.Load(), clock()
-	silence := b.cfg.policy().AttemptTimeout
-	extend := func() { sl.wakeAt(clock() + silence) }
-	extend()
-	prefix := sl.prefix + strconv.FormatUint(sl.calls, 36) + "." // the index in todo follows
-	answered := make([]bool, len(todo))
-	sent, waiting := 0, 0
+	timeout := b.cfg.policy().AttemptTimeout // since the last confirmation
+	sl.wakeAt(clock() + timeout)
+	prefix := sl.prefix + strconv.FormatUint(sl.calls, 36) + "." // the position of the event follows
+	unconfirmed := 0
 	var broken *Error // why it can't go on
 	receive := func() {
-		var m *nats.Msg
 		select {
-		case m = <-sl.answers:
+		case m := <-sl.answers:
+			if m == nil {
+				broken = b.s.answerLost(c, sl, b.subject)
+				return
+			}
+			i, err := strconv.Atoi(strings.TrimPrefix(m.Subject, prefix))
+			if err == nil && i >= 0 && i < len(b.failures) && b.failures[i] == notConfirmed {
+				unconfirmed--
+				sl.wakeAt(clock() + timeout)
+				_, failure := parsePubAck(m, b.subject)
+				b.setResult(i, failure)
+			}
 		case <-ctx.Done():
 			broken = asError(ctx.Err())
-			return
-		}
-		if m == nil {
-			broken = b.s.answerLost(c, sl, b.subject)
-			return
-		}
-		if k, err := strconv.Atoi(strings.TrimPrefix(m.Subject, prefix)); err == nil && k >= 0 && k < sent && !answered[k] {
-			answered[k] = true
-			waiting--
-			extend()
-			_, failure := parsePubAck(m, b.subject)
-			b.fail(todo[k], failure)
 		}
 	}
-	for broken == nil && (sent < len(todo) || waiting > 0) {
-		if sent == len(todo) || waiting == batchWindow || ctx.Err() != nil {
+	for _, i := range todo {
+		b.failures[i] = notSent
+	}
+	for sent := 0; broken == nil && (sent < len(todo) || unconfirmed > 0); {
+		if sent == len(todo) || unconfirmed == batchWindow || ctx.Err() != nil {
 			receive()
 			continue
 		}
-		k, i := sent, todo[sent]
+		i := todo[sent]
 		sent++
 		data, buf, failure := b.encode(i)
 		if failure == nil {
-			err := c.nc.PublishMsg(&nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(k), Header: b.header, Data: data})
-			buf.release() // nats.go has copied it
-			if err == nil {
-				waiting++
-				continue
+			b.failures[i] = notConfirmed
+			unconfirmed++
+			if err := c.nc.PublishMsg(&nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(i), Header: b.header, Data: data}); err != nil {
+				broken = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
 			}
-			failure = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
-			broken = failure
+			buf.release() // nats.go has copied it
+		} else {
+			b.setResult(i, failure)
 		}
-		answered[k] = true
-		b.fail(i, failure)
 	}
-	for k, i := range todo {
-		if k >= sent {
-			b.fail(i, notRun(newError(broken, "not sent: %s", broken.Message)))
-		} else if !answered[k] {
-			b.fail(i, newError(broken, "not confirmed: %s", broken.Message))
+	for _, i := range todo {
+		switch b.failures[i] {
+		case notSent:
+			b.setResult(i, notRun(newError(broken, "not sent: %s", broken.Message)))
+		case notConfirmed:
+			b.setResult(i, newError(broken, "not confirmed: %s", broken.Message))
 		}
 		if retryable(b.failures[i]) {
 			again = append(again, i)

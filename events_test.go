@@ -33,7 +33,7 @@ func publish[T any](tb testing.TB, s *aegis.Service, domain, eventType string, d
 	}
 }
 
-// into is a handler that writes down the payload of each event.
+// into returns a handler that adds the payload of each event to the journal l.
 func into[T any](l *journal[T]) func(context.Context, aegis.Event[T]) error {
 	return func(_ context.Context, e aegis.Event[T]) error {
 		l.add(e.Data)
@@ -41,7 +41,7 @@ func into[T any](l *journal[T]) func(context.Context, aegis.Event[T]) error {
 	}
 }
 
-func TestEvent(t *testing.T) {
+func TestPublishAndSubscribe(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
@@ -72,11 +72,11 @@ func TestEvent(t *testing.T) {
 			if second := got.wait(t, 2)[1]; second.Type != "changed" || second.ID == "" || second.ID == first.ID || second.Sequence <= first.Sequence {
 				t.Errorf("got %+v", second)
 			}
-			for n := range 130 { // one byte doesn't tell the codec
+			for n := range 130 { // a single byte does not identify the codec
 				publish(t, publisher, "number", "one", n)
 			}
 			numbers.wait(t, 130)
-			if err := svc.Stop(t.Context()); err != nil { // the next subtest's events aren't for it
+			if err := svc.Stop(t.Context()); err != nil { // it must not receive the events of the next subtest
 				t.Error(err)
 			}
 		})
@@ -98,7 +98,7 @@ func TestEventFromPlainNATSClient(t *testing.T) {
 	}
 }
 
-func TestPatterns(t *testing.T) {
+func TestSubscriptionPatterns(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	a, b := newService(t, srv, "a"), newService(t, srv, "b")
@@ -121,7 +121,7 @@ func TestPatterns(t *testing.T) {
 	for pattern := range matches {
 		listen(a, "a "+pattern, pattern)
 	}
-	listen(b, "b payment.*", "payment.*") // another service gets all of them, too
+	listen(b, "b payment.*", "payment.*") // each service gets all events
 	listen(a, "a payment.* again", "payment.*", aegis.Durable("again"))
 	fails(t, aegis.Subscribe(a, "payment.*", into(&journal[string]{})), aegis.ErrInvalid, "payment.*", "Durable")
 	fails(t, aegis.Subscribe(a, "order.>", into(&journal[string]{}), aegis.Durable("again")), aegis.ErrInvalid, "again")
@@ -138,7 +138,7 @@ func TestPatterns(t *testing.T) {
 			t.Errorf("%s got %v, want %v", name, got, want)
 		}
 	}
-	publish(t, a, "last", "one", "last") // by then the others would have had more
+	publish(t, a, "last", "one", "last") // once it is handled, unwanted events would have been handled too
 	for name, l := range logs {
 		if name[2:] == ">" || name[2:] == "*.*" {
 			l.wait(t, len(matches[name[2:]])+1)
@@ -166,11 +166,11 @@ func TestInstancesShareEventsUnlessBroadcast(t *testing.T) {
 		publish(t, publisher, "order", "created", i)
 		publish(t, publisher, "price", "changed", i)
 	}
-	eventually(t, "all are handled", func() bool { return len(shared[0].all())+len(shared[1].all())+len(shared[2].all()) >= len(want) })
+	eventually(t, "all events are handled", func() bool { return len(shared[0].all())+len(shared[1].all())+len(shared[2].all()) >= len(want) })
 	all := slices.Concat(shared[0].all(), shared[1].all(), shared[2].all())
 	slices.Sort(all)
 	if !slices.Equal(all, want) {
-		t.Errorf("the instances got %v", all)
+		t.Errorf("the instances got %v together", all)
 	}
 	for i := range instances {
 		if len(shared[i].all()) < 20 {
@@ -191,7 +191,7 @@ func TestInstancesShareEventsUnlessBroadcast(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := st.CachedInfo().State.Consumers; n != 1 { // the shared one
+	if n := st.CachedInfo().State.Consumers; n != 1 { // only the shared consumer remains
 		t.Errorf("%d consumers are left", n)
 	}
 }
@@ -213,7 +213,7 @@ func TestSubscriptionIsDurable(t *testing.T) {
 			all := l.wait(t, len(want)+i)
 			slices.Sort(all)
 			if i == 1 {
-				all = all[1:] // the first one, 1
+				all = all[1:] // without event 1, which was published before the subscription
 			}
 			if !slices.Equal(all, want) {
 				t.Errorf("got %v, want %v", all, want)
@@ -224,11 +224,11 @@ func TestSubscriptionIsDurable(t *testing.T) {
 		}
 	}
 	run(2)
-	publish(t, publisher, "order", "created", 3) // while nobody listens
+	publish(t, publisher, "order", "created", 3) // while no instance runs
 	run(2, 3, 4)
 }
 
-func TestPublishIsStoredOnce(t *testing.T) {
+func TestEventIsStoredOncePerIdempotencyKey(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -237,7 +237,7 @@ func TestPublishIsStoredOnce(t *testing.T) {
 	start(t, svc)
 	for range 3 {
 		publish(t, svc, "order", "created", 1, aegis.IdempotencyKey("42"))
-		publish(t, svc, "order", "paid", 1, aegis.IdempotencyKey("42")) // not the same event
+		publish(t, svc, "order", "paid", 1, aegis.IdempotencyKey("42")) // another event, because its type differs
 		if err := aegis.PublishBatch(t.Context(), svc, "order", "shipped", []int{1, 2, 3}, aegis.IdempotencyKey("42")); err != nil {
 			t.Fatal(err)
 		}
@@ -249,7 +249,7 @@ func TestPublishIsStoredOnce(t *testing.T) {
 	}
 	slices.Sort(ids)
 	want := []string{"last.one", "order.created 42", "order.paid 42", "order.shipped 42-0", "order.shipped 42-1", "order.shipped 42-2"}
-	ids[0] = strings.Fields(ids[0])[0] // its id is random
+	ids[0] = strings.Fields(ids[0])[0] // without its ID, which is random
 	if !slices.Equal(ids, want) {
 		t.Errorf("got %v", ids)
 	}
@@ -263,7 +263,7 @@ func TestPublishBatch(t *testing.T) {
 	for i := range batch {
 		batch[i] = strconv.AppendInt(nil, int64(i), 10)
 	}
-	batch[17], batch[4711] = make([]byte, 64<<10), make([]byte, 63<<10) // too large by itself, and with its dead letter's headers
+	batch[17], batch[4711] = make([]byte, 64<<10), make([]byte, 63<<10) // too large alone, and with a dead letter's headers
 	err := aegis.PublishBatch(t.Context(), svc, "order", "created", batch)
 	joined, ok := err.(interface{ Unwrap() []error })
 	if !ok || len(joined.Unwrap()) != 2 {
@@ -322,7 +322,7 @@ func TestConcurrencyOneKeepsOrder(t *testing.T) {
 	}
 }
 
-func TestEventsTravelWithContext(t *testing.T) {
+func TestEventsPropagateContext(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	const traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -338,10 +338,10 @@ func TestEventsTravelWithContext(t *testing.T) {
 	subscribe(t, svc, "order.created", func(ctx context.Context, e aegis.Event[int]) error {
 		ids.add(aegis.CorrelationID(ctx))
 		if h := aegis.Headers(ctx); h.Get("traceparent") != traceparent {
-			t.Errorf("headers %v", h)
+			t.Errorf("got headers %v", h)
 		}
 		if deadline, ok := ctx.Deadline(); !ok || time.Until(deadline) > time.Minute || time.Until(deadline) < 50*time.Second {
-			t.Errorf("deadline %v", deadline)
+			t.Errorf("got deadline %v", deadline)
 		}
 		return aegis.Publish(ctx, svc, "order", "checked", e.Data)
 	}, aegis.Deadline(time.Minute))
@@ -353,7 +353,7 @@ func TestEventsTravelWithContext(t *testing.T) {
 	handle(t, svc, "check", func(ctx context.Context, n int) (int, error) {
 		ids.add(aegis.CorrelationID(ctx))
 		if tp := aegis.Headers(ctx).Get("traceparent"); tp != traceparent {
-			t.Errorf("traceparent %q", tp)
+			t.Errorf("got traceparent %q", tp)
 		}
 		return n, nil
 	})
@@ -363,7 +363,7 @@ func TestEventsTravelWithContext(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := ids.wait(t, 3); !slices.Equal(got, []string{"order-1", "order-1", "order-1"}) {
-		t.Errorf("correlation ids %v", got)
+		t.Errorf("got correlation IDs %v", got)
 	}
 	want := []string{"event events.order.created risk secret", "event events.order.checked risk ", "rpc rpc.risk.check risk "}
 	if got := seen.all(); !slices.Equal(got, want) {
@@ -371,7 +371,7 @@ func TestEventsTravelWithContext(t *testing.T) {
 	}
 }
 
-func TestStopGivesEventsBack(t *testing.T) {
+func TestUnfinishedEventsAreRedeliveredAfterStop(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	publisher := newService(t, srv, "shop")
@@ -388,7 +388,7 @@ func TestStopGivesEventsBack(t *testing.T) {
 			running.add(e.Data)
 			<-ctx.Done()
 			ended.add(e.Data)
-			if e.Data == 2 { // longer than Stop waits
+			if e.Data == 2 { // this handler runs longer than Stop waits
 				time.Sleep(time.Second)
 			}
 			return ctx.Err()
@@ -403,7 +403,7 @@ func TestStopGivesEventsBack(t *testing.T) {
 		fails(t, svc.Stop(ctx), aegis.ErrTimeout, "3 handlers")
 		cancel()
 		if n := len(ended.all()); n != 3*(stop+1) {
-			t.Errorf("%d handlers were told", n)
+			t.Errorf("the contexts of %d handlers were cancelled, want %d", n, 3*(stop+1))
 		}
 	}
 	svc := instance(into(&handled))
@@ -417,7 +417,7 @@ func TestStopGivesEventsBack(t *testing.T) {
 	}
 }
 
-func TestPublishWhileTheServerIsAway(t *testing.T) {
+func TestPublishDuringServerRestart(t *testing.T) {
 	t.Parallel()
 	store := withJetStream(t)
 	srv := startServer(t, store)
@@ -477,7 +477,7 @@ func TestPublishWhileTheServerIsAway(t *testing.T) {
 	})
 }
 
-func TestInvalidEvents(t *testing.T) {
+func TestInvalidEventArguments(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -530,7 +530,7 @@ func TestInvalidEvents(t *testing.T) {
 	fails(t, aegis.Subscribe(svc, "a.b", into(&journal[int]{})), aegis.ErrClosed)
 }
 
-func TestPublishBatchThatCannotSucceed(t *testing.T) {
+func TestPublishBatchNotStored(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -543,14 +543,14 @@ func TestPublishBatchThatCannotSucceed(t *testing.T) {
 		promptly(t, func() {
 			err := aegis.PublishBatch(t.Context(), svc, "payment", "captured", []int{1, 2}, opts...)
 			if e := fails(t, err, aegis.ErrInvalid, "AEGIS_EVENTS", "events.payment.captured", "events.>"); !e.NotRun {
-				t.Error("it may have been stored?")
+				t.Error("NotRun is not set")
 			}
 		})
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if e := fails(t, aegis.PublishBatch(ctx, svc, "order", "created", make([]int, 500)), aegis.ErrCanceled); !e.NotRun {
-		t.Error("it may have been stored?")
+		t.Error("NotRun is not set")
 	}
 	publish(t, svc, "order", "last", 0)
 	info, err := st.Info(t.Context())
@@ -562,8 +562,8 @@ func TestPublishBatchThatCannotSucceed(t *testing.T) {
 	}
 }
 
-// What was sent once may have been stored, whatever came of it later.
-func TestPublishBatchNotRun(t *testing.T) {
+// An event that was sent once may have been stored, even if a later attempt could not be sent: NotRun must not be set.
+func TestPublishBatchNotConfirmed(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t) // without JetStream
 	svc := newService(t, srv, "risk")
@@ -573,7 +573,7 @@ func TestPublishBatchNotRun(t *testing.T) {
 	}
 	t.Cleanup(nc.Close)
 	var n atomic.Int32
-	if _, err := nc.Subscribe("events.>", func(m *nats.Msg) { // takes three events, answers the first only, and goes away
+	if _, err := nc.Subscribe("events.>", func(m *nats.Msg) { // receives three events, answers only the first, and unsubscribes
 		switch n.Add(1) {
 		case 1:
 			_ = m.Respond([]byte(`{"stream":"AEGIS_EVENTS","seq":1}`))
@@ -593,19 +593,19 @@ func TestPublishBatchNotRun(t *testing.T) {
 	}
 	for _, err := range joined.Unwrap() {
 		if e := fails(t, err, aegis.ErrUnavailable); e.NotRun || e.Details["index"] == "0" {
-			t.Errorf("got %+v: it was sent", e)
+			t.Errorf("got %+v for an event that was sent", e)
 		}
 	}
 }
 
-func TestKilledInstance(t *testing.T) {
+func TestEventOfKilledInstanceIsRedelivered(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	first := startProcess(t, "events", srv)
 	if line, _ := first.line(t); line != "ready" {
 		t.Fatal(line)
 	}
-	shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second) // for those that start later
+	shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second) // applies to instances that start later
 	publisher := newService(t, srv, "shop")
 	publish(t, publisher, "order", "created", "SLEEP")
 	if line, _ := first.line(t); line != "SLEEP 1" {
@@ -623,7 +623,7 @@ func TestKilledInstance(t *testing.T) {
 	}
 }
 
-func TestNoEventIsLostWithTheStreamLeader(t *testing.T) {
+func TestNoEventIsLostWhenStreamLeaderStops(t *testing.T) {
 	t.Parallel()
 	servers := startCluster(t, 3)
 	var urls []string
@@ -654,10 +654,10 @@ func TestNoEventIsLostWithTheStreamLeader(t *testing.T) {
 	n := len(stored.wait(t, 100))
 	leader := slices.IndexFunc(servers, func(s *server.Server) bool { return s.JetStreamIsStreamLeader("$G", "AEGIS_EVENTS") })
 	if leader < 0 {
-		t.Fatal("nobody leads the stream")
+		t.Fatal("the stream has no leader")
 	}
 	servers[leader].Shutdown()
-	eventually(t, "events are stored without it", func() bool { return len(stored.all()) > n+500 })
+	eventually(t, "500 more events are stored after the leader has stopped", func() bool { return len(stored.all()) > n+500 })
 	done.Store(true)
 	publishers.Wait()
 	missing := func() (missing []int) {
@@ -674,7 +674,7 @@ func TestNoEventIsLostWithTheStreamLeader(t *testing.T) {
 	}
 	for end := time.Now().Add(40 * time.Second); len(missing()) > 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("never handled: %v", missing())
+			t.Fatalf("events that were never handled: %v", missing())
 		}
 	}
 }

@@ -20,7 +20,8 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// embeddedServer runs a NATS server with JetStream in this process, so that each example is a program that runs anywhere.
+// embeddedServer starts a NATS server with JetStream in this process, so that each example runs without any setup. Your program
+// passes the URL of its own NATS server to WithURL instead.
 func embeddedServer() (url string, stop func()) {
 	dir, err := os.MkdirTemp("", "nats-*")
 	if err != nil {
@@ -32,12 +33,13 @@ func embeddedServer() (url string, stop func()) {
 	}
 	srv.Start()
 	if !srv.ReadyForConnections(10 * time.Second) {
-		log.Fatal("the server doesn't start")
+		log.Fatal("the NATS server did not start within 10 s")
 	}
 	return srv.ClientURL(), func() { srv.Shutdown(); srv.WaitForShutdown(); os.RemoveAll(dir) }
 }
 
-// An order service and a caller.
+// This example starts an order service and calls it from another service. The first call succeeds; the second one returns the
+// error of the handler.
 func Example() {
 	type Order struct {
 		SKU string `json:"sku"`
@@ -84,7 +86,7 @@ func Example() {
 	// order-service: BAD_QUANTITY: qty is 0
 }
 
-// Any NATS client can call, in JSON, and is answered in JSON.
+// Any NATS client can call a handler. A request in JSON is answered in JSON.
 func ExampleHandle() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -106,7 +108,7 @@ func ExampleHandle() {
 		log.Fatal(err)
 	}
 
-	nc, err := nats.Connect(url) // not aegis
+	nc, err := nats.Connect(url) // a plain NATS client, without aegis
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -119,7 +121,7 @@ func ExampleHandle() {
 	// Output: "hello Ada"
 }
 
-// Errors are compared with errors.Is, and say whether it is safe to try again.
+// Compare errors with errors.Is. If NotRun is true, the request did not reach a handler, so it is safe to retry.
 func ExampleError() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -138,7 +140,8 @@ func ExampleError() {
 	// UNAVAILABLE: no responders on rpc.nobody.hello: nobody is not running
 }
 
-// Sticky keeps at a call that nobody could take yet; Idempotent would also send again what may have run.
+// Sticky retries a call that did not reach a handler until ctx ends: here, the service starts only after the call. To retry calls
+// that may already have run as well, add Idempotent.
 func ExampleSticky() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -155,7 +158,7 @@ func ExampleSticky() {
 		fmt.Println(aegis.Call[int, int](ctx, client, "doubler", "double", 21, aegis.Sticky()))
 	}()
 
-	svc, err := aegis.New("doubler", aegis.WithURL(url)) // comes up while the call waits
+	svc, err := aegis.New("doubler", aegis.WithURL(url)) // the service starts while the call waits
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -170,7 +173,7 @@ func ExampleSticky() {
 	// Output: 42 <nil>
 }
 
-// Middleware sees every message before its handler. This one wants a token, which callers send in a header.
+// Middleware runs before the handler of every message. This one requires a token, which the caller sends in a header.
 func ExampleWithMiddleware() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -208,7 +211,8 @@ func ExampleWithMiddleware() {
 	// gold <nil>
 }
 
-// Events are stored, and shared by the instances of each service that subscribes.
+// Events are stored in JetStream. Every service that subscribes receives each event, and the instances of a service share the
+// events among them.
 func ExampleSubscribe() {
 	type Payment struct {
 		Order  string  `json:"order"`
@@ -227,7 +231,7 @@ func ExampleSubscribe() {
 	handled := make(chan string, 1)
 	err = aegis.Subscribe(shipping, "payment.*", func(_ context.Context, e aegis.Event[Payment]) error {
 		handled <- fmt.Sprintf("%s %s from %s: %v", e.Domain, e.Type, e.Source, e.Data)
-		return nil // acknowledges it; after an error it would come again
+		return nil // acknowledges the event; after an error it is redelivered
 	})
 	if err != nil {
 		log.Fatal(err)
@@ -241,7 +245,8 @@ func ExampleSubscribe() {
 		log.Fatal(err)
 	}
 	defer payments.Stop(ctx)
-	// The key makes sure that it is stored once, even if this program is run again right after a crash.
+	// The idempotency key ensures that the event is stored only once, even if this program crashes and publishes it again within the
+	// stream's duplicate window (2 minutes by default).
 	err = aegis.Publish(ctx, payments, "payment", "captured", Payment{Order: "1-AAPL", Amount: 19}, aegis.IdempotencyKey("1-AAPL"))
 	if err != nil {
 		log.Fatal(err)
@@ -250,7 +255,7 @@ func ExampleSubscribe() {
 	// Output: payment captured from payments: {1-AAPL 19}
 }
 
-// Broadcast gives each event to every instance, here to drop what it has cached.
+// Broadcast delivers each event to every instance of the service. Here, each instance drops an entry from its cache.
 func ExampleBroadcast() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -291,12 +296,13 @@ func ExampleBroadcast() {
 	// cache-2 drops AAPL
 }
 
-// PublishBatch is for many events at once. It tells each that failed.
+// PublishBatch publishes many events at once. Its error joins one error for each event that failed, whose Details["index"] is the
+// position of the event in the batch.
 func ExamplePublishBatch() {
 	url, stop := embeddedServer()
 	defer stop()
 	ctx := context.Background()
-	// JSON can't encode every float.
+	// JSON can't encode NaN, so the second event fails.
 	svc, err := aegis.New("market-data", aegis.WithURL(url), aegis.WithCodec(aegis.JSON))
 	if err != nil {
 		log.Fatal(err)
@@ -315,7 +321,7 @@ func ExamplePublishBatch() {
 	// Output: event 1 INVALID_ARGUMENT: encoding the event price.changed: json: unsupported value: NaN
 }
 
-// What fails too often is set aside, and can be handled once more when the reason is gone.
+// An event that has failed on every attempt becomes a dead letter. Once the cause is fixed, Redrive has the event handled again.
 func ExampleService_Redrive() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -348,7 +354,7 @@ func ExampleService_Redrive() {
 	}
 
 	var letter aegis.DeadLetter
-	for letter.Sequence == 0 { // until it is there
+	for letter.Sequence == 0 { // the dead letter is stored a moment after the last attempt
 		for d, err := range svc.DeadLetters(ctx) {
 			if err != nil {
 				log.Fatal(err)
@@ -367,7 +373,8 @@ func ExampleService_Redrive() {
 	// shipped 1-AAPL
 }
 
-// A command is queued, reports its progress, and has an outcome that is kept.
+// A command is queued and executed by one instance of a service. Its handler reports progress, and its outcome is stored, so that
+// the sender can follow the command and wait for the result.
 func ExampleSendCommand() {
 	type Rebalance struct {
 		Portfolio string `json:"portfolio"`
@@ -385,11 +392,12 @@ func ExampleSendCommand() {
 		log.Fatal(err)
 	}
 	defer portfolios.Stop(ctx)
-	seen := make(chan struct{}) // so that this example always prints the same; progress is never waited for otherwise
+	// seen makes the output of this example deterministic. A real handler doesn't wait until somebody has seen its progress.
+	seen := make(chan struct{})
 	err = aegis.HandleCommand(portfolios, "rebalance", func(ctx context.Context, c *aegis.Command[Rebalance]) (Report, error) {
-		// After a crash, c.Last tells how far the attempt before this one came.
+		// After a crash, c.Last holds the last progress that the previous attempt reported.
 		if err := c.Progress(50, "half of "+c.Data.Portfolio); err != nil {
-			return Report{}, err // cancelled, or another instance has taken over
+			return Report{}, err // the command was cancelled, or another instance has taken over
 		}
 		<-seen
 		return Report{Orders: 2}, nil
@@ -428,8 +436,8 @@ func ExampleSendCommand() {
 	// {2} <nil>
 }
 
-// With a key, the same command is executed once, however often and from wherever it is sent. Its outcome can be had by the key
-// alone.
+// A command with an idempotency key is executed only once, no matter how often and from where it is sent. Attach returns the Job
+// of a command that was sent before, perhaps by another process. It finds the command by the key.
 func ExampleAttach() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -452,7 +460,7 @@ func ExampleAttach() {
 		log.Fatal(err)
 	}
 
-	for range 2 { // the second time after a crash, say
+	for range 2 { // the second time stands for a sender that crashed and sends the command again
 		job, err := aegis.SendCommand[string, string](ctx, svc, "billing", "invoice", "order 42", aegis.IdempotencyKey("order-42"))
 		if err != nil {
 			log.Fatal(err)
@@ -466,7 +474,7 @@ func ExampleAttach() {
 	// invoice 1 for order 42 <nil>
 }
 
-// Cancel ends the handler's ctx, or keeps a command that is still queued from running at all.
+// Cancel ends the ctx of the handler that runs the command. A command that is still queued never runs.
 func ExampleJob_Cancel() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -502,8 +510,9 @@ func ExampleJob_Cancel() {
 	// Output: true CANCELED: the command b1 of backtests.run was cancelled
 }
 
-// Of two instances one is active; when it stops, the other takes over, and a caller who is Sticky doesn't notice. (After a crash that
-// takes as long as the policy says, and a call that was running fails unless it is Idempotent.)
+// An exclusive handler runs only in the instance that leads the service. When the leader stops, another instance takes over, and
+// callers that use Sticky see no error. After a crash of the leader, the failover policy determines how long the takeover takes,
+// and a call that was in flight fails unless it is Idempotent too.
 func ExampleExclusive() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -517,7 +526,8 @@ func ExampleExclusive() {
 			log.Fatal(err)
 		}
 		err = aegis.Handle(s, "match", func(ctx context.Context, order string) (string, error) {
-			terms = append(terms, aegis.Term(ctx)) // a store would take it along, and refuse a lower one
+			// The term is a fencing token: pass it with every write to a store that rejects terms lower than the highest it has seen.
+			terms = append(terms, aegis.Term(ctx))
 			return order + " matched by " + id, nil
 		}, aegis.Exclusive())
 		if err != nil {
@@ -553,7 +563,8 @@ func ExampleExclusive() {
 	// b true true <nil>
 }
 
-// Work that one instance does for all, here a scheduler: whichever is elected runs it, until it stops or dies.
+// Lead runs work that only one instance of a service may do at a time, such as a scheduler. The elected leader runs it until its
+// function returns; if the leader stops or crashes, another instance is elected.
 func ExampleService_Lead() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -574,11 +585,11 @@ func ExampleService_Lead() {
 			case <-tick.C:
 				runs++
 				fmt.Println("run", runs, "of a leader:", term == aegis.Term(ctx))
-			case <-ctx.Done(): // another one leads now, or ours is told to end
+			case <-ctx.Done(): // the leadership is lost, or the service is stopping
 				return ctx.Err()
 			}
 		}
-		return nil // this one has done its work, and gives the leadership back
+		return nil // the work is done; returning releases the leadership
 	})
 	fmt.Println(err)
 	// Output:
@@ -588,7 +599,7 @@ func ExampleService_Lead() {
 	// <nil>
 }
 
-// The instances of a service, and strategies by which one of them is chosen for a call.
+// Discover lists the instances of a service. Balance addresses a call to one of them, which a strategy chooses.
 func ExampleService_Discover() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -641,7 +652,7 @@ func ExampleService_Discover() {
 	// map[AAPL from east:5 AAPL from west:5]
 }
 
-// Metrics for Prometheus and probes for Kubernetes, on a port of their own.
+// Handler serves metrics for Prometheus and probes for Kubernetes. Serve it on a port that is separate from your application's.
 func ExampleService_Handler() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -698,7 +709,7 @@ func ExampleService_Handler() {
 	// aegis_requests_total{service="risk",kind="rpc",endpoint="check",code="BAD_QUANTITY"} 1
 }
 
-// What a service knows of itself.
+// Stats returns the figures of a service: its connections, and for each endpoint the requests, errors, callers and latencies.
 func ExampleService_Stats() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -736,7 +747,7 @@ func ExampleService_Stats() {
 	// rpc greet 3 1 map[INVALID_ARGUMENT:1] 0 map[greeter:3] true
 }
 
-// Who calls whom, as the running system tells it.
+// Dependencies asks the running instances who has called them. Mermaid draws the answer as a flowchart.
 func ExampleService_Dependencies() {
 	url, stop := embeddedServer()
 	defer stop()
@@ -803,7 +814,7 @@ func ExampleService_Dependencies() {
 	//     s0 -->|"check: 3, 1 failed"| s2
 }
 
-// One picture of two calls.
+// Mermaid draws one arrow from a caller to a service and labels it with all endpoints that the caller uses.
 func ExampleMermaid() {
 	fmt.Print(aegis.Mermaid([]aegis.Dependency{
 		{From: "web", To: "orders", Endpoint: "create", Requests: 12, Errors: 1},

@@ -234,9 +234,7 @@ func (f *feed) fetch(ctx context.Context) {
 }
 
 // worthAsking reports whether to ask for more: not for each single message as long as others wait to be handled.
-func (f *feed) worthAsking(free int64) bool {
-	return free > 0 && (free >= int64(f.limit)/8 || len(f.queue) == 0)
-}
+func (f *feed) worthAsking(free int64) bool { return free > 0 && (free >= int64(f.limit)/8 || len(f.queue) == 0) }
 
 // ask asks for what can be handled, and reports whether there may be more at once. With several lanes it asks each for what is there
 // now, the most urgent first, until one has something; those that are empty are parked. One start in 16 goes to the other end, so that
@@ -388,9 +386,7 @@ func (f *feed) release() {
 // acknowledge acknowledges a delivery in one of the ways. If that is lost, the message is delivered again after its ack wait.
 func (f *feed) acknowledge(m *nats.Msg, how string) { f.svc.notify(m.Reply, []byte(how)) }
 
-func nakAfter(pause time.Duration) string {
-	return nak + ` {"delay":` + strconv.FormatInt(int64(pause), 10) + "}"
-}
+func nakAfter(pause time.Duration) string { return nak + ` {"delay":` + strconv.FormatInt(int64(pause), 10) + "}" }
 
 // giveBack returns a message to the server because this instance is not to handle it now. If another one leads, it waits until what
 // this instance has asked for has expired.

@@ -16,7 +16,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// shortenAckWait does so to the consumers of a stream.
+// shortenAckWait sets the ack wait of all consumers of a stream.
 func shortenAckWait(tb testing.TB, srv *server.Server, stream string, wait time.Duration) {
 	tb.Helper()
 	st, err := manage(tb, srv).Stream(context.Background(), stream)
@@ -35,7 +35,7 @@ func shortenAckWait(tb testing.TB, srv *server.Server, stream string, wait time.
 	}
 }
 
-func TestStreamsThatCannotBeUsed(t *testing.T) {
+func TestExistingStreams(t *testing.T) {
 	t.Parallel()
 	try := func(name string, words []string, configs ...jetstream.StreamConfig) {
 		t.Run(name, func(t *testing.T) {
@@ -66,7 +66,7 @@ func TestStreamsThatCannotBeUsed(t *testing.T) {
 					t.Fatal(err)
 				}
 				if have := st.CachedInfo().Config; !slices.Equal(have.Subjects, c.Subjects) || have.MaxAge != c.MaxAge {
-					t.Errorf("it was changed: %+v", have)
+					t.Errorf("the stream was changed: %+v", have)
 				}
 			}
 		})
@@ -85,7 +85,7 @@ func TestEventsWithoutJetStream(t *testing.T) {
 	svc := newService(t, srv, "risk")
 	promptly(t, func() {
 		if e := fails(t, aegis.Publish(t.Context(), svc, "order", "created", 1), aegis.ErrUnavailable, "JetStream", "-js"); !e.NotRun {
-			t.Error("it may have been stored?")
+			t.Error("NotRun is not set")
 		}
 	})
 	promptly(t, func() {
@@ -98,7 +98,7 @@ func TestEventsWithoutJetStream(t *testing.T) {
 	promptly(t, func() { fails(t, svc.Start(t.Context()), aegis.ErrUnavailable, "JetStream") })
 }
 
-func TestDeletedConsumerIsMadeAgain(t *testing.T) {
+func TestDeletedConsumerIsRecreated(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	js := manage(t, srv)
@@ -113,7 +113,7 @@ func TestDeletedConsumerIsMadeAgain(t *testing.T) {
 		return nil
 	}, aegis.Backoff(time.Hour, time.Hour))
 	start(t, svc)
-	publish(t, publisher, "order", "created", 1) // it fails, and waits for its next attempt
+	publish(t, publisher, "order", "created", 1) // it fails and waits for its next attempt
 	publish(t, publisher, "order", "created", 2)
 	got.wait(t, 1)
 	st, err := js.Stream(t.Context(), "AEGIS_EVENTS")
@@ -126,10 +126,10 @@ func TestDeletedConsumerIsMadeAgain(t *testing.T) {
 		}
 	}
 	healthy.Store(true)
-	publish(t, publisher, "order", "created", 3) // while there is none, perhaps
-	eventually(t, "all are handled", func() bool { return slices.Contains(got.all(), 1) && slices.Contains(got.all(), 3) })
+	publish(t, publisher, "order", "created", 3) // there may be no consumer at this moment
+	eventually(t, "all events are handled", func() bool { return slices.Contains(got.all(), 1) && slices.Contains(got.all(), 3) })
 
-	// The same with the stream, whose numbers begin anew.
+	// The same holds for a deleted stream, although the sequences of the new one start from 1 again.
 	if err := js.DeleteStream(t.Context(), "AEGIS_EVENTS"); err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +137,7 @@ func TestDeletedConsumerIsMadeAgain(t *testing.T) {
 	eventually(t, "the event in the new stream is handled", func() bool { return slices.Contains(got.all(), 4) })
 }
 
-func TestOperatorsConsumer(t *testing.T) {
+func TestConsumerCreatedByOperator(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -167,9 +167,9 @@ func TestOperatorsConsumer(t *testing.T) {
 	got.wait(t, 100)
 	publish(t, svc, "order", "created", 1)
 	var letters []aegis.DeadLetter
-	eventually(t, "a dead letter", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
+	eventually(t, "there is a dead letter", func() bool { letters = deadLetters(t, svc); return len(letters) == 1 })
 	healthy.Store(true)
-	if err := svc.Redrive(t.Context(), letters[0]); err != nil { // for which the consumer's filter had to be extended
+	if err := svc.Redrive(t.Context(), letters[0]); err != nil { // works only because the consumer's filter was extended
 		t.Fatal(err)
 	}
 	got.wait(t, 101)
@@ -180,8 +180,8 @@ func TestOperatorsConsumer(t *testing.T) {
 	fails(t, aegis.Subscribe(svc, "order.*", into(&got), aegis.Durable("limited")), aegis.ErrInvalid, "risk~limited", "max_deliver")
 }
 
-// As many events are handled as may be, however few of them are free.
-func TestEventsUseTheWholeConcurrency(t *testing.T) {
+// A subscription handles as many events at once as Concurrency allows, even if only a single handler is free when events arrive.
+func TestEventsUseFullConcurrency(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -196,17 +196,17 @@ func TestEventsUseTheWholeConcurrency(t *testing.T) {
 	for i := range 63 {
 		publish(t, svc, "order", "created", i)
 	}
-	eventually(t, "63 run", func() bool { return running.Load() == 63 })
-	time.Sleep(1500 * time.Millisecond) // until what was asked for has expired
+	eventually(t, "63 handlers run", func() bool { return running.Load() == 63 })
+	time.Sleep(1500 * time.Millisecond) // until the pull requests have expired
 	if err := aegis.PublishBatch(t.Context(), svc, "order", "created", make([]int, 100)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "64 run", func() bool { return running.Load() == 64 })
+	eventually(t, "64 handlers run", func() bool { return running.Load() == 64 })
 	close(release)
-	eventually(t, "all run", func() bool { return running.Load() == 163 })
+	eventually(t, "all events are handled", func() bool { return running.Load() == 163 })
 }
 
-func TestLongHandlerIsNotRedelivered(t *testing.T) {
+func TestEventOfLongHandlerIsNotRedelivered(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	var handled journal[int]
@@ -220,24 +220,25 @@ func TestLongHandlerIsNotRedelivered(t *testing.T) {
 		start(t, svc)
 		return svc
 	}
-	if err := instance().Stop(t.Context()); err != nil { // once the consumer exists, its operator can change it
+	if err := instance().Stop(t.Context()); err != nil { // this creates the consumer, so that an operator can change it
 		t.Fatal(err)
 	}
 	shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second)
 	svc := instance()
 	publish(t, svc, "order", "created", 4*time.Second)
 	handled.wait(t, 1)
-	instance()                                    // which would take it
+	instance()                                    // it would get the event if that were redelivered
 	if err := svc.Stop(t.Context()); err != nil { // waits for the handler
 		t.Fatal(err)
 	}
 	if got := handled.all(); !slices.Equal(got, []int{1}) {
-		t.Errorf("attempts %v", got)
+		t.Errorf("got attempts %v", got)
 	}
 }
 
-// Whoever was cut off for longer than entries live keeps what it knew, and shows the truth within a second when it is back.
-func TestDiscoverAfterBeingCutOff(t *testing.T) {
+// A client that was disconnected for longer than registry entries live keeps the instances that it knew, and Discover is correct
+// within a second after the reconnect.
+func TestDiscoverAfterReconnect(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	p := startProxy(t, srv)
@@ -255,7 +256,7 @@ func TestDiscoverAfterBeingCutOff(t *testing.T) {
 	var reigns journal[reignOf]
 	crashing := startLeader(t, srv, "Aggressive", &reigns)
 	stopping := add("c")
-	eventually(t, "all show", func() bool { return len(instances(t, client, "risk")) == 3 })
+	eventually(t, "Discover shows all instances", func() bool { return len(instances(t, client, "risk")) == 3 })
 	p.hold(toServer, toClient)
 	p.cut()
 	if err := crashing.Process.Kill(); err != nil {
@@ -266,24 +267,24 @@ func TestDiscoverAfterBeingCutOff(t *testing.T) {
 	}
 	add("d")
 	other := newService(t, srv, "ops")
-	eventually(t, "the crashed one has expired", func() bool { return len(instances(t, other, "risk")) == 2 })
-	eventually(t, "the server has given the client's watch up", func() bool {
+	eventually(t, "the crashed instance has expired", func() bool { return len(instances(t, other, "risk")) == 2 })
+	eventually(t, "the server has removed the watch of the disconnected client", func() bool {
 		st, err := manage(t, srv).Stream(t.Context(), "KV_aegis_registry")
-		return err == nil && st.CachedInfo().State.Consumers == 1 // the other's
+		return err == nil && st.CachedInfo().State.Consumers == 1 // the watch of other
 	})
 	if got := instances(t, client, "risk"); len(got) != 3 {
-		t.Errorf("while cut off: %q", got)
+		t.Errorf("got %q while disconnected", got)
 	}
 	p.heal()
 	<-reconnected
 	begin := time.Now()
-	eventually(t, "it shows the truth", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "d ACTIVE"}) })
+	eventually(t, "Discover shows the current instances", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "d ACTIVE"}) })
 	if took := time.Since(begin); took > time.Second {
 		t.Errorf("it took %v", took)
 	}
 }
 
-// A JetStream that doesn't answer makes Discover wait, until its ctx ends.
+// If JetStream doesn't answer, Discover waits until its ctx ends.
 func TestDiscoverWithoutAnswer(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
@@ -303,12 +304,12 @@ func TestDiscoverWithoutAnswer(t *testing.T) {
 	_, err = newService(t, srv, "shop").Discover(ctx, "risk")
 	fails(t, err, aegis.ErrTimeout)
 	if ctx.Err() == nil {
-		t.Error("it did not wait")
+		t.Error("Discover did not wait until ctx ended")
 	}
 }
 
-// What is denied isn't tried again and again, since each denial is logged, here and by the server.
-func TestDenialsAreFew(t *testing.T) {
+// Operations that the permissions deny are rarely repeated, because the client and the server log each denial.
+func TestDeniedOperationsAreRarelyRepeated(t *testing.T) {
 	t.Parallel()
 	publish, subscribe := allowances(t, "it sends commands")
 	srv := startServer(t, withJetStream(t), func(o *server.Options) {
@@ -330,19 +331,19 @@ func TestDenialsAreFew(t *testing.T) {
 		_, err := call[int, int](shop, "orders", "missing", 1)
 		fails(t, err, aegis.ErrUnavailable, "$SRV.INFO.orders")
 	}
-	if n := denials(); n > 2 { // one a connection
-		t.Errorf("%d denials of 200 questions", n)
+	if n := denials(); n > 2 { // one denial per connection
+		t.Errorf("got %d denials for 200 requests", n)
 	}
 	_, err := shop.Discover(t.Context(), "orders")
 	fails(t, err, aegis.ErrDenied)
 	before := denials()
 	time.Sleep(8 * time.Second)
 	if n := denials() - before; n > 15 {
-		t.Errorf("%d denials in 8 s", n)
+		t.Errorf("got %d denials in 8 s", n)
 	}
 }
 
-func TestMalformedEntries(t *testing.T) {
+func TestMalformedRegistryEntries(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	var logged safeBuffer
@@ -361,7 +362,7 @@ func TestMalformedEntries(t *testing.T) {
 		if _, err := kv.Put(t.Context(), key, []byte(value)); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "it is logged", func() bool {
+		eventually(t, "the entry is logged", func() bool {
 			if got := instances(t, client, "risk"); !slices.Equal(got, []string{"a ACTIVE"}) {
 				t.Fatal(got)
 			}

@@ -18,7 +18,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file is the sender's side of commands: SendCommand, and the Job that follows one, waits for its outcome, or cancels it.
+// This file has the sender's side of commands: SendCommand, and the Job, which follows a command, waits for its outcome, or cancels it.
 
 // A Priority says which of the commands that wait comes first.
 type Priority int
@@ -30,22 +30,21 @@ const (
 	Critical
 )
 
-// levels are the priorities, the most urgent first, and what their subjects end in.
+// levels has the priorities, the most urgent first. suffixes has the ends of their subjects.
 var (
 	levels   = []Priority{Critical, High, Normal, Low}
 	suffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".low"}
 )
 
-// SendCommand has a command executed by one instance of a service, and returns when that is certain: when the server has stored
-// it. It is queued until an instance takes it, also while none runs.
+// SendCommand sends a command, which one instance of the service executes. It returns when the server has stored the command, which
+// then is queued until an instance takes it, even if none runs.
 //
-// With [IdempotencyKey] the same command, sent again from anywhere, is executed once: the Job is one on the execution that
-// there is, or on its outcome, which is kept for a day. Without, each send is a command of its own. [AtPriority], [Retry] and
-// [Sticky] apply; what is sent again for want of a confirmation is the same command.
+// With [IdempotencyKey], a command that is sent again, from anywhere, is executed once: the Job follows the execution that there is,
+// or has its outcome, which is kept for a day. Without a key, each send is a command of its own. [AtPriority], [Retry] and [Sticky]
+// apply. What is sent again because its confirmation is missing is the same command.
 //
-// Errors: [ErrInvalid] for a name or an option out of range, data that can't be encoded or is too large, or a key that was used
-// with other data; [ErrUnimplemented] if instances of the service run, but none handles the command; otherwise those of
-// [Publish].
+// Errors: [ErrInvalid] for a name or an option that is out of range, for data that can't be encoded or is too large, and for a key
+// that was used with other data; [ErrUnimplemented] if instances of the service run and none handles the command; those of [Publish].
 func SendCommand[T, R any](ctx context.Context, s *Service, service, command string, data T, opts ...CallOption) (*Job[R], error) {
 	cfg, failure := newCallConfig(kindCommand, opts)
 	if failure := cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
@@ -64,18 +63,10 @@ func SendCommand[T, R any](ctx context.Context, s *Service, service, command str
 
 func (s *Service) sendCommand(ctx context.Context, service, command, id string, data []byte, buf *packer, cfg *callConfig) *Error {
 	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
-	priority := Normal
-	if cfg.priority != nil {
-		priority = *cfg.priority
-	}
-	header := s.envelope(ctx)
+	header := s.newHeader(ctx)
 	header[headerID] = []string{id}
-	if label := contentType(s.cfg.codec, data); label != "" {
-		header[headerContentType] = []string{label}
-	}
-	if size, limit := messageSize(header, data), s.conns[0].limit.Load()-letterRoom; size > limit {
-		return notRun(newError(ErrInvalid, "the command %s.%s has %d bytes with its headers, more than %d: the server's max_payload, less %d for what a dead letter adds",
-			service, command, size, limit, letterRoom))
+	if failure := s.completeHeader(header, data, "the command "+service+"."+command); failure != nil {
+		return failure
 	}
 	if len(copyHeader(header)) < len(header) {
 		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q", service, command, slices.Collect(maps.Keys(header))))
@@ -83,24 +74,21 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if s.unhandled(ctx, service, subject) {
 		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
 	}
-	rec := &record{State: queued, Priority: priority, Source: s.name, Digest: digest(header, data)}
+	rec := &record{State: queued, Priority: *cfg.priority, Source: s.name, Digest: digest(header, data)}
 	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
-	if failure != nil && failure.Code == conflict.Code && now == nil && revision > 0 { // deleted by someone else
+	if failure != nil && failure.Code == conflict.Code && now == nil && revision > 0 { // somebody has deleted it
 		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
 	}
-	if failure != nil && failure.Code == conflict.Code && now != nil {
-		if now.Digest != rec.Digest {
-			return notRun(newError(ErrInvalid, "IdempotencyKey(%q): %s.%s was sent with that key and other data", id, service, command))
-		}
-		if now.State != queued {
-			return nil
-		}
-		failure = nil // whoever queued it may not have come further
-	}
-	if failure != nil {
+	switch {
+	case failure != nil && (failure.Code != conflict.Code || now == nil):
 		return failure
+	case now.Digest != rec.Digest:
+		return notRun(newError(ErrInvalid, "IdempotencyKey(%q): %s.%s was sent with that key and other data", id, service, command))
+	case now.State != queued:
+		return nil
 	}
-	failure = s.wake(ctx, subject+suffixes[now.Priority], key, revision, header, data, buf, cfg)
+	// The record is new, or its sender may have come no further than this.
+	failure = s.queueCommand(ctx, subject+suffixes[now.Priority], key, revision, header, data, buf, cfg)
 	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again: let its record expire
 		rec.State = canceled
 		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
@@ -108,20 +96,20 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	return failure
 }
 
-// wake publishes what makes a worker look at a record that is queued.
-func (s *Service) wake(ctx context.Context, subject, key string, revision uint64, header nats.Header, data []byte, buf *packer, cfg *callConfig) *Error {
+// queueCommand publishes the message that makes a worker look at a record of that revision.
+func (s *Service) queueCommand(ctx context.Context, subject, key string, revision uint64, header nats.Header, data []byte, buf *packer, cfg *callConfig) *Error {
 	header = withHeader(header, jetstream.MsgIDHeader, key+"@"+strconv.FormatUint(revision, 10))
 	return s.storeWithRetries(ctx, &exchange{subject: subject, header: header, data: data}, s.commandStream(), cfg, buf)
 }
 
-// digest is the same for equal data, whatever order its encoder has put the keys of a map in.
+// digest returns the same text for equal data, in whatever order its encoder has put the keys of a map.
 func digest(h nats.Header, data []byte) string {
-	var v any
 	canonical := data
 	if c, err := codecFor(h, data, JSON); err == nil && (c == JSON || c == MsgPack) {
+		var v any
 		if c == JSON {
 			d := json.NewDecoder(bytes.NewReader(data))
-			d.UseNumber() // lest large numbers become equal
+			d.UseNumber() // otherwise large numbers would become equal
 			err = d.Decode(&v)
 		} else {
 			err = c.Unmarshal(data, &v)
@@ -134,7 +122,7 @@ func digest(h nats.Header, data []byte) string {
 	return hex.EncodeToString(sum[:16])
 }
 
-// A Job is a command as its sender sees it. Its methods may be called from several goroutines, and from several processes.
+// A Job is a command from its sender's side. Its methods may be called from several goroutines, and in several processes.
 type Job[R any] struct {
 	ID string
 
@@ -142,40 +130,35 @@ type Job[R any] struct {
 	service, command string
 }
 
-// Attach is the Job of a command that was sent before, perhaps by another process. Whether there is one turns out with its methods:
-// [ErrNotFound].
+// Attach returns the Job of a command that was sent before, perhaps by another process. It does not check that the command exists;
+// the methods of the Job do, and fail with [ErrNotFound].
 func Attach[R any](s *Service, service, command, id string) *Job[R] {
 	return &Job[R]{ID: id, svc: s, service: service, command: command}
 }
 
-// Updates yields the command's present state, then each change as it happens, and ends with the final one. Of changes that
-// follow each other fast some may be left out, but never the last. An error ends it: ctx's, or [ErrNotFound] if there is no
-// such command, or no more.
+// Updates yields the command's present state and then each change, and ends with the final state. If changes follow each other fast,
+// some of them may be left out, but never the last one. An error ends it: that of ctx, or [ErrNotFound] if the command does not exist
+// or its outcome is not kept any more.
 func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 	return func(yield func(Progress, error) bool) {
-		j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record, failure *Error) bool {
-			if failure != nil {
-				return yield(Progress{}, failure)
-			}
-			return yield(rec.progress(), nil)
-		})
+		if failure := j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record) bool { return yield(rec.progress(), nil) }); failure != nil {
+			yield(Progress{}, failure)
+		}
 	}
 }
 
-// Wait returns the command's result when it is completed. If it failed, the error is the handler's; if it was cancelled,
-// [ErrCanceled]. It blocks until then or until ctx ends. Other errors: [ErrNotFound] if there is no such command, or no more.
+// Wait waits until the command is completed and returns its result. If the command failed, the error is the handler's; if it was
+// cancelled, [ErrCanceled]. Wait blocks until then, or until ctx ends. It fails with [ErrNotFound] if the command does not exist or
+// its outcome is not kept any more.
 func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	var last *record
-	j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record, failure *Error) bool {
+	failure := j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record) bool {
 		last = rec
-		if failure != nil {
-			err = failure
-		}
 		return true
 	})
 	switch {
-	case err != nil:
-		return result, err
+	case failure != nil:
+		return result, failure
 	case last.State == canceled:
 		return result, newError(ErrCanceled, "the command %s of %s.%s was cancelled", j.ID, j.service, j.command)
 	case last.State == failed:
@@ -191,9 +174,9 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	return result, nil
 }
 
-// Cancel cancels the command: if it is queued, it never runs; if it runs, its handler's ctx ends, and what the handler returns
-// counts no more. It returns when that is certain. A command that has ended already is left as it is: then the error is
-// [ErrInvalid], unless it was cancelled. Others: [ErrNotFound], and those of [Publish].
+// Cancel cancels the command and returns when that is certain. A queued command then never runs. If the command runs, the ctx of its
+// handler ends, and the handler's result is ignored. A command that has ended is left alone: the error is [ErrInvalid], unless it was
+// cancelled. Other errors: [ErrNotFound], and those of [Publish].
 func (j *Job[R]) Cancel(ctx context.Context) error {
 	return j.svc.cancelCommand(ctx, j.service, j.command, j.ID).orNil()
 }
@@ -212,95 +195,87 @@ func (s *Service) cancelCommand(ctx context.Context, service, command, id string
 			return nil
 		case rec.final():
 			return notRun(newError(ErrInvalid, "the command %s of %s.%s is %s: it is too late to cancel it", id, service, command, rec.State))
+		case ctx.Err() != nil:
+			return asError(ctx.Err())
 		}
 		next := *rec
 		next.State = canceled
 		if rec, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure == nil {
-			s.notify(cancelSubject(service), []byte(commandPrefix+key)) // if it is lost, its worker learns of it when it writes
+			s.notify(cancelSubject(service), []byte(commandPrefix+key)) // if that is lost, the worker notices at its next write
 			return nil
-		}
-		if err := ctx.Err(); err != nil {
-			return asError(err)
 		}
 	}
 	return failure
 }
 
-// follow hands the present record to each, then what it changes to, until it is final or each returns false. An error is the last.
-func (s *Service) follow(ctx context.Context, service, command, id string, each func(*record, *Error) bool) {
+// follow passes the present record to each, and then every record that replaces it, until the record is final or each returns false.
+func (s *Service) follow(ctx context.Context, service, command, id string, each func(*record) bool) *Error {
 	if failure := checkNames(service, kindCommand, command); failure != nil {
-		each(nil, failure)
-		return
+		return failure
 	}
-	key := recordKey(service, command, id)
-	revision := uint64(0)
-	show := func(rec *record, at uint64) (on bool) {
-		if at <= revision {
+	latest := uint64(0)
+	show := func(rec *record, revision uint64) (more bool) {
+		if revision <= latest {
 			return true
 		}
-		revision = at
-		return each(rec, nil) && !rec.final()
+		latest = revision
+		return each(rec) && !rec.final()
 	}
 	for n := 1; ; n++ {
-		c := s.pick()
-		if c != nil {
-			sl, failure := c.newSlot(updatePrefix+key, 128)
-			if failure == nil {
-				failure = s.followOn(ctx, c, sl, key, show)
-				c.endSlot(sl)
-			}
-			if failure == nil {
-				return
-			}
-			if failure != errDropped && !retryable(failure) {
-				each(nil, failure)
-				return
-			}
-		}
-		if s.base.Err() != nil {
-			each(nil, s.disconnectedError())
-			return
-		}
-		if !sleep(ctx, backoff(n, 10*time.Millisecond, time.Second)) {
-			each(nil, asError(ctx.Err()))
-			return
+		failure := s.followOnce(ctx, recordKey(service, command, id), show)
+		switch {
+		case failure == nil || failure != errDropped && !retryable(failure):
+			return failure
+		case s.base.Err() != nil:
+			return s.disconnectedError()
+		case !sleep(ctx, backoff(n, 10*time.Millisecond, time.Second)):
+			return asError(ctx.Err())
 		}
 	}
 }
 
-// followOn does so as long as the connection stands; no error means that it is over.
-func (s *Service) followOn(ctx context.Context, c *conn, sl *slot, key string, show func(*record, uint64) bool) *Error {
+// followOnce shows the records of a key until there are no more to show. It fails when the connection is lost.
+func (s *Service) followOnce(ctx context.Context, key string, show func(*record, uint64) (more bool)) *Error {
+	c := s.pick()
+	if c == nil {
+		return errDropped
+	}
+	sl, failure := c.newSlot(updatePrefix+key, 128)
+	if failure != nil {
+		return failure
+	}
+	defer c.endSlot(sl)
 	sl.drops, sl.since = c.drops.Load(), clock()
-	for look := time.Second; ; look = followInterval {
-		rec, at, failure := s.readRecord(ctx, c, key) // after the server has seen the subscription, which came by the same way
+	for interval := time.Second; ; interval = followInterval { // it reads the record at intervals, in case an update was lost
+		rec, revision, failure := s.readRecord(ctx, c, key) // on the same connection, so that the server knows the slot's subscription
 		switch {
 		case failure != nil:
 			return failure
 		case rec == nil:
 			return notRun(newError(ErrNotFound, "there is no command %s", key))
-		case !show(rec, at):
+		case !show(rec, revision):
 			return nil
 		}
 		for again := false; !again; {
-			sl.wakeAt(clock() + look)
+			sl.wakeAt(clock() + interval)
 			select {
+			case <-ctx.Done():
+				return asError(ctx.Err())
 			case m := <-sl.answers:
 				if m == nil {
 					if failure := s.answerLost(c, sl, sl.sub.Subject); failure != nil && failure.Code != ErrTimeout.Code {
 						return failure
 					}
-					again = true // look, in case that a message was lost
+					again = true
 					continue
 				}
-				at, err := strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64)
-				rec := &record{}
-				if err != nil || MsgPack.Unmarshal(m.Data, rec) != nil {
+				revision, err := strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64)
+				rec, unreadable := parseRecord(key, m.Data)
+				if err != nil || unreadable != nil || rec == nil {
 					again = true
-				} else if !show(rec, at) {
+				} else if !show(rec, revision) {
 					return nil
 				}
-			case <-ctx.Done():
-				return asError(ctx.Err())
 			}
 		}
 	}

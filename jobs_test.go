@@ -20,7 +20,7 @@ func send[T, R any](tb testing.TB, s *aegis.Service, service, command string, da
 	return j
 }
 
-// updates collects what a job reports until it ends.
+// updates waits until a job ends, and returns all its updates.
 func updates[R any](tb testing.TB, j *aegis.Job[R]) (all []aegis.Progress) {
 	tb.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
@@ -56,7 +56,7 @@ func waitError[R any](tb testing.TB, j *aegis.Job[R]) error {
 	return err
 }
 
-func TestIdempotencyKeyRunsOnce(t *testing.T) {
+func TestCommandRunsOncePerIdempotencyKey(t *testing.T) {
 	t.Parallel()
 	store := withJetStream(t)
 	srv := startServer(t, store)
@@ -65,7 +65,7 @@ func TestIdempotencyKeyRunsOnce(t *testing.T) {
 	for range 3 {
 		svc := newService(t, srv, "risk")
 		handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int32, error) {
-			time.Sleep(20 * time.Millisecond) // so that some come while it runs
+			time.Sleep(20 * time.Millisecond) // so that other senders come while it runs
 			return runs.Add(1), nil
 		})
 		start(t, svc)
@@ -94,7 +94,7 @@ func TestIdempotencyKeyRunsOnce(t *testing.T) {
 	}
 	_, err := aegis.SendCommand[int, int32](t.Context(), newService(t, srv, "shop"), "risk", "work", 8, aegis.IdempotencyKey("seven"))
 	if e := fails(t, err, aegis.ErrInvalid, "seven"); !e.NotRun {
-		t.Error("it may have run?")
+		t.Error("NotRun is not set")
 	}
 	for _, s := range instances {
 		if err := s.Stop(t.Context()); err != nil {
@@ -110,7 +110,7 @@ func TestIdempotencyKeyRunsOnce(t *testing.T) {
 	}
 }
 
-func TestCancelCommand(t *testing.T) { // not beside others, since it measures
+func TestCancelCommand(t *testing.T) { // not parallel, because it measures how long a cancel takes
 	srv := startServer(t, withJetStream(t))
 	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
 	var started journal[string]
@@ -120,7 +120,7 @@ func TestCancelCommand(t *testing.T) { // not beside others, since it measures
 		if c.Data == "quick" {
 			return 1, nil
 		}
-		for ctx.Err() == nil { // reports more often than is written
+		for ctx.Err() == nil { // reports progress more often than it is written
 			_ = c.Progress(1, "")
 			time.Sleep(time.Millisecond)
 		}
@@ -133,7 +133,7 @@ func TestCancelCommand(t *testing.T) { // not beside others, since it measures
 	start(t, svc)
 	for _, data := range []string{"heeds", "stubborn"} {
 		running := send[string, int](t, client, "risk", "work", data)
-		eventually(t, "it runs", func() bool { return slices.Contains(started.all(), data) })
+		eventually(t, "the command runs", func() bool { return slices.Contains(started.all(), data) })
 		waiting := send[string, int](t, client, "risk", "work", "waits behind "+data)
 		if err := waiting.Cancel(t.Context()); err != nil {
 			t.Fatal(err)
@@ -143,28 +143,28 @@ func TestCancelCommand(t *testing.T) { // not beside others, since it measures
 			t.Fatal(err)
 		}
 		if took := (<-ended).Sub(begin); took > 100*time.Millisecond {
-			t.Errorf("%s ended after %v", data, took)
+			t.Errorf("the handler of %q ended %v after the cancel", data, took)
 		}
 		for _, j := range []*aegis.Job[int]{running, waiting} {
 			fails(t, waitError(t, j), aegis.ErrCanceled, j.ID)
 			if all := updates(t, j); all[len(all)-1].State != "canceled" {
 				t.Errorf("got %+v", all)
 			}
-			if err := j.Cancel(t.Context()); err != nil { // once more
+			if err := j.Cancel(t.Context()); err != nil { // a second cancel is no error
 				t.Error(err)
 			}
 		}
 	}
 	quick := send[string, int](t, client, "risk", "work", "quick")
-	if wait(t, quick) != 1 {
-		t.Error("a later command")
+	if n := wait(t, quick); n != 1 {
+		t.Errorf("a later command got %d", n)
 	}
 	fails(t, quick.Cancel(t.Context()), aegis.ErrInvalid, "completed")
 	if got := started.all(); !slices.Equal(got, []string{"heeds", "stubborn", "quick"}) {
-		t.Errorf("started %q", got)
+		t.Errorf("got runs of %q", got)
 	}
 	if letters := deadLetters(t, svc); len(letters) > 0 {
-		t.Errorf("dead letters %+v", letters)
+		t.Errorf("got dead letters %+v", letters)
 	}
 }
 
@@ -180,14 +180,14 @@ func TestAttach(t *testing.T) {
 		<-release
 		return "done", nil
 	})
-	nothing := aegis.Attach[string](client, "risk", "work", "nothing")
-	fails(t, waitError(t, nothing), aegis.ErrNotFound, "nothing")
+	unknown := aegis.Attach[string](client, "risk", "work", "nothing")
+	fails(t, waitError(t, unknown), aegis.ErrNotFound, "nothing")
 	start(t, svc)
-	fails(t, waitError(t, nothing), aegis.ErrNotFound, "nothing")
-	for _, err := range nothing.Updates(t.Context()) {
+	fails(t, waitError(t, unknown), aegis.ErrNotFound, "nothing")
+	for _, err := range unknown.Updates(t.Context()) {
 		fails(t, err, aegis.ErrNotFound)
 	}
-	fails(t, nothing.Cancel(t.Context()), aegis.ErrNotFound)
+	fails(t, unknown.Cancel(t.Context()), aegis.ErrNotFound)
 
 	send[string, string](t, client, "risk", "work", "x", aegis.IdempotencyKey("one"))
 	if err := client.Stop(t.Context()); err != nil {
@@ -210,7 +210,7 @@ func TestAttach(t *testing.T) {
 	if r := wait(t, j); r != "done" {
 		t.Errorf("got %q", r)
 	}
-	for p, err := range j.Updates(t.Context()) { // a new one gets the final state at once
+	for p, err := range j.Updates(t.Context()) { // now the final state comes at once
 		if err != nil || p.State != "completed" || p.Message != "so far" {
 			t.Errorf("got %+v, %v", p, err)
 		}
@@ -221,7 +221,7 @@ func TestAttach(t *testing.T) {
 	fails(t, err, aegis.ErrCanceled)
 }
 
-func TestInvalidCommands(t *testing.T) {
+func TestInvalidCommandArguments(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -239,24 +239,24 @@ func TestInvalidCommands(t *testing.T) {
 	_, err = aegis.SendCommand[[]byte, int](ctx, svc, "risk", "work", make([]byte, 1<<20))
 	fails(t, err, aegis.ErrInvalid, "max_payload")
 	fails(t, aegis.Publish(ctx, svc, "a", "b", 1, aegis.AtPriority(aegis.High)), aegis.ErrInvalid, "AtPriority")
-	never := func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil }
-	fails(t, aegis.HandleCommand(svc, "no-command", never), aegis.ErrInvalid, "no-command")
+	noop := func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil }
+	fails(t, aegis.HandleCommand(svc, "no-command", noop), aegis.ErrInvalid, "no-command")
 	fails(t, aegis.HandleCommand[int, int](svc, "work", nil), aegis.ErrInvalid, "nil")
-	fails(t, aegis.HandleCommand(svc, "work", never, aegis.Broadcast()), aegis.ErrInvalid, "Broadcast")
-	handleCommand(t, svc, "work", never)
-	fails(t, aegis.HandleCommand(svc, "work", never), aegis.ErrInvalid, "commands.risk.work")
+	fails(t, aegis.HandleCommand(svc, "work", noop, aegis.Broadcast()), aegis.ErrInvalid, "Broadcast")
+	handleCommand(t, svc, "work", noop)
+	fails(t, aegis.HandleCommand(svc, "work", noop), aegis.ErrInvalid, "commands.risk.work")
 	start(t, svc)
 	other := newService(t, srv, "shop")
 	_, err = aegis.SendCommand[int, int](ctx, other, "risk", "other", 1)
 	if e := fails(t, err, aegis.ErrUnimplemented, "risk", "other"); !e.NotRun {
-		t.Error("it may have run?")
+		t.Error("NotRun is not set")
 	}
 	if err := svc.Stop(ctx); err != nil {
 		t.Fatal(err)
 	}
 	_, err = aegis.SendCommand[int, int](ctx, svc, "risk", "work", 1)
 	fails(t, err, aegis.ErrClosed)
-	j := send[int, int](t, other, "risk", "work", 1) // nobody runs: it is queued
+	j := send[int, int](t, other, "risk", "work", 1) // it is queued, because no instance runs
 	short, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
 	defer cancel()
 	_, err = j.Wait(short)
@@ -265,8 +265,8 @@ func TestInvalidCommands(t *testing.T) {
 	fails(t, err, aegis.ErrUnavailable, "JetStream")
 }
 
-// A command that was not sent, and that nobody can send again, leaves nothing that stays.
-func TestCommandThatIsNotSentLeavesNoRecord(t *testing.T) {
+// If a command without an idempotency key can't be queued, nobody can send it again. So its record must expire.
+func TestRecordOfUnsentCommandExpires(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
@@ -275,7 +275,7 @@ func TestCommandThatIsNotSentLeavesNoRecord(t *testing.T) {
 	limitMessages(t, srv, "AEGIS_COMMANDS", 1)
 	_, err := aegis.SendCommand[int, int](t.Context(), client, "risk", "work", 1)
 	if e := fails(t, err, aegis.ErrInvalid); !e.NotRun {
-		t.Error("it may have run?")
+		t.Error("NotRun is not set")
 	}
 	st, err := manage(t, srv).Stream(t.Context(), "KV_aegis_commands")
 	if err != nil {
@@ -283,12 +283,12 @@ func TestCommandThatIsNotSentLeavesNoRecord(t *testing.T) {
 	}
 	m, err := st.GetLastMsgForSubject(t.Context(), "$KV.aegis_commands.risk.work.>")
 	if err != nil || m.Header.Get("Nats-TTL") == "" {
-		t.Errorf("the record stays: %v, %v", m, err)
+		t.Errorf("the record does not expire: %v, %v", m, err)
 	}
 }
 
-// A key joins senders of the same data, whatever they encode it with, and in whatever order their fields are.
-func TestKeyJoinsAcrossEncodings(t *testing.T) {
+// Senders with the same idempotency key and the same data share one command, whatever their codecs and the order of their fields.
+func TestIdempotencyKeyMatchesAcrossEncodings(t *testing.T) {
 	t.Parallel()
 	type order struct {
 		SKU    string
@@ -321,13 +321,13 @@ func TestKeyJoinsAcrossEncodings(t *testing.T) {
 				t.Fatalf("%T: %v", data, err)
 			}
 			if n, err := job.Wait(t.Context()); n != amount || err != nil {
-				t.Errorf("%T: %d, %v", data, n, err)
+				t.Errorf("%T: got %d, %v", data, n, err)
 			}
 		}
 		_, err := send(s, order{"x", amount + 1, limits})
 		fails(t, err, aegis.ErrInvalid, "other data")
 	}
 	if n := runs.Load(); n != 1 {
-		t.Errorf("it ran %d times", n)
+		t.Errorf("got %d runs, want 1", n)
 	}
 }

@@ -397,8 +397,10 @@ type Dependency struct {
 	Requests, Errors   uint64
 }
 
-// surveySilence is how long a survey waits for one more answer.
-const surveySilence = 500 * time.Millisecond
+const (
+	surveySilence = 500 * time.Millisecond // that ends a survey
+	surveyRoom    = 1 << 16                // answers that may wait to be read
+)
 
 // Dependencies asks all instances that run now who has called them since they were made, and adds it up: by To, From, and
 // Endpoint. An attempt at an event or a command counts as a call. It returns when no further instance has answered for 0.5 s.
@@ -413,36 +415,31 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 	}
 	ctx, cancel := withDeadline(ctx, s.cfg.timeout)
 	defer cancel()
-	const survey = "$SRV.STATS"
-	drops, begin := c.drops.Load(), clock()
-	inbox := c.newInbox()
-	sub, err := c.nc.SubscribeSync(inbox)
-	if err == nil {
-		defer func() { _ = sub.Unsubscribe() }() // fails only on a closed connection
-		err = c.nc.PublishRequest(survey, inbox, nil)
+	sl, failure := c.newSlot(c.newInbox(), surveyRoom)
+	if failure != nil {
+		return nil, failure
 	}
-	if err != nil {
+	defer c.endSlot(sl)
+	const survey = "$SRV.STATS"
+	sl.drops, sl.since = c.drops.Load(), clock()
+	if err := c.nc.PublishRequest(survey, sl.prefix, nil); err != nil {
 		return nil, newError(ErrUnavailable, "asking all services: %v", err)
 	}
-	sums := map[Dependency]Dependency{} // by what is the same
-	for {
-		within, cancel := context.WithTimeout(ctx, surveySilence)
-		m, err := sub.NextMsgWithContext(within)
-		cancel()
-		switch {
-		case s.base.Err() != nil:
-			return nil, s.closedError()
-		case s.denials.since(begin, toPublish+survey, toSubscribe+inbox) != nil:
-			return nil, s.denials.since(begin, toPublish+survey, toSubscribe+inbox)
-		case c.drops.Load() != drops:
-			return nil, newError(ErrUnavailable, "asking all services: the connection was lost")
-		case ctx.Err() != nil:
+	sums := map[Dependency]Dependency{} // without the counts -> with them
+	for silent := false; !silent; {
+		sl.wakeAt(clock() + surveySilence)
+		select {
+		case m := <-sl.answers:
+			if m != nil {
+				addCalls(sums, m.Data)
+			} else if failure := s.answerLost(c, sl, survey); failure != nil {
+				if silent = failure.Code == ErrTimeout.Code; !silent {
+					return nil, newError(failure, "asking all services: %s", failure.Message)
+				}
+			}
+		case <-ctx.Done():
 			return nil, asError(ctx.Err())
 		}
-		if err != nil { // silence, or there is nobody
-			break
-		}
-		addCalls(sums, m.Data)
 	}
 	deps := slices.Collect(maps.Values(sums))
 	slices.SortFunc(deps, func(a, b Dependency) int {

@@ -224,39 +224,39 @@ func Concurrency(n int) HandlerOption { return func(c *handlerConfig) { c.concur
 // Attempts sets how often an event or a command is tried, 1 or more in all, before it becomes a dead letter. The default is 5 for
 // events and 3 for commands.
 func Attempts(n int) HandlerOption {
-	return forQueues(fmt.Sprintf("Attempts(%d)", n), func(c *handlerConfig) { c.attempts = n })
+	return only(stored, fmt.Sprintf("Attempts(%d)", n), func(c *handlerConfig) { c.attempts = n })
 }
 
 // Backoff sets the pause after a failed attempt at an event or a command. It is random between 0 and first, doubled after each
 // further attempt, and at most max. Both must be positive, and first at most max. The default is
 // Backoff(500*time.Millisecond, time.Minute).
 func Backoff(first, max time.Duration) HandlerOption {
-	return forQueues(fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) { c.backoff, c.maxPause = first, max })
+	return only(stored, fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) { c.backoff, c.maxPause = first, max })
 }
 
 // Deadline sets how long one attempt at an event or a command may take before its ctx ends. It must be positive. The default is 5
 // minutes. (A request has its caller's deadline.)
 func Deadline(d time.Duration) HandlerOption {
-	return forQueues(fmt.Sprintf("Deadline(%v)", d), func(c *handlerConfig) { c.deadline = d })
+	return only(stored, fmt.Sprintf("Deadline(%v)", d), func(c *handlerConfig) { c.deadline = d })
 }
 
 // Broadcast delivers each event to every instance; by default the instances share the events. An instance that crashed gets the
 // events that it missed if one with the same id ([WithID]) starts within an hour. Otherwise an instance gets the events from its
 // start until it stops.
 func Broadcast() HandlerOption {
-	return forEvents("Broadcast()", func(c *handlerConfig) { c.broadcast = true })
+	return only("events", "Broadcast()", func(c *handlerConfig) { c.broadcast = true })
 }
 
 // Durable names a subscription: 1 to 64 letters, digits, - and _. The second subscription of a service to the same pattern needs a
 // name. A name belongs to its pattern and can't be used for another one later.
 func Durable(name string) HandlerOption {
-	return forEvents(fmt.Sprintf("Durable(%q)", name), func(c *handlerConfig) { c.durable = &name })
+	return only("events", fmt.Sprintf("Durable(%q)", name), func(c *handlerConfig) { c.durable = &name })
 }
 
 // FromStart begins a new subscription with the oldest event of the stream. By default it begins with the first event that is
 // published after the first Start. FromStart has no effect on a subscription that exists.
 func FromStart() HandlerOption {
-	return forEvents("FromStart()", func(c *handlerConfig) { c.replays = true })
+	return only("events", "FromStart()", func(c *handlerConfig) { c.replays = true })
 }
 
 // Exclusive makes the handler run in one instance of the service only, the leader, which is the same for all exclusive handlers of
@@ -270,23 +270,16 @@ func FromStart() HandlerOption {
 // next leader then.
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
-// forQueues returns an option that handlers of requests can't have.
-func forQueues(option string, set func(*handlerConfig)) HandlerOption {
+// only returns an option that only handlers of these kinds of messages can have.
+func only(kinds, option string, set func(*handlerConfig)) HandlerOption {
 	return func(c *handlerConfig) {
-		if set(c); c.kind == kindRPC {
-			c.misplaced = option + ": a request has one attempt and its caller's deadline; the caller can use Retry"
+		if set(c); !strings.Contains(kinds, c.kind) {
+			c.misplaced = option + ": this is an option for handlers of " + kinds
 		}
 	}
 }
 
-// forEvents returns an option that only handlers of events can have.
-func forEvents(option string, set func(*handlerConfig)) HandlerOption {
-	return func(c *handlerConfig) {
-		if set(c); c.kind != kindEvent {
-			c.misplaced = option + ": only subscriptions to events have this option"
-		}
-	}
-}
+const stored = "events and commands" // the kinds with attempts and deadlines of their own; requests have their caller's
 
 func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerConfig, *Error) {
 	c := &handlerConfig{
@@ -395,7 +388,7 @@ const maxIDLength = 256 // bytes of an idempotency key
 var callConfigs = map[string]*callConfig{
 	kindRPC:     {kind: kindRPC},
 	kindEvent:   {kind: kindEvent, idempotent: true},
-	kindCommand: {kind: kindCommand, idempotent: true},
+	kindCommand: {kind: kindCommand, idempotent: true, priority: new(Priority)},
 }
 
 func newCallConfig(kind string, opts []CallOption) (*callConfig, *Error) {

@@ -543,6 +543,4 @@ func (s *Service) microStats(identity micro.ServiceIdentity) micro.Stats {
 }
 
 // microName is a name in which no .*> are: order.* is order-ANY.
-func microName(name string) string {
-	return strings.NewReplacer(".", "-", "*", "ANY", ">", "ALL").Replace(name)
-}
+func microName(name string) string { return strings.NewReplacer(".", "-", "*", "ANY", ">", "ALL").Replace(name) }

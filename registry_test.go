@@ -20,8 +20,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// handleExclusively adds what children in the role of a leader serve: who answers in which term; and write, which is slow, and then
-// writes to the store that the service "store" is.
+// handleExclusively adds the handlers of a child process in the role "leader". The method who returns the term and the instance's
+// id. The method write waits until its ctx ends and then calls the service "store" with the term.
 func handleExclusively(svc *aegis.Service) error {
 	err := aegis.Handle(svc, "who", func(ctx context.Context, _ int) (string, error) {
 		return fmt.Sprint(aegis.Term(ctx), " ", svc.ID()), nil
@@ -38,7 +38,7 @@ func handleExclusively(svc *aegis.Service) error {
 	}, aegis.Exclusive())
 }
 
-// instances is what s discovers, as id and status.
+// instances returns the instances of a service that s discovers, each as "<id> <status>".
 func instances(tb testing.TB, s *aegis.Service, service string) (all []string) {
 	tb.Helper()
 	list, err := s.Discover(context.Background(), service)
@@ -122,11 +122,11 @@ func TestDiscover(t *testing.T) {
 		t.Errorf("got %+v", got)
 	}
 	handle(t, a, "later", echo)
-	eventually(t, "the new method shows", func() bool { return strings.HasSuffix(seen.all()[len(seen.all())-1], " 4") })
+	eventually(t, "Watch yields the method that was added", func() bool { return strings.HasSuffix(seen.all()[len(seen.all())-1], " 4") })
 	b := newService(t, srv, "risk", aegis.WithID("b"), aegis.WithHeartbeat(time.Second))
 	start(t, b)
-	eventually(t, "both show", func() bool { return len(instances(t, client, "risk")) == 2 })
-	eventually(t, "a leads", func() bool { return seen.all()[len(seen.all())-1] == "a ACTIVE 4, b ACTIVE 0" })
+	eventually(t, "both instances are discovered", func() bool { return len(instances(t, client, "risk")) == 2 })
+	eventually(t, "Watch yields a as the leader", func() bool { return seen.all()[len(seen.all())-1] == "a ACTIVE 4, b ACTIVE 0" })
 	heartbeats := func() (n int) {
 		for _, line := range announced.all() {
 			if line == "heartbeat b" {
@@ -136,28 +136,28 @@ func TestDiscover(t *testing.T) {
 		return n
 	}
 	n := len(seen.all())
-	eventually(t, "b's heart beats", func() bool { return heartbeats() >= 2 })
+	eventually(t, "b has sent two heartbeats", func() bool { return heartbeats() >= 2 })
 	if all := seen.all(); len(all) != n {
-		t.Errorf("Watch yields at heartbeats: %q", all)
+		t.Errorf("Watch yields a list after a heartbeat that changed nothing: %q", all)
 	}
 	entry := func() aegis.Instance { list, _ := client.Discover(t.Context(), "risk"); return list[len(list)-1] }
 	first := entry()
-	eventually(t, "it is seen again", func() bool { return entry().Seen.After(first.Seen) })
+	eventually(t, "a heartbeat updates Seen", func() bool { return entry().Seen.After(first.Seen) })
 	if err := b.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	begin := time.Now()
-	eventually(t, "it is gone", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
+	eventually(t, "b is gone", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
 	if took := time.Since(begin); took > 500*time.Millisecond {
-		t.Errorf("it was gone %v after it stopped", took)
+		t.Errorf("b was gone only %v after it stopped", took)
 	}
 	if err := a.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "all are gone", func() bool { return len(instances(t, client, "risk")) == 0 })
+	eventually(t, "both instances are gone", func() bool { return len(instances(t, client, "risk")) == 0 })
 	cancel()
 	<-watching
-	eventually(t, "all was announced", func() bool {
+	eventually(t, "both instances have announced that they came and went", func() bool {
 		all := announced.all()
 		n := 0
 		for _, line := range all {
@@ -181,21 +181,22 @@ func TestCrashedInstanceExpires(t *testing.T) {
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
 	var reigns journal[reignOf]
-	p := startLeader(t, srv, "Aggressive", &reigns) // its heart beats each second
-	eventually(t, "it shows", func() bool { return len(instances(t, client, "risk")) == 1 })
-	time.Sleep(1500 * time.Millisecond) // so that its entry has been refreshed
+	p := startLeader(t, srv, "Aggressive", &reigns) // sends a heartbeat every second
+	eventually(t, "the instance is discovered", func() bool { return len(instances(t, client, "risk")) == 1 })
+	time.Sleep(1500 * time.Millisecond) // so that a heartbeat has refreshed the entry
 	if err := p.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	begin := time.Now()
-	eventually(t, "it is gone", func() bool { return len(instances(t, client, "risk")) == 0 })
+	eventually(t, "the instance is gone", func() bool { return len(instances(t, client, "risk")) == 0 })
 	if took := time.Since(begin); took < 1500*time.Millisecond || took > 4*time.Second {
-		t.Errorf("it was gone after %v, want 2 to 4 s", took)
+		t.Errorf("the instance was gone after %v; want 1.5 to 4 s", took)
 	}
 }
 
-// A call in vain of a service that isn't there leaves nothing behind, neither here nor in the server.
-func TestCallsInVain(t *testing.T) { // not beside others, since it counts goroutines
+// TestFailedCallsLeakNothing calls services and methods that do not exist. The calls leave no goroutines behind in the client and no
+// consumers in the server.
+func TestFailedCallsLeakNothing(t *testing.T) { // not parallel to other tests, because it counts goroutines
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
 	handle(t, svc, "m", echo)
@@ -211,18 +212,18 @@ func TestCallsInVain(t *testing.T) { // not beside others, since it counts gorou
 		fails(t, err, aegis.ErrUnimplemented)
 	}
 	if n := runtime.NumGoroutine() - before; n > 20 {
-		t.Errorf("%d goroutines are left", n)
+		t.Errorf("%d goroutines are left; want at most 20", n)
 	}
 	st, err := manage(t, srv).Stream(t.Context(), "KV_aegis_registry")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := st.CachedInfo().State.Consumers; n > 1 { // of risk's entries
-		t.Errorf("%d consumers are left", n)
+	if n := st.CachedInfo().State.Consumers; n > 1 { // the client may watch the entries of risk
+		t.Errorf("%d consumers are left; want at most 1", n)
 	}
 }
 
-func TestThousandInstances(t *testing.T) { // not beside others, since it takes the whole machine
+func TestThousandInstances(t *testing.T) { // not parallel to other tests, because it uses the whole machine
 	const n = 1000
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
@@ -241,7 +242,7 @@ func TestThousandInstances(t *testing.T) { // not beside others, since it takes 
 		})
 	}
 	starting.Wait()
-	eventually(t, "all show", func() bool { return len(instances(t, client, "risk")) == n })
+	eventually(t, "all instances are discovered", func() bool { return len(instances(t, client, "risk")) == n })
 	answered := map[string]bool{}
 	for range n {
 		who, err := call[int, string](client, "risk", "who", 1, aegis.Balance(aegis.RoundRobin))
@@ -250,8 +251,8 @@ func TestThousandInstances(t *testing.T) { // not beside others, since it takes 
 		}
 		answered[who] = true
 	}
-	if len(answered) < n*9/10 { // heartbeats make the list anew, in the same order
-		t.Errorf("%d instances were called in turn", len(answered))
+	if len(answered) < n*9/10 { // heartbeats rebuild the list, in the same order
+		t.Errorf("%d calls in turn reached %d instances; want at least 9 of 10", n, len(answered))
 	}
 	for p := range 8 {
 		starting.Go(func() {
@@ -265,7 +266,7 @@ func TestThousandInstances(t *testing.T) { // not beside others, since it takes 
 		})
 	}
 	starting.Wait()
-	eventually(t, "a tenth is left", func() bool { return len(instances(t, client, "risk")) == n/10 })
+	eventually(t, "a tenth of the instances is left", func() bool { return len(instances(t, client, "risk")) == n/10 })
 }
 
 func TestBalance(t *testing.T) {
@@ -273,14 +274,14 @@ func TestBalance(t *testing.T) {
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
 	var all []*aegis.Service
-	busy := make(chan struct{})
-	var held [3]atomic.Int32
+	release := make(chan struct{})
+	var blocked [3]atomic.Int32
 	for i := range 3 {
 		s := newService(t, srv, "risk", aegis.WithID(strconv.Itoa(i)))
-		handle(t, s, "who", func(ctx context.Context, hold bool) (string, error) {
-			if hold {
-				held[i].Add(1)
-				<-busy
+		handle(t, s, "who", func(ctx context.Context, block bool) (string, error) {
+			if block {
+				blocked[i].Add(1)
+				<-release
 			}
 			return s.ID(), nil
 		})
@@ -302,18 +303,18 @@ func TestBalance(t *testing.T) {
 		}
 		return by
 	}
-	eventually(t, "all show", func() bool { return len(instances(t, client, "risk")) == 3 })
+	eventually(t, "all instances are discovered", func() bool { return len(instances(t, client, "risk")) == 3 })
 	if by := count(30, aegis.Balance(aegis.RoundRobin)); by["0"] != 10 || by["1"] != 10 || by["2"] != 10 {
-		t.Errorf("round robin: %v", by)
+		t.Errorf("30 calls by RoundRobin: %v; want 10 for each instance", by)
 	}
 	if by := count(300, aegis.Balance(aegis.Random)); by["0"] < 50 || by["1"] < 50 || by["2"] < 50 {
-		t.Errorf("random: %v", by)
+		t.Errorf("300 calls by Random: %v; want at least 50 for each instance", by)
 	}
 	by := map[string]int{}
-	for range 10 { // the turns of one method are not another's
+	for range 10 { // each method has turns of its own
 		for range 2 {
 			if who, err := call[int, string](client, "risk", "only0", 1, aegis.Balance(aegis.RoundRobin)); who != "0" || err != nil {
-				t.Error(who, err)
+				t.Errorf("only0 was answered by %q, %v; want instance 0", who, err)
 			}
 		}
 		for who := range count(1, aegis.Balance(aegis.RoundRobin)) {
@@ -321,42 +322,42 @@ func TestBalance(t *testing.T) {
 		}
 	}
 	if len(by) != 3 {
-		t.Errorf("in turn with calls of another method: %v", by)
+		t.Errorf("calls between calls of another method: %v; want some for each instance", by)
 	}
 	_, err := call[int, string](client, "risk", "none", 1, aegis.Balance(aegis.RoundRobin))
 	fails(t, err, aegis.ErrUnimplemented, "rpc.risk.none")
 	_, err = call[bool, string](client, "risk", "who", false, aegis.Balance(7))
 	fails(t, err, aegis.ErrInvalid, "Balance(7)")
 
-	// Least loaded: calls that hang are spread evenly.
+	// LeastLoaded spreads calls that hang evenly.
 	var hanging sync.WaitGroup
-	total := func() int32 { return held[0].Load() + held[1].Load() + held[2].Load() }
+	total := func() int32 { return blocked[0].Load() + blocked[1].Load() + blocked[2].Load() }
 	for i := range int32(30) {
 		hanging.Go(func() {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			_, _ = aegis.Call[bool, string](ctx, client, "risk", "who", true, aegis.Balance(aegis.LeastLoaded))
 		})
-		eventually(t, "it hangs", func() bool { return total() == i+1 })
+		eventually(t, "the call has reached its handler", func() bool { return total() == i+1 })
 	}
-	for i := range held {
-		if n := held[i].Load(); n < 7 || n > 13 {
-			t.Errorf("%d calls hang on instance %d", n, i)
+	for i := range blocked {
+		if n := blocked[i].Load(); n < 7 || n > 13 {
+			t.Errorf("%d calls hang on instance %d; want 7 to 13", n, i)
 		}
 	}
-	close(busy)
+	close(release)
 	hanging.Wait()
 
-	// One that has crashed is skipped at once, though the registry doesn't know yet.
+	// An instance that has crashed is skipped at once, although the registry still lists it.
 	crashed := startProcess(t, "crashing", srv)
 	if line, _ := crashed.line(t); line != "ready" {
 		t.Fatal(line)
 	}
-	eventually(t, "it shows", func() bool { return len(instances(t, client, "risk")) == 4 })
+	eventually(t, "the fourth instance is discovered", func() bool { return len(instances(t, client, "risk")) == 4 })
 	if err := crashed.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the server knows", func() bool {
+	eventually(t, "the server knows that the instance is gone", func() bool {
 		_, err := call[bool, string](client, "risk", "who", false, aegis.ToInstance("crashing"))
 		return errors.Is(err, aegis.ErrUnavailable)
 	})
@@ -374,13 +375,14 @@ func TestBalance(t *testing.T) {
 	fails(t, err, aegis.ErrUnavailable, "risk")
 }
 
-// An unwell instance gives the leadership up, takes part in nothing that is shared, isn't chosen, and answers when it is addressed.
-func TestHealth(t *testing.T) {
+// TestUnhealthyInstance checks that an instance whose health check fails or panics gives up the leadership, receives no calls, events
+// or commands that instances share, and is not chosen by Balance. It still answers calls that are addressed to it.
+func TestUnhealthyInstance(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
-	var sick atomic.Bool
-	var panics atomic.Bool
+	var failing atomic.Bool
+	var panicking atomic.Bool
 	add := func(id string, opts ...aegis.Option) *aegis.Service {
 		s := newService(t, srv, "risk", append(opts, aegis.WithID(id), aegis.WithFailover(brisk), aegis.WithHeartbeat(time.Second))...)
 		handle(t, s, "who", func(context.Context, int) (string, error) { return id, nil })
@@ -391,24 +393,24 @@ func TestHealth(t *testing.T) {
 		return s
 	}
 	a := add("a", aegis.WithHealthCheck("database", func(ctx context.Context) error {
-		if panics.Load() {
+		if panicking.Load() {
 			panic("ouch")
 		}
-		if sick.Load() {
+		if failing.Load() {
 			return errors.New("no database")
 		}
 		return nil
 	}))
 	eventually(t, "a leads", a.IsLeader)
 	b := add("b", aegis.WithHealthCheck("fine", func(context.Context) error { return nil }))
-	eventually(t, "both show", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "b STANDBY"}) })
+	eventually(t, "both instances are discovered", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "b STANDBY"}) })
 	for round := range 2 {
-		sick.Store(round == 0)
-		panics.Store(round == 1)
-		eventually(t, "a is unwell, and b leads", func() bool {
+		failing.Store(round == 0)
+		panicking.Store(round == 1)
+		eventually(t, "a is UNHEALTHY and b leads", func() bool {
 			return slices.Equal(instances(t, client, "risk"), []string{"a UNHEALTHY", "b ACTIVE"}) && b.IsLeader() && !a.IsLeader()
 		})
-		eventually(t, "nobody but b gets calls", func() bool {
+		eventually(t, "only b gets calls", func() bool {
 			for range 20 {
 				if who, err := call[int, string](client, "risk", "who", 1); who != "b" || err != nil {
 					return false
@@ -418,18 +420,18 @@ func TestHealth(t *testing.T) {
 		})
 		for range 20 {
 			if who, err := call[int, string](client, "risk", "who", 1, aegis.Balance(aegis.RoundRobin)); who != "b" || err != nil {
-				t.Error(who, err)
+				t.Errorf("got the answer of %q, %v; want b", who, err)
 			}
 			if who, err := call[int, string](client, "risk", "leader", 1, aegis.Sticky()); who != "b" || err != nil {
-				t.Error(who, err)
+				t.Errorf("got the answer of %q, %v; want b", who, err)
 			}
 			if who, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance("a")); who != "a" || err != nil {
-				t.Error(who, err)
+				t.Errorf("got the answer of %q, %v; want a", who, err)
 			}
 		}
 		_, err := call[int, string](client, "risk", "leader", 1, aegis.ToInstance("a"))
 		fails(t, err, aegis.ErrNotActive, "b")
-		eventually(t, "nobody but b gets commands, once what a has asked for is over", func() bool {
+		eventually(t, "only b gets commands, after the pull requests of a have ended", func() bool {
 			for range 20 {
 				if who := wait(t, send[int, string](t, client, "risk", "work", 1)); who != "b" {
 					return false
@@ -437,49 +439,50 @@ func TestHealth(t *testing.T) {
 			}
 			return true
 		})
-		sick.Store(false)
-		panics.Store(false)
-		eventually(t, "a is well again", func() bool {
+		failing.Store(false)
+		panicking.Store(false)
+		eventually(t, "a is healthy again", func() bool {
 			return slices.Equal(instances(t, client, "risk"), []string{"a STANDBY", "b ACTIVE"})
 		})
 		eventually(t, "a gets calls", func() bool { who, err := call[int, string](client, "risk", "who", 1); return who == "a" && err == nil })
 		eventually(t, "a gets commands", func() bool { return wait(t, send[int, string](t, client, "risk", "work", 1)) == "a" })
 		if round == 0 {
-			if err := b.Stop(t.Context()); err != nil { // gives the leadership back
+			if err := b.Stop(t.Context()); err != nil { // releases the leadership
 				t.Fatal(err)
 			}
 			eventually(t, "a leads again", a.IsLeader)
 			b = add("b")
-			eventually(t, "b is back", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "b STANDBY"}) })
+			eventually(t, "b is discovered again", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "b STANDBY"}) })
 		}
 	}
 	_, err := aegis.New("risk", aegis.WithURL(srv.ClientURL()), aegis.WithHealthCheck("", nil))
 	fails(t, err, aegis.ErrInvalid, "WithHealthCheck")
 }
 
-// A health check that hangs counts as failed; it holds nothing else up.
+// TestHangingHealthCheck checks that a health check that hangs counts as failed and delays nothing else.
 func TestHangingHealthCheck(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	client := newService(t, srv, "shop")
-	var hangs atomic.Bool
+	var hanging atomic.Bool
 	release := make(chan struct{})
 	s := newService(t, srv, "risk", aegis.WithID("a"), aegis.WithHeartbeat(time.Second), aegis.WithHealthCheck("hangs", func(ctx context.Context) error {
-		if hangs.Load() {
-			<-release // whatever ctx says
+		if hanging.Load() {
+			<-release // ignores ctx
 		}
 		return nil
 	}))
 	start(t, s)
-	eventually(t, "it is well", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
-	hangs.Store(true)
-	eventually(t, "it is unwell", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a UNHEALTHY"}) })
-	hangs.Store(false)
+	eventually(t, "the instance is healthy", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
+	hanging.Store(true)
+	eventually(t, "the instance is UNHEALTHY", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a UNHEALTHY"}) })
+	hanging.Store(false)
 	close(release)
-	eventually(t, "it is well again", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
+	eventually(t, "the instance is healthy again", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE"}) })
 }
 
-func TestRegistryThatCannotBeUsed(t *testing.T) {
+// TestRegistryBucketWithoutTTL checks that Start reports an existing bucket that does not allow TTLs on messages.
+func TestRegistryBucketWithoutTTL(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	if _, err := manage(t, srv).CreateKeyValue(t.Context(), jetstream.KeyValueConfig{Bucket: "aegis_registry"}); err != nil {
@@ -490,9 +493,9 @@ func TestRegistryThatCannotBeUsed(t *testing.T) {
 	fails(t, svc.Start(t.Context()), aegis.ErrInvalid, "KV_aegis_registry", "allow_msg_ttl")
 }
 
-// TestNATSServices asks as the nats tool does, and checks what the schemas of its answers require:
+// TestNATSMicroProtocol sends the requests of the nats tool and checks that the answers have everything that their schemas require:
 // https://github.com/nats-io/jsm.go/tree/main/schema_source/micro/v1
-func TestNATSServices(t *testing.T) {
+func TestNATSMicroProtocol(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	var ids []string
@@ -514,7 +517,7 @@ func TestNATSServices(t *testing.T) {
 	}
 	a := add("risk", "node-1")
 	add("risk", "node-2")
-	add("shop", "node-1") // an id is unique in its service only
+	add("shop", "node-1") // an id is unique only within its service
 	for _, s := range []string{"x", "y", ""} {
 		_, _ = call[string, string](a, "risk", "m", s, aegis.ToInstance(a.ID()))
 	}
@@ -537,7 +540,7 @@ func TestNATSServices(t *testing.T) {
 		for len(answers) < want {
 			m, err := sub.NextMsg(10 * time.Second)
 			if err != nil {
-				t.Fatalf("%d answers to %s: %v", len(answers), subject, err)
+				t.Fatalf("got %d of %d answers to %s: %v", len(answers), want, subject, err)
 			}
 			var v map[string]any
 			if err := json.Unmarshal(m.Data, &v); err != nil {
@@ -546,7 +549,7 @@ func TestNATSServices(t *testing.T) {
 			answers = append(answers, v)
 		}
 		if m, err := sub.NextMsg(50 * time.Millisecond); err == nil {
-			t.Errorf("one answer too many to %s: %s", subject, m.Data)
+			t.Errorf("got one answer too many to %s: %s", subject, m.Data)
 		}
 		return answers
 	}
@@ -557,11 +560,11 @@ func TestNATSServices(t *testing.T) {
 		for _, v := range slices.Concat(ask("$SRV."+verb, 3), ask("$SRV."+verb+".risk", 2), ask("$SRV."+verb+".risk."+a.ID(), 1)) {
 			for _, key := range required {
 				if v[key] == nil {
-					t.Errorf("%s has no %s: %v", verb, key, v)
+					t.Errorf("the answer to %s has no %s: %v", verb, key, v)
 				}
 			}
 			if v["type"] != "io.nats.micro.v1."+strings.ToLower(verb)+"_response" || v["version"] != "1.2.3" || v["metadata"].(map[string]any)["zone"] != "eu" {
-				t.Errorf("%s: %v", verb, v)
+				t.Errorf("the answer to %s has a wrong type, version or metadata: %v", verb, v)
 			}
 			seen = append(seen, fmt.Sprint(v["id"]))
 			if verb == "PING" {
@@ -576,11 +579,11 @@ func TestNATSServices(t *testing.T) {
 				}
 				for _, key := range required {
 					if e[key] == nil {
-						t.Errorf("%s has an endpoint without %s: %v", verb, key, e)
+						t.Errorf("the answer to %s has an endpoint without %s: %v", verb, key, e)
 					}
 				}
 				if !name.MatchString(fmt.Sprint(e["name"])) {
-					t.Errorf("the name %v", e["name"])
+					t.Errorf("the endpoint name %v is not valid", e["name"])
 				}
 				endpoints = append(endpoints, fmt.Sprint(e["name"], " ", e["subject"], " ", e["queue_group"]))
 			}
@@ -590,11 +593,11 @@ func TestNATSServices(t *testing.T) {
 				"order-ALL events.order.> " + service, "order-ANY events.order.* " + service, "work commands." + service + ".work " + service,
 			}
 			if got := sorted(endpoints); !slices.Equal(got, want) {
-				t.Errorf("%s: %q, want %q", verb, got, want)
+				t.Errorf("%s lists the endpoints %q; want %q", verb, got, want)
 			}
 		}
 		if want := sorted(slices.Concat(ids, ids[:2], ids[:1])); !slices.Equal(sorted(seen), want) {
-			t.Errorf("%s: answers of %v, want %v", verb, sorted(seen), want)
+			t.Errorf("%s was answered by %v; want %v", verb, sorted(seen), want)
 		}
 	}
 	for _, e := range ask("$SRV.STATS.risk."+a.ID(), 1)[0]["endpoints"].([]any) {
@@ -605,7 +608,7 @@ func TestNATSServices(t *testing.T) {
 		data := e["data"].(map[string]any)
 		if e["num_requests"] != 3.0 || e["num_errors"] != 1.0 || e["last_error"] != "risk: EMPTY: say something" || e["processing_time"].(float64) <= 0 || e["average_processing_time"].(float64) <= 0 ||
 			data["p50_ns"].(float64) <= 0 || data["p99_ns"].(float64) < data["p50_ns"].(float64) || data["in_flight"] != 0.0 || data["shed"] != 0.0 {
-			t.Errorf("%v", e)
+			t.Errorf("the statistics of the endpoint m are wrong: %v", e)
 		}
 	}
 }

@@ -38,7 +38,7 @@ func TestCall(t *testing.T) {
 						t.Errorf("%s: got %+v, %v", method, got, err)
 					}
 				}
-				for n := range 200 { // one byte of MessagePack or JSON doesn't tell which it is
+				for n := range 200 { // a single byte can be valid MessagePack and valid JSON
 					if got, err := call[int, int](client, "order-service", "double", n); got != 2*n || err != nil {
 						t.Fatalf("double(%d): got %d, %v", n, got, err)
 					}
@@ -81,7 +81,7 @@ func TestPlainNATSClient(t *testing.T) {
 		t.Errorf("got %s", m.Data)
 	}
 	if len(m.Header) != 0 {
-		t.Errorf("a plain answer has headers: %v", m.Header)
+		t.Errorf("a successful answer has headers: %v", m.Header)
 	}
 
 	m, err = nc.Request("rpc.order-service.refuse", []byte(`{}`), time.Second)
@@ -101,16 +101,16 @@ func TestPlainNATSClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	if ns, _ := strconv.ParseInt(string(m.Data), 10, 64); time.Duration(ns) < 4*time.Second || time.Duration(ns) > 5*time.Second {
-		t.Errorf("a caller that tells no deadline: the handler has %v, want the 5 s of WithTimeout", time.Duration(ns))
+		t.Errorf("for a caller without a deadline, the handler has %v, want the 5 s of WithTimeout", time.Duration(ns))
 	}
 	if id := <-sources; id == "" {
-		t.Error("no correlation id for a plain caller")
+		t.Error("a request from a plain NATS client has no correlation ID")
 	}
-	if err := nc.Publish("rpc.order-service.deadline", []byte(`{}`)); err != nil { // asks for no answer
+	if err := nc.Publish("rpc.order-service.deadline", []byte(`{}`)); err != nil { // has no reply subject
 		t.Fatal(err)
 	}
 	if id := <-sources; id == "" {
-		t.Error("no correlation id for a plain message")
+		t.Error("a message without a reply subject has no correlation ID")
 	}
 }
 
@@ -150,7 +150,7 @@ func TestInvalidInput(t *testing.T) {
 		fails(t, aegis.Handle(svc, method, echo), aegis.ErrInvalid, "method", strconv.Quote(method))
 		_, err := call[string, string](svc, "svc", method, "")
 		if e := fails(t, err, aegis.ErrInvalid, "method", strconv.Quote(method)); !e.NotRun {
-			t.Error("it says that it may have run")
+			t.Error("NotRun = false, want true")
 		}
 	}
 	fails(t, aegis.Handle(svc, "m", echo, aegis.Concurrency(0)), aegis.ErrInvalid, "Concurrency(0)")
@@ -191,11 +191,11 @@ func TestUnreachable(t *testing.T) {
 	promptly(t, func() {
 		_, err := call[string, string](client, "nobody", "m", "")
 		if e := fails(t, err, aegis.ErrUnavailable, "nobody is not running"); !e.NotRun {
-			t.Error("it says that it may have run")
+			t.Error("NotRun = false, want true")
 		}
 		_, err = call[string, string](client, "svc", "nothing", "")
 		if e := fails(t, err, aegis.ErrUnimplemented, "rpc.svc.nothing", "one", "1.2.3"); !e.NotRun {
-			t.Error("it says that it may have run")
+			t.Error("NotRun = false, want true")
 		}
 		_, err = call[string, string](client, "svc", "m", "", aegis.ToInstance("two"))
 		fails(t, err, aegis.ErrUnavailable, "two")
@@ -207,7 +207,7 @@ func TestUnreachable(t *testing.T) {
 	})
 }
 
-func TestUndecodable(t *testing.T) {
+func TestUndecodablePayload(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc := newService(t, srv, "svc")
@@ -221,7 +221,7 @@ func TestUndecodable(t *testing.T) {
 			t.Fatal(err)
 		}
 		if code := m.Header.Get("Nats-Service-Error-Code"); code != "400" {
-			t.Errorf("%.20q: got %s", data, code)
+			t.Errorf("%.20q: got code %q, want 400", data, code)
 		}
 	}
 	m, err := nc.RequestMsg(&nats.Msg{Subject: "rpc.svc.m", Data: []byte("<x/>"), Header: nats.Header{"Content-Type": {"text/xml"}}}, 5*time.Second)
@@ -230,18 +230,18 @@ func TestUndecodable(t *testing.T) {
 	}
 	_, err = call[string, Receipt](client, "svc", "m", "not an order")
 	if e := fails(t, err, aegis.ErrInvalid, "rpc.svc.m"); !e.NotRun {
-		t.Error("it says that it may have run")
+		t.Error("NotRun = false, want true")
 	}
 	_, err = call[Order, int](client, "svc", "m", Order{})
 	if e := fails(t, err, aegis.ErrInternal, "svc.m"); e.NotRun {
-		t.Error("it ran, and the error says that it did not")
+		t.Error("NotRun = true, want false: the handler ran")
 	}
 	if got, err := call[Order, Receipt](client, "svc", "m", Order{SKU: "x"}); got.ID != "x-0" || err != nil {
 		t.Error(got, err)
 	}
 }
 
-func TestTooLarge(t *testing.T) {
+func TestPayloadTooLarge(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, func(o *server.Options) { o.MaxPayload = 32 << 10 })
 	svc := newService(t, srv, "svc")
@@ -255,13 +255,13 @@ func TestTooLarge(t *testing.T) {
 	promptly(t, func() {
 		_, err := call[int, []byte](client, "svc", "repeat", 40<<10)
 		if e := fails(t, err, aegis.ErrInternal, "32768", "repeat"); e.NotRun {
-			t.Error("it ran, and the error says that it did not")
+			t.Error("NotRun = true, want false: the handler ran")
 		}
 		_, err = call[int, []byte](client, "svc", "fail", 40<<10)
 		fails(t, err, &aegis.Error{Code: "HUGE"}, "32768")
 		_, err = call[[]byte, int](client, "svc", "take", make([]byte, 40<<10))
 		if e := fails(t, err, aegis.ErrInvalid, "32768", "rpc.svc.take"); !e.NotRun {
-			t.Error("it says that it may have run")
+			t.Error("NotRun = false, want true")
 		}
 		if got, err := call[int, []byte](client, "svc", "repeat", 20<<10); len(got) != 20<<10 || err != nil {
 			t.Error(len(got), err)
@@ -269,7 +269,7 @@ func TestTooLarge(t *testing.T) {
 	})
 }
 
-func TestInstancesShareTheLoad(t *testing.T) {
+func TestInstancesShareLoad(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	var handled [3]atomic.Int64
@@ -290,16 +290,16 @@ func TestInstancesShareTheLoad(t *testing.T) {
 		t.Error(err)
 	}
 	first, second := handled[0].Load(), handled[1].Load()
-	eventually(t, "the others go on", func() bool { return handled[0].Load() > first+200 })
+	eventually(t, "the other instances handle more calls", func() bool { return handled[0].Load() > first+200 })
 	if handled[1].Load() != second {
-		t.Error("the stopped instance goes on handling")
+		t.Error("the stopped instance still handles calls")
 	}
 	if calls := stop(); calls != handled[0].Load()+handled[1].Load()+handled[2].Load() {
-		t.Errorf("%d calls, handled %d + %d + %d", calls, handled[0].Load(), handled[1].Load(), handled[2].Load())
+		t.Errorf("%d calls succeeded, but the instances handled %d + %d + %d", calls, handled[0].Load(), handled[1].Load(), handled[2].Load())
 	}
 }
 
-func TestBreaker(t *testing.T) {
+func TestCircuitBreaker(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	client := newService(t, srv, "client", aegis.WithBreaker(aegis.BreakerPolicy{Failures: 3, Cooldown: 100 * time.Millisecond}))
@@ -309,10 +309,10 @@ func TestBreaker(t *testing.T) {
 	}
 	_, err := call[int, int](client, "svc", "m", 1)
 	if e := fails(t, err, aegis.ErrCircuitOpen, "svc", "3 times"); !e.NotRun {
-		t.Error("it says that it may have run")
+		t.Error("NotRun = false, want true")
 	}
 	_, err = call[int, int](client, "other", "m", 1)
-	fails(t, err, aegis.ErrUnavailable) // has a breaker of its own
+	fails(t, err, aegis.ErrUnavailable) // each service has its own circuit breaker
 
 	svc := newService(t, srv, "svc")
 	inside, release := make(chan struct{}), make(chan struct{})
@@ -329,17 +329,17 @@ func TestBreaker(t *testing.T) {
 		probe <- err
 	}()
 	<-inside
-	_, err = call[int, int](client, "svc", "m", 1) // one probe at a time
+	_, err = call[int, int](client, "svc", "m", 1) // only one probe may be in flight
 	fails(t, err, aegis.ErrCircuitOpen)
 	close(release)
 	if err := <-probe; err != nil {
 		t.Error(err)
 	}
-	for range 10 { // what a handler returns doesn't count
+	for range 10 { // errors that a handler returns do not open the circuit breaker
 		_, err := call[int, int](client, "svc", "refuse", 1)
 		fails(t, err, aegis.ErrInternal)
 	}
-	for range 10 { // nor does a caller's cancel
+	for range 10 { // nor do calls that the caller cancels
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		_, err := aegis.Call[int, int](ctx, client, "svc", "refuse", 1)
@@ -349,7 +349,8 @@ func TestBreaker(t *testing.T) {
 	fails(t, err, aegis.ErrInternal)
 }
 
-// FuzzRequest sends what it likes, with a reply subject and headers of its own, and expects the service to answer and live on.
+// FuzzRequest sends a service arbitrary payloads with arbitrary reply subjects and headers, and checks that the service still
+// answers.
 func FuzzRequest(f *testing.F) {
 	srv := startServer(f)
 	svc := newService(f, srv, "svc")
@@ -380,7 +381,7 @@ func FuzzRequest(f *testing.F) {
 	})
 }
 
-// FuzzAnswer gives a caller hostile answers.
+// FuzzAnswer sends a caller arbitrary answers, and checks that each call succeeds or fails with a typed error.
 func FuzzAnswer(f *testing.F) {
 	srv := startServer(f)
 	nc, err := nats.Connect(srv.ClientURL())
