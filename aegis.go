@@ -3,8 +3,8 @@
 //
 // # Usage
 //
-// A [Service] is made by [New], is a client at once, and serves what was given to [Handle], [Subscribe] and [HandleCommand] from
-// [Service.Start] (or [Service.Run]) on:
+// [New] makes a [Service], which can make calls at once. After [Service.Start] (or [Service.Run]) it also serves the handlers that
+// were given to [Handle], [Subscribe] and [HandleCommand]:
 //
 //	svc, err := aegis.New("order-service")
 //	aegis.Handle(svc, "create_order", func(ctx context.Context, o Order) (Receipt, error) { … })
@@ -22,36 +22,38 @@
 //
 // # Delivery
 //
-// A call runs at most once. What may have run is never sent again behind the caller's back: [Retry] and [Sticky] resend only
-// what certainly did not reach a handler, and an [Error] says so in NotRun; [Idempotent] lifts that. Every request that
-// arrives is answered, be it with an error, unless its caller has stopped waiting.
+// A call runs at most once. A request that may have run is never sent again by itself: [Retry] and [Sticky] resend only requests
+// that certainly did not reach a handler, whose [Error] has NotRun set. [Idempotent] lifts that restriction. Every request that
+// arrives is answered, with an error if need be, unless its caller has stopped waiting.
 //
-// An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored it; it is
-// acknowledged when its handler has returned nil, or when it is stored as a dead letter.
+// An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored the event.
+// The event is acknowledged when its handler has returned nil, or when the event is stored as a dead letter.
 //
-// A command has one outcome, which is stored, and once it has, its handler is not called again. Until then it may be called more
-// than once, after an error or a crash: see [HandleCommand].
+// A command has one outcome, which is stored. After that its handler is not called again. Before that the handler may be called
+// more than once, because of an error or a crash; see [HandleCommand].
 //
-// An [Exclusive] handler runs in one instance only, the leader. There is never more than one; [Term] is its fencing token.
+// An [Exclusive] handler runs in one instance only, the leader. There is never more than one leader. [Term] returns its fencing
+// token.
 //
 // # Concurrency
 //
-// All functions and methods may be called from several goroutines at once. Handlers run concurrently, each method's up to its
-// own limit ([WithConcurrency], [Concurrency]); as many requests again may wait for their turn, and the rest is refused with
-// [ErrOverloaded]. Events and commands wait in the server. A handler's ctx ends with its caller's deadline ([Deadline], for an
-// event or a command), when its caller cancels, and when Stop runs out of time.
+// All functions and methods may be called from several goroutines at once. Handlers run concurrently, up to a limit for each method
+// ([WithConcurrency], [Concurrency]). At the limit, as many requests again may wait for their turn, and the rest are rejected with
+// [ErrOverloaded]. Events and commands wait in the server. The ctx of a handler ends with the deadline of its caller (for an event
+// or a command: [Deadline]), when its caller cancels, and when Stop runs out of time.
 //
 // # Shutdown
 //
-// [Service.Stop] takes no more work, lets the handlers that run finish, gives back to the server the events and commands that
-// there is no time for, hands the leadership over, leaves the registry, and closes the connections. It leaves no goroutine behind
-// but those of handlers that ignore their ctx.
+// [Service.Stop] takes no more work, lets running handlers finish, gives the events and commands that there is no time for back to
+// the server, hands over the leadership, leaves the registry, and closes the connections. The only goroutines that it may leave
+// behind are those of handlers that ignore their ctx.
 //
 // # Observation
 //
-// [Service.Stats] counts what becomes of every request, event, command and call; [Service.Handler] serves that to Prometheus, with
-// probes of health. Started services answer the nats tool (nats micro ls, info, stats, ping). A message's correlation id is in each
-// log line about it, and [CorrelationID] for the handler's own; the W3C trace context travels from what comes in to what goes out.
+// [Service.Stats] counts the results of every request, event, command and call. [Service.Handler] serves these figures to
+// Prometheus, beside health probes. Started services answer the nats tool (nats micro ls, info, stats, ping). Each log line about a
+// message has its correlation id, which [CorrelationID] returns for the handler's own logs. The W3C trace context of a message is
+// passed on to everything that its handler sends.
 package aegis
 
 import (
@@ -70,16 +72,16 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file is the way in: the Service, and its life from New over Start to Stop.
+// This file has the Service, and its life from New over Start to Stop.
 //
-// A value travels one way, and back the same way with the answer:
+// A value travels one way, and its answer comes back the same way:
 //
 //	value → codec → request → connection → server → source → queue → worker → dispatch → handler → answer
 //
-// The files follow that path from top to bottom, and each uses those below it. The patterns: rpc.go, events.go, deadletters.go,
-// jobs.go, commands.go, election.go, registry.go; metrics.go counts what they do. The primitives that carry them: dispatch.go (from
-// a message to a handler and back), jetstream.go (what is stored, and what brings it to a handler), conn.go (the connections, and
-// request: a message out, its answer back). The ground: options.go, codec.go, errors.go.
+// Each file uses the files below it in this list. The patterns: rpc.go, events.go, deadletters.go, jobs.go, commands.go,
+// election.go, registry.go, and metrics.go, which counts what they do. The primitives that carry them: dispatch.go (from a message
+// to its handler and back), feed.go (from a consumer to the queue), jetstream.go (streams, keys and watches), conn.go (the
+// connections, and request: a message out, its answer back). The ground: options.go, codec.go, errors.go.
 
 // A Service is one instance of a named service: a pool of connections to NATS, the handlers, and the calls that it makes.
 type Service struct {
@@ -133,12 +135,12 @@ const (
 	stopping
 )
 
-// New makes an instance of the service called name (a letter, then letters, digits, - and _, at most 64) and connects it. It blocks
-// until every connection of the pool is made, each for at most nats.go's connect timeout (2 s for each server). Use [Service.Stop]
-// to close the instance.
+// New makes an instance of the service called name (a letter, then letters, digits, - and _, at most 64) and connects it. It
+// blocks until every connection of the pool is made, each for at most nats.go's connect timeout (2 s for each server). Use
+// [Service.Stop] to close the instance.
 //
-// Errors: [ErrInvalid] for a name or an option that is out of range, [ErrUnavailable] if the servers can't be reached or refuse the
-// connection.
+// Errors: [ErrInvalid] for a name or an option that is out of range, [ErrUnavailable] if the servers can't be reached or refuse
+// the connection.
 func New(name string, opts ...Option) (*Service, error) {
 	if !isName(name, maxService) {
 		return nil, newError(ErrInvalid, "service name %q: want a letter, then letters, digits, - and _, at most %d", name, maxService)
@@ -185,13 +187,14 @@ func (s *Service) ID() string { return s.id }
 func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 
 // Start begins to serve. It runs the health checks once, makes what [Subscribe] needs on the server, subscribes, and enters the
-// instance into the registry. When it returns, the servers of all connections know the handlers; more handlers may be added later.
-// An instance with [Exclusive] handlers then campaigns for the leadership; where nobody led before, that takes the Lease of its
-// policy ([WithFailover]). A service whose Start failed can only be stopped.
+// instance into the registry. When it returns, the servers of all connections know the handlers; more handlers may be added
+// later. An instance with [Exclusive] handlers then campaigns for the leadership; where nobody led before, that takes the Lease
+// of its policy ([WithFailover]). A service whose Start failed can only be stopped.
 //
-// Errors: [ErrClosed] after Stop; [ErrInvalid] if the service was started already, or a stream, bucket or consumer that exists can't
-// be used; [ErrUnavailable] if the server can't be reached, or has no JetStream and a handler needs it; [ErrDenied] if the server's
-// permissions do not allow what the service does. Without JetStream an instance serves plain RPC, but is not in the registry.
+// Errors: [ErrClosed] after Stop; [ErrInvalid] if the service was started already, or a stream, bucket or consumer that exists
+// can't be used; [ErrUnavailable] if the server can't be reached, or has no JetStream and a handler needs it; [ErrDenied] if the
+// server's permissions do not allow what the service does. Without JetStream an instance serves plain RPC, but is not in the
+// registry.
 func (s *Service) Start(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state != created {
@@ -255,8 +258,8 @@ func (s *Service) subscribeOwn() error {
 	return nil
 }
 
-// Run serves until ctx ends: it calls Start, waits, and calls Stop, which gets 30 s to finish what runs. It calls Stop too if Start
-// fails.
+// Run serves until ctx ends: it calls Start, waits, and calls Stop, which gets 30 s to finish what runs. It calls Stop too if
+// Start fails.
 func (s *Service) Run(ctx context.Context) error {
 	err := s.Start(ctx)
 	if err == nil {
@@ -277,14 +280,14 @@ const (
 	returnTimeout = 5 * time.Second        // for queueing again the commands whose handlers have returned by then
 )
 
-// Stop stops serving. It takes no more requests, waits until those that have arrived are answered, releases the leadership, leaves
-// the registry, and closes the connections. Calls of this service that still wait for an answer then fail with [ErrClosed]. The
-// functions of [Service.Lead] have their ctx cancelled when Stop begins.
+// Stop stops serving. It takes no more requests, waits until those that have arrived are answered, releases the leadership,
+// leaves the registry, and closes the connections. Calls of this service that still wait for an answer then fail with
+// [ErrClosed]. The functions of [Service.Lead] have their ctx cancelled when Stop begins.
 //
 // When ctx ends before that, requests that have not begun are refused, the ctx of the handlers that run is cancelled, and Stop
-// returns 0.2 s later, with [ErrTimeout] if handlers still run. Events and commands whose handlers return within that time are given
-// back to the server, which may take Stop up to 5 s more. If the server can't be reached, Stop closes what is local and returns
-// [ErrUnavailable]. A second Stop waits for the first one and returns nil.
+// returns 0.2 s later, with [ErrTimeout] if handlers still run. Events and commands whose handlers return within that time are
+// given back to the server, which may take Stop up to 5 s more. If the server can't be reached, Stop closes what is local and
+// returns [ErrUnavailable]. A second Stop waits for the first one and returns nil.
 func (s *Service) Stop(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state == stopping {
@@ -347,8 +350,8 @@ func (s *Service) Stop(ctx context.Context) error {
 	return errors.Join(late, lost)
 }
 
-// close ends every handler's ctx and all calls, and closes the connections. It does not wait for one that is just trying to connect,
-// which is closed when nats.go's connect timeout is over.
+// close ends every handler's ctx and all calls, and closes the connections. It does not wait for one that is just trying to
+// connect, which is closed when nats.go's connect timeout is over.
 func (s *Service) close() {
 	s.cancel()
 	var closing sync.WaitGroup

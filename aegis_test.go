@@ -419,7 +419,7 @@ func runChild(role string) int {
 			}, aegis.Attempts(2))
 		case "commands":
 			// Prints each attempt with the progress that earlier attempts reported, reports progress once, and then sleeps until
-			// it is killed. The data EXIT, SILENT and PAUSED select other behaviour.
+			// it is killed. The data EXIT, SILENT and PAUSED select other behavior.
 			err = aegis.HandleCommand(svc, "work", func(ctx context.Context, c *aegis.Command[string]) (string, error) {
 				fmt.Println(c.Data, c.Attempt, c.Last.Message)
 				err := c.Progress(50, "half of "+c.Data)

@@ -1,8 +1,11 @@
 package aegis_test
 
-// Each benchmark does the same work with raw nats.go in the same run, turn by turn, and reports both: what is named raw-… is the
-// baseline's, x-raw the ratio of the rates. Client, server and service share this process, and so the machine's cores. For
-// figures worth comparing, give it time: go test -run '^$' -bench . -benchtime 5s
+// Most benchmarks compare aegis with a baseline that does the same work in the same run, usually with nats.go alone, in
+// alternating turns. The units with the prefix raw- are those of the baseline; x-raw is the rate of aegis divided by the rate of
+// the baseline. The client, the server and the service run in this process, so they share the machine's cores. For figures that
+// are worth comparing, let the benchmarks run longer:
+//
+//	go test -run '^$' -bench . -benchtime 5s
 
 import (
 	"context"
@@ -38,7 +41,7 @@ type benchReceipt struct {
 	ID string `json:"id"`
 }
 
-// benchTrade is what BenchmarkCall sends and receives. Its baseline has the same struct with the tags of its codec.
+// A benchTrade is the value that BenchmarkCall sends and receives.
 type benchTrade struct {
 	Account  string  `json:"account"`
 	Symbol   string  `json:"symbol"`
@@ -47,6 +50,7 @@ type benchTrade struct {
 	Buy      bool    `json:"buy"`
 }
 
+// A rawTrade is a benchTrade with the tags that the baseline of BenchmarkCall needs for its codecs.
 type rawTrade struct {
 	Account  string  `json:"account" msgpack:"account"`
 	Symbol   string  `json:"symbol" msgpack:"symbol"`
@@ -55,9 +59,9 @@ type rawTrade struct {
 	Buy      bool    `json:"buy" msgpack:"buy"`
 }
 
-// BenchmarkCall compares a call that carries a struct of five fields each way with nats.go's Request of the same struct, encoded and
-// decoded on both sides as a user of nats.go would do it (raw-), and with a Request of the encoded bytes as they are (bytes-). Both
-// baselines are answered in the callback of a queue subscription.
+// BenchmarkCall compares a call that carries a struct of five fields in each direction with two baselines: a Request of nats.go
+// that carries the same struct, encoded and decoded on both sides as a user of nats.go would do it (raw-), and a Request that
+// carries the encoded bytes as they are (bytes-). Both baselines answer in the callback of a queue subscription.
 func BenchmarkCall(b *testing.B) {
 	srv := startServer(b)
 	type format struct {
@@ -70,7 +74,7 @@ func BenchmarkCall(b *testing.B) {
 			name := strings.TrimPrefix(f.codec.ContentType(), "application/")
 			b.Run(fmt.Sprintf("callers=%d/%s", callers, name), func(b *testing.B) {
 				service := "order-service-" + name
-				svc := newService(b, srv, service, aegis.WithPool(1)) // as many connections as a baseline has
+				svc := newService(b, srv, service, aegis.WithPool(1)) // one connection, like each baseline
 				handle(b, svc, "create_order", func(_ context.Context, t benchTrade) (benchTrade, error) { return t, nil })
 				start(b, svc)
 				client := newService(b, srv, "client", aegis.WithPool(1), aegis.WithCodec(f.codec))
@@ -119,8 +123,8 @@ func BenchmarkCall(b *testing.B) {
 	}
 }
 
-// BenchmarkMetrics makes calls from 256 callers, and tells by a profile what share of all CPU time goes into counting them: on the
-// caller's side and on the handler's, with the readings of the clock. Baseline is the rest of the same calls.
+// BenchmarkMetrics makes calls from 256 callers and reports, from a CPU profile, which share of all CPU time is spent on metrics:
+// on the caller's side and on the handler's, including the readings of the clock. The baseline is the rest of the same calls.
 func BenchmarkMetrics(b *testing.B) {
 	srv := startServer(b)
 	svc, client := newService(b, srv, "svc"), newService(b, srv, "client")
@@ -132,9 +136,9 @@ func BenchmarkMetrics(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer f.Close()
-	load(b, 256, 5000, benchCall(client, "m")) // fill pools
+	load(b, 256, 5000, benchCall(client, "m")) // fills the pools
 	if err := pprof.StartCPUProfile(f); err != nil {
-		b.Skip(err) // go test -cpuprofile makes one already
+		b.Skip(err) // go test -cpuprofile is taking a profile already
 	}
 	load(b, 256, max(b.N, 20000), benchCall(client, "m"))
 	pprof.StopCPUProfile()
@@ -142,7 +146,7 @@ func BenchmarkMetrics(b *testing.B) {
 	if err != nil {
 		b.Fatalf("%v: %s", err, out)
 	}
-	share := 0.0 // if not even one sample fell on it
+	share := 0.0 // if the profile has no sample of the metrics
 	if m := regexp.MustCompile(`accounting for .*, ([0-9.]+)% of .* total`).FindSubmatch(out); m != nil {
 		share, _ = strconv.ParseFloat(string(m[1]), 64)
 	}
@@ -150,8 +154,8 @@ func BenchmarkMetrics(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkBesideSlow calls a fast method while 64 callers keep a slow one (10 ms) of the same service busy. The baseline is the
-// same fast method with nobody calling the slow one.
+// BenchmarkBesideSlow calls a fast method while 64 callers keep a slow method (10 ms) of the same service busy. The baseline
+// calls the same fast method while nobody calls the slow one.
 func BenchmarkBesideSlow(b *testing.B) {
 	srv := startServer(b)
 	svc, client := newService(b, srv, "svc"), newService(b, srv, "client")
@@ -174,9 +178,9 @@ func BenchmarkBesideSlow(b *testing.B) {
 			}
 		})
 	}
-	fast := func(beside bool) func() error {
+	fast := func(slowBusy bool) func() error {
 		return func() error {
-			busy.Store(beside)
+			busy.Store(slowBusy)
 			_, err := call[string, string](client, "svc", "fast", "x")
 			return err
 		}
@@ -185,8 +189,8 @@ func BenchmarkBesideSlow(b *testing.B) {
 	b.Cleanup(slow.Wait)
 }
 
-// BenchmarkIdle measures a started service that nobody calls, in a process of its own: this test's binary, which has the
-// nats-server linked in (but not running) besides. Linux only.
+// BenchmarkIdle measures the CPU time and the memory of a started service that nobody calls. The service runs in a process of its
+// own, which is this test's binary: nats-server is linked into it but does not run. The benchmark works only on Linux.
 func BenchmarkIdle(b *testing.B) {
 	if runtime.GOOS != "linux" {
 		b.Skip("reads /proc")
@@ -196,7 +200,9 @@ func BenchmarkIdle(b *testing.B) {
 	if line, _ := child.line(b); line != "ready" {
 		b.Fatal(line)
 	}
-	ticks := func() float64 { // of 10 ms each: user and system time, https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+	// cpuTicks returns the user and system time of the child in ticks of 10 ms:
+	// https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+	cpuTicks := func() float64 {
 		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", child.Process.Pid))
 		if err != nil {
 			b.Fatal(err)
@@ -207,9 +213,9 @@ func BenchmarkIdle(b *testing.B) {
 		return user + system
 	}
 	const watched = 3 * time.Second
-	before := ticks()
+	before := cpuTicks()
 	time.Sleep(watched)
-	b.ReportMetric(100*(ticks()-before)*0.01/watched.Seconds(), "%core")
+	b.ReportMetric(100*(cpuTicks()-before)*0.01/watched.Seconds(), "%core")
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", child.Process.Pid))
 	if err != nil {
 		b.Fatal(err)
@@ -226,7 +232,7 @@ func BenchmarkPublish(b *testing.B) {
 	js := manage(b, srv)
 	for _, publishers := range []int{1, 256} {
 		b.Run(fmt.Sprintf("publishers=%d", publishers), func(b *testing.B) {
-			svc := newService(b, srv, "shop", aegis.WithPool(1)) // as many connections as the baseline has
+			svc := newService(b, srv, "shop", aegis.WithPool(1)) // one connection, like the baseline
 			publish(b, svc, "order", "created", benchOrder{})
 			versus(b, publishers, func() error {
 				return aegis.Publish(context.Background(), svc, "order", "created", benchOrder{SKU: "AAPL", Qty: 100})
@@ -238,7 +244,7 @@ func BenchmarkPublish(b *testing.B) {
 	}
 }
 
-// rawEvent is what Publish sends.
+// rawEvent returns the message that Publish sends for a benchOrder.
 func rawEvent(domain string) *nats.Msg {
 	data, _ := aegis.MsgPack.Marshal(benchOrder{SKU: "AAPL", Qty: 100})
 	return &nats.Msg{Subject: "events." + domain + ".created", Data: data, Header: nats.Header{"Nats-Msg-Id": {rand.Text()}, "Aegis-Source": {"shop"}}}
@@ -271,14 +277,16 @@ func BenchmarkPublishBatch(b *testing.B) {
 	})
 }
 
-// BenchmarkSubscribe compares Subscribe, which decodes, with the jetstream package's Consume that acknowledges each message.
-// Each goes through as many events, which are stored before; the rate is that from the first to the last.
+// BenchmarkSubscribe compares Subscribe, which decodes each event, with the jetstream package's Consume, whose callback
+// acknowledges each message. Both handle the same number of events, which are stored beforehand. The rate is that from the first
+// event to the last.
 func BenchmarkSubscribe(b *testing.B) {
 	srv := startServer(b, withJetStream(b))
 	js := manage(b, srv)
 	publisher := newService(b, srv, "shop")
 	turn := 0
-	stored := func(n int) (domain string) { // of n events
+	// publishAll stores n events and returns their domain.
+	publishAll := func(n int) (domain string) {
 		turn++
 		domain = fmt.Sprint("turn", turn)
 		if err := aegis.PublishBatch(context.Background(), publisher, domain, "created", make([]benchOrder, n)); err != nil {
@@ -286,7 +294,9 @@ func BenchmarkSubscribe(b *testing.B) {
 		}
 		return domain
 	}
-	through := func(n int, begin func(one func())) sample {
+	// consume measures the time from the first of n events to the last. Each handler that begin starts must call handledOne per
+	// event.
+	consume := func(n int, begin func(handledOne func())) sample {
 		var handled atomic.Int64
 		first, last := make(chan struct{}), make(chan struct{})
 		begin(func() {
@@ -305,15 +315,15 @@ func BenchmarkSubscribe(b *testing.B) {
 		})
 	}
 	compare(b, func(n int) sample {
-		domain := stored(n)
+		domain := publishAll(n)
 		svc := newService(b, srv, "risk", aegis.WithPool(1))
 		defer func() { _ = svc.Stop(context.Background()) }()
-		return through(n, func(one func()) {
-			subscribe(b, svc, domain+".*", func(context.Context, aegis.Event[benchOrder]) error { one(); return nil }, aegis.FromStart())
+		return consume(n, func(handledOne func()) {
+			subscribe(b, svc, domain+".*", func(context.Context, aegis.Event[benchOrder]) error { handledOne(); return nil }, aegis.FromStart())
 			start(b, svc)
 		})
 	}, func(n int) sample {
-		domain := stored(n)
+		domain := publishAll(n)
 		c, err := js.CreateConsumer(context.Background(), "AEGIS_EVENTS", jetstream.ConsumerConfig{
 			Durable: domain, FilterSubject: "events." + domain + ".*", AckPolicy: jetstream.AckExplicitPolicy, MaxAckPending: 1 << 16,
 		})
@@ -322,15 +332,16 @@ func BenchmarkSubscribe(b *testing.B) {
 		}
 		var consuming jetstream.ConsumeContext
 		defer func() { consuming.Stop() }()
-		return through(n, func(one func()) {
-			if consuming, err = c.Consume(func(m jetstream.Msg) { _ = m.Ack(); one() }); err != nil {
+		return consume(n, func(handledOne func()) {
+			if consuming, err = c.Consume(func(m jetstream.Msg) { _ = m.Ack(); handledOne() }); err != nil {
 				b.Fatal(err)
 			}
 		})
 	})
 }
 
-// BenchmarkPublishToHandler waits for the confirmation of one event and for its handler, then publishes the next.
+// BenchmarkPublishToHandler publishes an event, waits for its acknowledgement by the server and for its handler, and then
+// publishes the next one.
 func BenchmarkPublishToHandler(b *testing.B) {
 	srv := startServer(b, withJetStream(b))
 	js := manage(b, srv)
@@ -363,9 +374,9 @@ func BenchmarkPublishToHandler(b *testing.B) {
 	})
 }
 
-// BenchmarkCommand sends a command, which reports its progress once, and waits for its result. The baseline is what a command
-// writes and reads, done by one after the other with the jetstream package, without a worker, a queue or anyone who follows:
-// create a key, publish to a stream, read the key, update it three times.
+// BenchmarkCommand sends a command, whose handler reports its progress once, and waits for its result. The baseline does the
+// reads and writes of a command one after the other with the jetstream package: it creates a key, publishes to a stream, reads
+// the key and updates it three times. It has no worker, no queue, and nobody who follows the command.
 func BenchmarkCommand(b *testing.B) {
 	srv := startServer(b, withJetStream(b))
 	js := manage(b, srv)
@@ -410,16 +421,16 @@ func BenchmarkCommand(b *testing.B) {
 	}
 }
 
-// BenchmarkCommandsHeld has 1,000 commands at work at once, b.N times: the time until all are, and what they take in memory in
-// one process with the server and all who wait for them.
+// BenchmarkCommandsHeld has 1,000 commands run at the same time, b.N times. It reports the time until all of them run, and the
+// memory that they take in one process together with the server and all callers that wait for them.
 func BenchmarkCommandsHeld(b *testing.B) {
 	const held = 1000
 	srv := startServer(b, withJetStream(b))
 	svc, client := newService(b, srv, "risk"), newService(b, srv, "shop")
-	var now atomic.Int32
+	var running atomic.Int32
 	release := make(chan struct{})
 	handleCommand(b, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) {
-		now.Add(1)
+		running.Add(1)
 		<-release
 		return c.Data, nil
 	})
@@ -433,18 +444,18 @@ func BenchmarkCommandsHeld(b *testing.B) {
 	var took time.Duration
 	var grown float64
 	for range b.N {
-		now.Store(0)
+		running.Store(0)
 		before, begin := heap(), time.Now()
 		var waiting sync.WaitGroup
 		for i := range held {
 			waiting.Go(func() {
 				j := send[int, int](b, client, "risk", "work", i)
 				if r, err := j.Wait(context.Background()); r != i || err != nil {
-					b.Errorf("got %d, %v", r, err)
+					b.Errorf("the command returned %d, %v; want %d", r, err, i)
 				}
 			})
 		}
-		eventually(b, "all are at work", func() bool { return now.Load() == held })
+		eventually(b, "all commands run", func() bool { return running.Load() == held })
 		took += time.Since(begin)
 		grown += heap() - before
 		for range held {
@@ -457,7 +468,8 @@ func BenchmarkCommandsHeld(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkDiscover lists a service of 100 instances from the local copy, beside copying such a list.
+// BenchmarkDiscover lists a service of 100 instances from the local copy, and reports how much longer that takes than copying the
+// list.
 func BenchmarkDiscover(b *testing.B) {
 	const instances = 100
 	srv := startServer(b, withJetStream(b))
@@ -475,10 +487,10 @@ func BenchmarkDiscover(b *testing.B) {
 		}
 		return all
 	}
-	eventually(b, "all show", func() bool { return len(list()) == instances })
+	eventually(b, "all instances are discovered", func() bool { return len(list()) == instances })
 	all := list()
 	var copied []aegis.Instance
-	var over []float64
+	var excess []float64
 	per := func(fn func()) time.Duration {
 		const n = 2000
 		begin := time.Now()
@@ -490,15 +502,15 @@ func BenchmarkDiscover(b *testing.B) {
 	for b.Loop() {
 		discover := per(func() { copied = list() })
 		copying := per(func() { copied = slices.Clone(all) })
-		over = append(over, float64(discover-copying)/float64(time.Microsecond))
+		excess = append(excess, float64(discover-copying)/float64(time.Microsecond))
 	}
-	b.ReportMetric(median(over, func(f float64) float64 { return f }), "µs-beyond-the-copy")
+	b.ReportMetric(median(excess, func(f float64) float64 { return f }), "µs-beyond-the-copy")
 	b.ReportMetric(testing.AllocsPerRun(1000, func() { copied = list() }), "allocs/op")
 	_ = copied
 }
 
-// BenchmarkBalancedCall compares a call that is addressed to one of three instances with one that NATS addresses, and
-// BenchmarkExclusiveCall one of an exclusive handler with one of a plain handler: raw is the plain one here.
+// BenchmarkBalancedCall compares a call with Balance, which addresses one of three instances, with a call that NATS delivers to
+// one of them. The latter is the baseline.
 func BenchmarkBalancedCall(b *testing.B) {
 	srv := startServer(b, withJetStream(b))
 	for range 3 {
@@ -507,7 +519,7 @@ func BenchmarkBalancedCall(b *testing.B) {
 		start(b, s)
 	}
 	client := newService(b, srv, "client")
-	eventually(b, "all show", func() bool { return len(instances(b, client, "svc")) == 3 })
+	eventually(b, "all instances are discovered", func() bool { return len(instances(b, client, "svc")) == 3 })
 	for _, callers := range []int{1, 256} {
 		for name, strategy := range map[string]aegis.Strategy{"round-robin": aegis.RoundRobin, "random": aegis.Random, "least-loaded": aegis.LeastLoaded} {
 			b.Run(fmt.Sprintf("callers=%d/%s", callers, name), func(b *testing.B) {
@@ -517,13 +529,15 @@ func BenchmarkBalancedCall(b *testing.B) {
 	}
 }
 
+// BenchmarkExclusiveCall compares a call of an exclusive handler with a call of a handler that is not exclusive. The latter is
+// the baseline.
 func BenchmarkExclusiveCall(b *testing.B) {
 	srv := startServer(b, withJetStream(b))
 	svc, client := newService(b, srv, "svc", aegis.WithFailover(aegis.Aggressive)), newService(b, srv, "client")
 	handle(b, svc, "m", echo)
 	handle(b, svc, "exclusive", echo, aegis.Exclusive())
 	start(b, svc)
-	eventually(b, "it leads", svc.IsLeader)
+	eventually(b, "the instance leads", svc.IsLeader)
 	for _, callers := range []int{1, 256} {
 		b.Run(fmt.Sprintf("callers=%d/plain", callers), func(b *testing.B) {
 			versus(b, callers, benchCall(client, "exclusive"), benchCall(client, "m"))
@@ -534,6 +548,7 @@ func BenchmarkExclusiveCall(b *testing.B) {
 	}
 }
 
+// benchCall returns a function that calls a method of svc once.
 func benchCall(client *aegis.Service, method string, opts ...aegis.CallOption) func() error {
 	return func() error {
 		_, err := aegis.Call[string, string](context.Background(), client, "svc", method, "hello", opts...)
@@ -541,7 +556,8 @@ func benchCall(client *aegis.Service, method string, opts ...aegis.CallOption) f
 	}
 }
 
-// BenchmarkHandOver stops the leader, gracefully, b.N times under load: from then until the next one has answered a call.
+// BenchmarkHandOver stops the leader gracefully, b.N times. It measures the time from then until the next leader has answered a
+// call.
 func BenchmarkHandOver(b *testing.B) {
 	srv := startServer(b, withJetStream(b))
 	client := newService(b, srv, "client")
@@ -552,12 +568,12 @@ func BenchmarkHandOver(b *testing.B) {
 		return s
 	}
 	leader := add()
-	eventually(b, "it leads", leader.IsLeader)
+	eventually(b, "the first instance leads", leader.IsLeader)
 	var gaps []time.Duration
 	for b.Loop() {
 		b.StopTimer()
 		next := add()
-		eventually(b, "it stands by", func() bool { id, err := next.Leader(context.Background()); return id == leader.ID() && err == nil })
+		eventually(b, "the next instance knows the leader", func() bool { id, err := next.Leader(context.Background()); return id == leader.ID() && err == nil })
 		b.StartTimer()
 		begin := time.Now()
 		stopped := make(chan error, 1)
@@ -588,7 +604,7 @@ func rawConn(b *testing.B, url string) *nats.Conn {
 	return nc
 }
 
-// versus compares single operations, from so many callers at once.
+// versus compares single operations, which the given number of callers make at the same time.
 func versus(b *testing.B, callers int, ours func() error, baselines ...func() error) {
 	b.Helper()
 	var runs []func(n int) sample
@@ -598,20 +614,20 @@ func versus(b *testing.B, callers int, ours func() error, baselines ...func() er
 	compare(b, runs...)
 }
 
-// compare runs b.N operations of aegis, which comes first, and as many of each baseline, in turns, so that all meet the same noise.
-// It reports the medians over the turns, those of the first baseline with raw- and those of the second with bytes- before them.
-// x-raw and x-bytes are the medians of the turns' ratios of operations per second.
+// compare runs b.N operations of aegis, which is runs[0], and as many of each baseline, in alternating turns, so that all are
+// exposed to the same noise. It reports the medians over the turns, with the prefix raw- for the first baseline and bytes- for
+// the second. x-raw and x-bytes are the medians of the turns' ratios of operations per second.
 func compare(b *testing.B, runs ...func(n int) sample) {
 	b.Helper()
 	const turns = 12
 	n := max(b.N/turns, 1)
 	for _, run := range runs {
-		run(min(n, 5000)) // fill pools
+		run(min(n, 5000)) // fills the pools
 	}
 	samples := make([][]sample, len(runs))
 	for turn := range turns {
 		order := make([]sample, len(runs))
-		for i := range runs { // whoever comes later has an advantage
+		for i := range runs { // rotates the order, because later runs have an advantage
 			k := (i + turn) % len(runs)
 			order[k] = runs[k](n)
 		}
@@ -649,7 +665,7 @@ func median[T any](s []T, of func(T) float64) float64 {
 	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
 }
 
-// load makes n calls of fn from so many callers, and measures them.
+// load makes at least n calls of fn, from the given number of concurrent callers, and measures them.
 func load(b *testing.B, callers, n int, fn func() error) sample {
 	latencies := make([][]time.Duration, callers)
 	each := (n + callers - 1) / callers
@@ -682,7 +698,7 @@ func load(b *testing.B, callers, n int, fn func() error) sample {
 	return result
 }
 
-// measure tells the rate of n operations, and what they allocate.
+// measure runs fn, which does n operations, and returns their rate and the number of allocations per operation.
 func measure(n int, fn func()) sample {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)

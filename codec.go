@@ -13,24 +13,24 @@ import (
 	"github.com/vmihailenco/msgpack/v5"
 )
 
-// This file turns values into bytes and back: the two codecs, how the format of a received payload is told, and the check
-// that keeps a hostile MessagePack payload from costing more memory or stack than its size warrants.
+// This file has the two codecs, the detection of a received payload's format, and the check that keeps a hostile MessagePack
+// payload from costing more memory or stack than its size justifies.
 
-// A Codec turns values into payloads and back. Its methods are called from many goroutines at once.
+// A Codec encodes values as payloads and decodes them. Its methods must be safe for concurrent use.
 //
-// ContentType is the MIME type that a payload is labelled with where its first byte doesn't tell its format; it must differ
-// from those of [MsgPack] and [JSON].
+// ContentType returns the MIME type of its payloads. A payload is labelled with it if the format can't be detected from the first
+// byte. It must differ from those of [MsgPack] and [JSON].
 type Codec interface {
 	Marshal(v any) ([]byte, error)
 	Unmarshal(data []byte, v any) error
 	ContentType() string
 }
 
-// The codecs that every service understands, whichever it sends in itself.
+// The codecs that every service understands, whichever it uses to send.
 //
-// Both name fields by the `json` struct tag, so that one tag serves both. MsgPack is the default: smaller and faster. It
-// refuses, before it decodes anything, a payload that is cut short, has bytes left over, nests deeper than 128 levels, or
-// declares more elements than it has bytes; what it then allocates is at most a small multiple of the payload's size times the
+// Both take the names of fields from the `json` struct tag. MsgPack is the default because it is smaller and faster. Before it
+// decodes anything, it rejects a payload that ends in the middle of a value, has bytes left over, is nested deeper than 128
+// levels, or declares more elements than it has bytes. It then allocates at most a small multiple of the payload's size times the
 // size of the largest element of the target type.
 var (
 	MsgPack Codec = msgpackCodec{}
@@ -56,7 +56,8 @@ func (msgpackCodec) Marshal(v any) ([]byte, error) {
 	return data, err
 }
 
-// marshal encodes v, into a pooled buffer if it can: data is valid until p is released, which is the caller's to do, or not.
+// marshal encodes v, as MessagePack into the buffer of a pooled packer. data is valid until the caller releases p. If p is never
+// released, it is garbage-collected.
 func marshal(c Codec, v any) (data []byte, p *packer, err error) {
 	if c != MsgPack {
 		data, err = c.Marshal(v)
@@ -64,11 +65,12 @@ func marshal(c Codec, v any) (data []byte, p *packer, err error) {
 	}
 	p = packers.Get().(*packer)
 	p.buf.Reset()
-	p.enc.ResetWriter(&p.buf) // plain Reset would also forget the struct tag
+	p.enc.ResetWriter(&p.buf) // Reset would also clear the struct tag and the flags
 	err = p.enc.Encode(v)
 	return p.buf.Bytes(), p, err
 }
 
+// release returns p, which may be nil, to the pool. The data that was encoded with p must not be used any more.
 func (p *packer) release() {
 	if p != nil && p.buf.Cap() <= keepBuffer {
 		packers.Put(p)
@@ -79,7 +81,7 @@ func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
 	if err := checkMsgPack(data); err != nil {
 		return err
 	}
-	defer func() { // e.g. a map with keys of type any is handed a slice as a key
+	defer func() { // the decoder may panic, for example if a slice is to become a key in a map[any]any
 		if p := recover(); p != nil {
 			err = fmt.Errorf("msgpack: %v", p)
 		}
@@ -95,7 +97,7 @@ func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
 	return err
 }
 
-// keepBuffer bounds what a pooled encoder or decoder may hold on to after a large payload.
+// keepBuffer is the largest buffer, in bytes, that a pooled encoder or decoder may keep.
 const keepBuffer = 64 << 10
 
 type packer struct {
@@ -124,7 +126,7 @@ var unpackers = sync.Pool{New: func() any {
 	return u
 }}
 
-// contentType names the format of data where a receiver could not tell it from the first byte, else "".
+// contentType returns the content type of data if a receiver can't detect the format from the first byte, else "".
 func contentType(c Codec, data []byte) string {
 	if s := sniff(data); s != nil && s.ContentType() == c.ContentType() {
 		return ""
@@ -132,19 +134,17 @@ func contentType(c Codec, data []byte) string {
 	return c.ContentType()
 }
 
-// codecFor finds the codec of a received payload: by its label if it has one, else by its first byte, else it is own.
+// codecFor returns the codec of a received payload: by its content type if the header has one, else by its first byte, else own.
 func codecFor(h nats.Header, data []byte, own Codec) (Codec, error) {
-	if h != nil {
-		if label := h.Get(headerContentType); label != "" {
-			mime, _, _ := strings.Cut(label, ";")
-			for _, c := range [...]Codec{own, MsgPack, JSON} {
-				if strings.EqualFold(strings.TrimSpace(mime), c.ContentType()) {
-					return c, nil
-				}
+	if label := h.Get(headerContentType); label != "" {
+		mime, _, _ := strings.Cut(label, ";")
+		for _, c := range [...]Codec{own, MsgPack, JSON} {
+			if strings.EqualFold(strings.TrimSpace(mime), c.ContentType()) {
+				return c, nil
 			}
-			return nil, fmt.Errorf("content type %q is not known here: send %s, %s or %s",
-				label, MsgPack.ContentType(), JSON.ContentType(), own.ContentType())
 		}
+		return nil, fmt.Errorf("the content type %q is not supported: send %s, %s or %s",
+			label, MsgPack.ContentType(), JSON.ContentType(), own.ContentType())
 	}
 	if len(data) == 0 {
 		return nil, errors.New("the payload is empty: send at least {}")
@@ -155,8 +155,8 @@ func codecFor(h nats.Header, data []byte, own Codec) (Codec, error) {
 	return own, nil
 }
 
-// sniff tells MessagePack from JSON by the first byte, nil if it can't: JSON starts with an ASCII character, and MessagePack
-// below 0x80 is an integer of that one byte.
+// sniff detects MessagePack or JSON by the first byte. It returns nil if the payload is empty or may be either: JSON begins with
+// an ASCII character, and a MessagePack value that begins with a byte below 0x80 is an integer of that one byte.
 func sniff(data []byte) Codec {
 	switch {
 	case len(data) > 0 && data[0] >= 0x80:
@@ -168,7 +168,8 @@ func sniff(data []byte) Codec {
 	}
 }
 
-// maxDepth bounds the nesting of MessagePack, since the decoder recurses: one byte a level would overflow the stack.
+// maxDepth bounds the nesting of MessagePack, because the decoder recurses: a payload with one byte per level could overflow the
+// stack.
 const maxDepth = 128
 
 var (
@@ -176,8 +177,8 @@ var (
 	errDeep  = fmt.Errorf("msgpack: nested deeper than %d levels", maxDepth)
 )
 
-// checkMsgPack accepts exactly one well-formed value, without allocating. msgpack v5 trusts the lengths that it reads (five
-// bytes can make it allocate millions of elements), so they are compared with what is there first.
+// checkMsgPack returns an error unless data is exactly one well-formed value. It does not allocate. It is needed because msgpack
+// v5 trusts the lengths that it reads: five bytes can make it allocate millions of elements.
 func checkMsgPack(data []byte) error {
 	rest, err := skipMsgPack(data, 0)
 	if err == nil && len(rest) > 0 {
@@ -186,7 +187,8 @@ func checkMsgPack(data []byte) error {
 	return err
 }
 
-// skipMsgPack returns what follows the first value of b. The format: https://github.com/msgpack/msgpack/blob/master/spec.md
+// skipMsgPack returns the bytes after the first value of b. The format is described in
+// https://github.com/msgpack/msgpack/blob/master/spec.md
 func skipMsgPack(b []byte, depth int) ([]byte, error) {
 	if depth > maxDepth {
 		return nil, errDeep
@@ -196,7 +198,7 @@ func skipMsgPack(b []byte, depth int) ([]byte, error) {
 	}
 	c := b[0]
 	b = b[1:]
-	var size, children uint64 // bytes that belong to the value itself, and values nested in it
+	var size, children uint64 // the bytes of the value itself, and the values nested in it
 	switch {
 	case c < 0x80 || c >= 0xe0: // small integer
 	case c < 0x90:
@@ -206,7 +208,7 @@ func skipMsgPack(b []byte, depth int) ([]byte, error) {
 	case c < 0xc0:
 		size = uint64(c & 0x1f)
 	case c == 0xc1:
-		return nil, errors.New("msgpack: byte 0xc1 starts no value")
+		return nil, errors.New("msgpack: no value begins with the byte 0xc1")
 	default:
 		f := msgpackFormats[c-0xc0]
 		if len(b) < int(f.length) {
@@ -240,8 +242,8 @@ func skipMsgPack(b []byte, depth int) ([]byte, error) {
 	return b, nil
 }
 
-// msgpackFormats describes the values that start with 0xc0 to 0xdf: how many bytes tell a length, how many bytes there are
-// besides that length, and how many values each unit of the length stands for (none: it counts bytes).
+// msgpackFormats describes the values that begin with 0xc0 to 0xdf. length is the number of bytes that hold the value's length n,
+// size is the number of bytes besides them, and the value has n times children nested values. If children is 0, n counts bytes.
 var msgpackFormats = [32]struct{ length, size, children uint8 }{
 	0x00: {}, 0x02: {}, 0x03: {}, // nil, false, true
 	0x04: {length: 1}, 0x05: {length: 2}, 0x06: {length: 4}, // bin

@@ -14,21 +14,21 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file is the worker's side of commands: work that is queued, handled by one instance at a time, reports its progress, can be
-// cancelled, and has one outcome, which is kept.
+// This file has the worker's side of commands. A command is work that is queued and handled by one instance at a time. It reports its
+// progress, can be cancelled, and has one outcome, which is kept.
 //
-// The record of a command, in the bucket aegis_commands, is the truth; every change of it is a compare-and-swap. The message in
-// the work queue AEGIS_COMMANDS carries its data, and wakes a worker up. The server republishes each change of a record to
-// whoever follows it.
+// The record of a command, in the bucket aegis_commands, is authoritative, and every change of it is a compare-and-swap. The message
+// in the work queue AEGIS_COMMANDS carries the data and makes a worker look at the record. The server republishes each change of a
+// record to those who follow the command.
 
 // A Command is what a handler of [HandleCommand] is called with.
 type Command[T any] struct {
-	ID       string // what [IdempotencyKey] set, else a random one
-	Source   string // the service that sent it, by its own account
+	ID       string // what [IdempotencyKey] set, else random
+	Source   string // the service that sent it, as the sender claims; not authenticated
 	Priority Priority
-	Attempt  int      // counts from 1, crashes included
-	Fence    uint64   // rises with each attempt: a store that remembers the highest can refuse an instance that was given up
-	Last     Progress // what the attempt before this one reported last
+	Attempt  int      // counts from 1. Crashes count too; an attempt that ended early because of Stop does not
+	Fence    uint64   // a fencing token, which rises with each attempt: a store that remembers the highest can reject older attempts
+	Last     Progress // what the previous attempt reported last
 	Data     T
 
 	run *run
@@ -36,7 +36,7 @@ type Command[T any] struct {
 
 // Progress is the state of a command at a moment.
 type Progress struct {
-	State   string  // queued, running, retrying; or in the end completed, failed or canceled
+	State   string  // queued, running or retrying; at the end completed, failed or canceled
 	Percent float64 // 0 to 100
 	Message string
 	Attempt int
@@ -61,9 +61,11 @@ const (
 	updatePrefix  = "aegis.jobs." // where changes of records are republished
 
 	resultTTL        = 24 * time.Hour
+	recordTimeout    = 5 * time.Second        // for reading or writing the record of a command that runs
+	outcomeTimeout   = 30 * time.Second       // for writing the outcome of an attempt
 	progressInterval = 100 * time.Millisecond // between writes of progress
-	maxProgress      = 1 << 10                // bytes of its message
-	followInterval   = 10 * time.Second       // between looks at a record, in case that a message was lost
+	maxProgress      = 1 << 10                // bytes of a progress message
+	followInterval   = 10 * time.Second       // between reads of a record, in case an update was lost
 )
 
 func (s *Service) commandStream() jetstream.StreamConfig {
@@ -75,7 +77,7 @@ func (s *Service) commandStream() jetstream.StreamConfig {
 	}
 }
 
-// recordStream is the bucket, whose changes are republished.
+// recordStream returns the configuration of the bucket's stream.
 func (s *Service) recordStream() jetstream.StreamConfig {
 	config := s.bucket(recordBucket)
 	config.AllowMsgTTL = true
@@ -83,7 +85,7 @@ func (s *Service) recordStream() jetstream.StreamConfig {
 	return config
 }
 
-// A record is all that is known of a command but its data.
+// A record is everything that is known about a command except its data.
 type record struct {
 	State    string    `json:"state"`
 	Percent  float64   `json:"percent,omitempty"`
@@ -94,22 +96,24 @@ type record struct {
 	Source   string    `json:"source,omitempty"`
 	Digest   string    `json:"digest"`             // of the data
 	Failures int       `json:"failures,omitempty"` // attempts that failed
-	Crashes  int       `json:"crashes,omitempty"`  // attempts that ended without a word
-	Owner    string    `json:"owner,omitempty"`    // the instance that may change it
-	Wake     uint64    `json:"wake,omitempty"`     // the sequence of the message that it was claimed by
+	Crashes  int       `json:"crashes,omitempty"`  // attempts that ended without a result
+	Owner    string    `json:"owner,omitempty"`    // the instance that has claimed it
+	Wake     uint64    `json:"wake,omitempty"`     // the sequence of the message that led to the claim
 	Nonce    string    `json:"nonce"`              // of this change
 	Result   []byte    `json:"result,omitempty"`
-	Type     string    `json:"type,omitempty"` // of Result
+	Type     string    `json:"type,omitempty"` // the content type of Result
 	Error    *Error    `json:"error,omitempty"`
 }
 
-func (r *record) final() bool { return r.State == completed || r.State == failed || r.State == canceled }
+func (r *record) final() bool {
+	return r.State == completed || r.State == failed || r.State == canceled
+}
 
 func (r *record) progress() Progress {
 	return Progress{State: r.State, Percent: r.Percent, Message: r.Message, Attempt: r.Attempt, Time: r.Time}
 }
 
-// recordKey is <service>.<command>.<id>, whatever characters the id has.
+// recordKey returns the key of a record, <service>.<command>.<id>. An id that is not a token is encoded.
 func recordKey(service, command, id string) string {
 	if !isToken(id, maxIDLength) {
 		id = "=" + base64.RawURLEncoding.EncodeToString([]byte(id))
@@ -117,9 +121,11 @@ func recordKey(service, command, id string) string {
 	return service + "." + command + "." + id
 }
 
-// writeRecord replaces the record of this revision; 0 means that there is none. If the record was changed by another instance, the
-// failure is a conflict, and writeRecord returns what the record is now.
-func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revision uint64, cfg *callConfig) (now *record, at uint64, failure *Error) {
+// writeRecord replaces the record if it still has this revision; 0 means that there is none. If somebody else has changed the record,
+// the failure is a conflict, and writeRecord returns the present record and its revision.
+func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revision uint64, cfg *callConfig) (
+	now *record, at uint64, failure *Error,
+) {
 	rec.Nonce, rec.Time = rand.Text(), time.Now().UTC()
 	data, err := MsgPack.Marshal(rec)
 	if err != nil {
@@ -141,17 +147,14 @@ func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revi
 	return now, at, cmp.Or(unreadable, failure)
 }
 
-// readRecord asks the bucket's leader for the latest record, nil if there is none. It uses the connection c if that is not nil.
+// readRecord asks the bucket's leader for the latest record, which is nil if there is none. It uses the connection c if that is not nil.
 func (s *Service) readRecord(ctx context.Context, c *conn, key string) (*record, uint64, *Error) {
 	data, revision, failure := s.readKey(ctx, c, recordBucket, key)
-	if failure != nil {
-		return nil, revision, failure
-	}
-	rec, failure := parseRecord(key, data)
-	return rec, revision, failure
+	rec, unreadable := parseRecord(key, data)
+	return rec, revision, cmp.Or(failure, unreadable)
 }
 
-// parseRecord returns the record in data, nil if that is empty.
+// parseRecord returns the record in data, or nil if data is empty.
 func parseRecord(key string, data []byte) (*record, *Error) {
 	if len(data) == 0 {
 		return nil, nil
@@ -163,21 +166,26 @@ func parseRecord(key string, data []byte) (*record, *Error) {
 	return rec, nil
 }
 
-// HandleCommand executes a command: fn is called with its data, on a goroutine of the library, up to [Concurrency] at once in
-// each instance. command is [A-Za-z][A-Za-z0-9_]*. fn's ctx ends after [Deadline], when the command is cancelled, when another
-// instance had to take over, or when Stop's time is up.
+// HandleCommand makes fn the handler of a command of the service. command is a letter, then letters, digits and _, at most 128. fn is
+// called on a goroutine of the library, up to [Concurrency] at once in each instance. Its ctx ends after [Deadline], when the command
+// is cancelled, when another instance has taken the command over, or when Stop's time is up.
 //
-// What is guaranteed: a command has one outcome, and once it has, fn is not called again. What isn't: that fn is called once.
-// After an error it is called again, after a pause ([Backoff]), up to [Attempts] times in all, a crash counting as one; and an
-// instance that was given up, since it was paused or cut off, may still be at it for a moment. So let effects elsewhere take
-// Command.ID or Command.Fence. After the last attempt the command has failed, and is set aside as a dead letter; data that
-// can't be decoded into T fails at once. What Stop cuts short is queued again, and uses up no attempt. The result must fit the
-// server's max_payload.
+// A command has one outcome, and once it has, fn is not called again. Before that, fn may be called more than once. After an error it
+// is called again, after a pause ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt; another instance begins the
+// next one after 10 s, the ack wait. An instance that was paused or cut off may go on with fn for a moment after another one has taken
+// over. So make effects elsewhere idempotent by Command.ID, or guard them with Command.Fence.
 //
-// The errors are those of [Subscribe].
+// After the last attempt the command has failed, and becomes a dead letter. Data that can't be decoded into T fails at once. The result
+// must fit the server's max_payload, less 2 KiB.
+//
+// When Stop's time is up, a command whose handler returns an error because its ctx has ended is queued again, and the attempt does not
+// count. A handler that ignores its ctx for longer than 0.2 s then costs an attempt, and the command has to wait for the ack wait.
+//
+// Errors: [ErrInvalid] if command or an option is out of range, or if the command has a handler already; and the other ones of
+// [Subscribe], about the streams AEGIS_COMMANDS and AEGIS_DEAD and the bucket aegis_commands.
 func HandleCommand[T, R any](s *Service, command string, fn func(context.Context, *Command[T]) (R, error), opts ...HandlerOption) error {
 	if fn == nil {
-		return newError(ErrInvalid, "command %q: its function is nil", command)
+		return newError(ErrInvalid, "command %q: the function is nil", command)
 	}
 	return s.handleCommand(command, func(ctx context.Context, m *Message) ([]byte, error) {
 		cmd := &Command[T]{}
@@ -186,8 +194,8 @@ func HandleCommand[T, R any](s *Service, command string, fn func(context.Context
 			return nil, err
 		}
 		run := r.run
-		cmd.run, cmd.ID, cmd.Source = run, run.id, m.Source
-		cmd.Priority, cmd.Attempt, cmd.Fence, cmd.Last = run.priority, run.attempt, run.fence, run.last
+		cmd.run, cmd.ID, cmd.Source, cmd.Fence, cmd.Last = run, r.delivery.id, m.Source, run.fence.Load(), run.last
+		cmd.Priority, cmd.Attempt = run.rec.Priority, run.rec.Attempt // nobody changes these while the handler runs
 		result, err := fn(ctx, cmd)
 		if err != nil {
 			return nil, err
@@ -211,368 +219,330 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 		suffix := suffixes[level]
 		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(suffix, ".", "~", 1), e.subject+suffix))
 	}
-	ex := &executions{feed: newFeed(e, cfg, s.commandStream(), lanes...), owner: rand.Text()}
-	ex.inspect = ex.checkAll
-	e.source = ex
+	src := &commandSource{feed: newFeed(e, cfg, s.commandStream(), lanes...), owner: rand.Text()}
+	src.inspect = src.checkRuns
+	e.source = src
 	return s.addEndpoint(e, cfg)
 }
 
-// executions is where an endpoint's commands come from.
-type executions struct {
+// A commandSource is the source of an endpoint's commands.
+type commandSource struct {
 	*feed
 
-	checking atomic.Bool
-	owner    string   // its name in records
-	runs     sync.Map // string -> *run, by key
+	checking atomic.Bool // checkRuns is at work
+	owner    string      // identifies this source in records
+	runs     sync.Map    // string -> *run, by the key of the record
 }
 
 // A run is one attempt at a command.
 type run struct {
-	ex       *executions
-	key      string
-	id       string
+	src      *commandSource
+	key      string // of the record
 	r        *request
-	priority Priority // this and the next are claim's
-	attempt  int
-	fence    uint64
-	last     Progress
-	claimed  atomic.Bool
+	last     Progress                 // of the previous attempt
+	fence    atomic.Uint64            // the revision of the claim, 0 until the command is claimed
+	reported atomic.Pointer[Progress] // the latest report; nil unless writeProgress runs
 
-	turn     sync.Mutex // guards the next two, also while the record is written: one change after the other
+	reporting  context.Context // ends when the handler has returned, or with an *Error as its cause when the command is lost
+	endReports context.CancelCauseFunc
+
+	writing  sync.Mutex // guards the next two; held while the record is written, so that there is one change at a time
 	rec      record
 	revision uint64
-
-	mu      sync.Mutex // guards the rest
-	pending *Progress  // to be written
-	writing bool       // writeProgress runs
-	lost    *Error     // why it is this run's no more
-
-	over context.Context // ends when no more reports are taken
-	end  context.CancelFunc
 }
 
-func (ex *executions) open(ctx context.Context) error {
-	if failure := ex.svc.patiently(ctx, func(ctx context.Context) *Error {
-		_, failure := ex.svc.openStream(ctx, ex.svc.recordStream(), recordPrefix+">")
+func (src *commandSource) open(ctx context.Context) error {
+	if failure := src.svc.patiently(ctx, func(ctx context.Context) *Error {
+		_, failure := src.svc.openStream(ctx, src.svc.recordStream(), recordPrefix+">")
 		return failure
 	}); failure != nil {
 		return failure
 	}
-	ex.svc.probePublish(recordPrefix+recordKey(ex.svc.name, ex.name, "probe"), readSubject(recordBucket))
-	return ex.feed.open(ctx)
+	src.svc.probePublish(recordPrefix+recordKey(src.svc.name, src.name, "probe"), readSubject(recordBucket))
+	return src.feed.open(ctx)
 }
 
 // serve handles one command.
-func (ex *executions) serve(m *nats.Msg, arrived time.Time) {
-	defer ex.release()
-	d, id := ex.delivery(m), m.Header.Get(headerID)
+func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
+	defer src.release()
+	d, id := src.delivery(m), m.Header.Get(headerID)
 	if d == nil || id == "" {
-		ex.svc.log.Warn("dropped a message that is not a command", "endpoint", ex.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
-		ex.acknowledge(m, ackTerminate)
+		src.svc.log.Warn("dropped a message that is not a command",
+			"endpoint", src.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
+		src.acknowledge(m, ackTerminate)
 		return
 	}
-	x := &run{ex: ex, key: recordKey(ex.svc.name, ex.name, id), id: id}
-	x.over, x.end = context.WithCancel(context.Background())
 	d.id = id
-	x.r = ex.newRequest(m, d, arrived)
+	x := &run{src: src, key: recordKey(src.svc.name, src.name, id), r: src.newRequest(m, d, arrived)}
+	x.reporting, x.endReports = context.WithCancelCause(context.Background())
 	x.r.run = x
-	if ex.svc.draining.Load() || !ex.admit(x.r) {
-		ex.giveBack(m)
+	if src.svc.draining.Load() || !src.admit(x.r) {
+		src.giveBack(m)
 		return
 	}
-	if _, busy := ex.runs.LoadOrStore(x.key, x); busy { // delivered again since the server didn't hear that it runs
+	if _, busy := src.runs.LoadOrStore(x.key, x); busy { // it was redelivered because the server did not hear that it runs
 		return
 	}
-	defer ex.runs.Delete(x.key)
+	defer src.runs.Delete(x.key)
 	notice := commandPrefix + x.key
-	ex.svc.cancels.add(notice, func() { ex.helpers.Go(func() { x.check() }) })
-	defer ex.svc.cancels.remove(notice)
+	src.svc.cancels.add(notice, func() { src.helpers.Go(func() { x.check() }) })
+	defer src.svc.cancels.remove(notice)
 	if x.claim() {
-		ex.dispatch(x.r)
+		src.dispatch(x.r)
 	}
 }
 
-// claim makes the command this run's. Otherwise it has seen to the message.
+// claim claims the command for this run. If it reports false, it has dealt with the message.
 func (x *run) claim() bool {
-	ex := x.ex
-	x.turn.Lock()
-	defer x.turn.Unlock()
-	ctx, cancel := context.WithTimeout(ex.svc.base, 5*time.Second)
+	src, sequence := x.src, x.r.delivery.sequence
+	x.writing.Lock()
+	defer x.writing.Unlock()
+	ctx, cancel := context.WithTimeout(src.svc.base, recordTimeout)
 	defer cancel()
-	rec, revision, failure := ex.svc.readRecord(ctx, nil, x.key)
+	rec, revision, failure := src.svc.readRecord(ctx, nil, x.key)
 	for failure == nil || failure.Code == conflict.Code {
-		sequence := x.r.delivery.sequence
-		if rec == nil || rec.final() || rec.Wake != 0 && rec.Wake != sequence && rec.State != queued { // woken up twice: another message stands for it
-			ex.acknowledge(x.r.in, ack)
+		if rec == nil || rec.final() || rec.Wake != 0 && rec.Wake != sequence && rec.State != queued { // over, or has another message
+			src.acknowledge(x.r.in, ack)
 			return false
 		}
 		x.rec, x.revision = *rec, revision
-		if rec.State == running && rec.Owner == ex.owner { // claimed just now, but the confirmation was lost
+		if rec.State == running && rec.Owner == src.owner { // it was claimed just now, but the confirmation was lost
 			x.rec.Attempt--
-		} else if rec.State == running { // by one that is no more, or was given up
+		} else if rec.State == running { // the instance that has claimed it has crashed, or lost the connection
 			x.rec.Crashes++
 		}
-		if x.rec.Failures+x.rec.Crashes >= ex.cfg.attempts {
+		if x.rec.Failures+x.rec.Crashes >= src.cfg.attempts {
 			last := x.rec.Error
 			if last == nil {
-				last = newError(ErrInternal, "its handler began %d times and never finished: it crashed or hung, or its instance lost the connection", x.rec.Crashes)
-				last.Source = ex.svc.name
-				ex.meter.ended(x.r.msg.Source, last)
+				last = newError(ErrInternal, "its handler began %d times and never finished: it crashed or hung, or its instance lost the connection",
+					x.rec.Crashes)
+				last.Source = src.svc.name
+				src.meter.ended(x.r.msg.Source, last)
 			}
 			x.fail(last)
 			return false
 		}
 		x.last = rec.progress()
-		x.rec.State, x.rec.Owner, x.rec.Wake = running, ex.owner, sequence
+		x.rec.State, x.rec.Owner, x.rec.Wake = running, src.owner, sequence
 		x.rec.Attempt++
-		rec, revision, failure = ex.svc.writeRecord(ctx, x.key, &x.rec, revision, callConfigs[kindCommand])
+		rec, revision, failure = src.svc.writeRecord(ctx, x.key, &x.rec, revision, callConfigs[kindCommand])
 		if failure == nil {
-			x.revision, x.fence, x.attempt, x.priority = revision, revision, x.rec.Attempt, x.rec.Priority
-			x.claimed.Store(true)
+			x.revision = revision
+			x.fence.Store(revision)
 			return true
 		}
 	}
-	ex.logger(x.r).Warn("a command can't be claimed", "error", failure)
-	ex.acknowledge(x.r.in, nakAfter(backoff(x.r.delivery.attempt, fetchTick, 5*time.Second)))
+	src.logger(x.r).Warn("a command can't be claimed", "error", failure)
+	src.acknowledge(x.r.in, nakAfter(backoff(x.r.delivery.attempt, fetchTick, 5*time.Second)))
 	return false
 }
 
-// write changes the record. If it is this run's no more, it ends the handler's ctx.
-func (x *run) write(ctx context.Context) *Error {
-	x.mu.Lock()
-	p := x.pending
-	if p != nil {
-		x.rec.Percent, x.rec.Message, x.pending = p.Percent, p.Message, nil
+// write writes the record, with the latest report, within a time. If the command is lost, it ends the handler's ctx and returns why.
+func (x *run) write(ctx context.Context, within time.Duration) *Error {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	if p := x.reported.Load(); p != nil {
+		x.rec.Percent, x.rec.Message = p.Percent, p.Message
 	}
-	x.mu.Unlock()
 	cfg := *callConfigs[kindCommand]
 	cfg.sticky = true
 	for {
-		now, revision, failure := x.ex.svc.writeRecord(ctx, x.key, &x.rec, x.revision, &cfg)
+		now, revision, failure := x.src.svc.writeRecord(ctx, x.key, &x.rec, x.revision, &cfg)
 		switch {
 		case failure == nil:
 			x.revision = revision
 			return nil
 		case failure.Code != conflict.Code:
-			x.mu.Lock()
-			if x.pending == nil {
-				x.pending = p
-			}
-			x.mu.Unlock()
 			return failure
-		case now == nil || now.Owner != x.ex.owner || now.State == canceled:
-			return x.lose(now)
+		case now == nil || now.Owner != x.src.owner || now.State == canceled:
+			return x.lost(now)
 		}
-		x.revision = revision // the confirmation of an earlier write was lost
+		x.revision = revision // an earlier write was stored, but its confirmation was lost
 	}
 }
 
-// lose notes who the command belongs to now.
-func (x *run) lose(now *record) *Error {
-	lost := newError(ErrFenced, "another instance has taken over the command %s", x.id)
+// lost ends the handler's ctx because the command was cancelled or belongs to another instance, as its record says now. It returns the
+// error that says so.
+func (x *run) lost(now *record) *Error {
+	failure := newError(ErrFenced, "another instance has taken over the command %s", x.r.delivery.id)
 	if now != nil && now.State == canceled {
-		lost = newError(ErrCanceled, "the command %s was cancelled", x.id)
+		failure = newError(ErrCanceled, "the command %s was cancelled", x.r.delivery.id)
 	}
-	x.mu.Lock()
-	x.lost = lost
-	x.mu.Unlock()
+	x.endReports(failure)
 	x.r.abort()
-	return lost
+	return failure
 }
 
-// whyLost is nil as long as the command is this run's.
+// whyLost returns the error that lost returned while the handler ran, or nil.
 func (x *run) whyLost() *Error {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return x.lost
+	failure, _ := context.Cause(x.reporting).(*Error)
+	return failure
 }
 
-// checkAll looks after all runs, in case that the notice of a cancellation was lost.
-func (ex *executions) checkAll() {
-	if !ex.checking.CompareAndSwap(false, true) {
-		return
+// checkRuns checks all runs, in case the notice of a cancellation was lost. It does not block.
+func (src *commandSource) checkRuns() {
+	if src.checking.CompareAndSwap(false, true) {
+		src.helpers.Go(func() {
+			defer src.checking.Store(false)
+			src.runs.Range(func(_, x any) bool { return x.(*run).check() })
+		})
 	}
-	ex.helpers.Go(func() {
-		defer ex.checking.Store(false)
-		ex.runs.Range(func(_, x any) bool { return x.(*run).check() })
-	})
 }
 
-// check looks whether the command is still this run's; not ok if that can't be told.
+// check reads the record and ends the handler's ctx if the command is lost. It reports false if the record can't be read.
 func (x *run) check() bool {
-	ctx, cancel := context.WithTimeout(x.ex.svc.base, 5*time.Second)
+	ctx, cancel := context.WithTimeout(x.src.svc.base, recordTimeout)
 	defer cancel()
-	claimed := x.claimed.Load() // before it is read
-	now, _, failure := x.ex.svc.readRecord(ctx, nil, x.key)
-	if failure == nil && now != nil && (now.State == canceled || claimed && now.Owner != x.ex.owner) {
-		x.lose(now)
+	claimed := x.fence.Load() > 0 // asked before the read, because a record that was read before the claim has another owner
+	now, _, failure := x.src.svc.readRecord(ctx, nil, x.key)
+	if failure == nil && now != nil && (now.State == canceled || claimed && now.Owner != x.src.owner) {
+		x.lost(now)
 	}
 	return failure == nil
 }
 
-// Progress reports how far the command is, to those who follow it and, after a crash, to the next attempt. percent is 0 to 100.
-// It doesn't block; message is cut after 1,024 bytes; reports that follow each other within 0.1 s are combined into the last.
-// The error tells that going on is of no use: [ErrCanceled] if the command was cancelled, [ErrFenced] if another instance has
-// taken over; or [ErrInvalid] for another percent.
+// Progress reports how far the command is. Those who follow the command see the report and, after a crash, the next attempt gets it in
+// Command.Last. percent is 0 to 100, and message is cut after 1,024 bytes. Progress does not block. Of the reports that follow each
+// other within 0.1 s only the last one is stored.
+//
+// Errors: [ErrCanceled] if the command was cancelled, and [ErrFenced] if another instance has taken it over, so that the handler should
+// return; [ErrInvalid] if percent is out of range or the handler has returned.
 func (c *Command[T]) Progress(percent float64, message string) error {
 	if !(percent >= 0 && percent <= 100) {
 		return newError(ErrInvalid, "Progress(%v): want 0 to 100", percent)
 	}
-	message = message[:min(len(message), maxProgress)]
 	if c.run == nil {
 		return newError(ErrInvalid, "Progress: the command is not from HandleCommand")
 	}
-	return c.run.report(Progress{Percent: percent, Message: message}).orNil()
+	return c.run.report(Progress{Percent: percent, Message: message[:min(len(message), maxProgress)]}).orNil()
 }
 
 func (x *run) report(p Progress) *Error {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.lost != nil {
-		return x.lost
+	if x.reporting.Err() != nil {
+		return cmp.Or(x.whyLost(), newError(ErrInvalid, "Progress: the handler has returned"))
 	}
-	if x.over.Err() != nil {
-		return newError(ErrInvalid, "Progress: the handler has returned")
-	}
-	x.pending = &p
-	if !x.writing {
-		x.writing = true
-		x.ex.helpers.Go(x.writeProgress)
+	if x.reported.Swap(&p) == nil {
+		x.src.helpers.Go(x.writeProgress)
 	}
 	return nil
 }
 
-// writeProgress writes what is pending, with pauses, until there is nothing or the handler has returned: then the last write
-// takes it along.
+// writeProgress writes the latest report, at intervals, until no other report has come in an interval or the handler has returned. In
+// the latter case the report is written with the outcome.
 func (x *run) writeProgress() {
-	for {
-		x.mu.Lock()
-		if x.pending == nil || x.lost != nil || x.over.Err() != nil {
-			x.writing = false
-			x.mu.Unlock()
-			return
+	for more := true; more; {
+		p, failure := x.reported.Load(), (*Error)(nil)
+		x.writing.Lock()
+		if x.reporting.Err() == nil { // otherwise the record may belong to the next run already
+			failure = x.write(x.src.svc.base, recordTimeout)
 		}
-		x.mu.Unlock()
-		ctx, cancel := context.WithTimeout(x.ex.svc.base, 5*time.Second)
-		x.turn.Lock()
-		if failure := x.write(ctx); failure != nil {
-			x.ex.logger(x.r).Warn("progress was not written", "error", failure)
+		x.writing.Unlock()
+		if failure != nil {
+			x.src.logger(x.r).Warn("progress was not written", "error", failure)
 		}
-		x.turn.Unlock()
-		cancel()
-		sleep(x.over, progressInterval)
+		more = sleep(x.reporting, progressInterval) && (failure != nil || !x.reported.CompareAndSwap(p, nil))
 	}
 }
 
-// done writes the outcome, or what is next.
-func (ex *executions) done(r *request, data []byte, failure *Error) { r.run.finish(data, failure) }
-
-func (x *run) finish(data []byte, failure *Error) {
-	x.end()
-	x.turn.Lock()
-	defer x.turn.Unlock()
-	svc, r, lost := x.ex.svc, x.r, x.whyLost()
-	givenBack := svc.base.Err() != nil || r.fenced
-	if failure != nil {
-		failure = failure.cut()
-		failure.Source = svc.name
-	}
+// done writes the outcome, or queues the command again, and acknowledges the message.
+func (src *commandSource) done(r *request, data []byte, failure *Error) {
+	x := r.run
+	x.writing.Lock() // waits for a write of progress, which may find that the command is lost
+	defer x.writing.Unlock()
+	x.endReports(nil)
+	lost := x.whyLost()
 	switch {
 	case lost != nil:
 		x.yieldTo(lost)
 	case failure == nil:
-		codec := cmp.Or(r.codec, svc.cfg.codec) // middleware may have answered
+		codec := cmp.Or(r.codec, src.svc.cfg.codec) // r has none if middleware answered
 		x.rec.State, x.rec.Result, x.rec.Type, x.rec.Error = completed, data, codec.ContentType(), nil
 		x.conclude(ack)
-	case givenBack:
-		x.giveBack()
+	case src.svc.base.Err() != nil || r.fenced: // Stop has cancelled the handler, or another instance leads
+		x.requeue()
 	default:
+		failure = failure.cut()
 		x.rec.Error = failure
-		if x.rec.Failures++; r.permanent || x.rec.Failures+x.rec.Crashes >= x.ex.cfg.attempts {
+		if x.rec.Failures++; r.permanent || x.rec.Failures+x.rec.Crashes >= src.cfg.attempts {
 			x.fail(failure)
 			return
 		}
 		x.rec.State = retrying
-		pause := backoff(x.rec.Failures, x.ex.cfg.backoff, x.ex.cfg.maxPause)
-		x.ex.logger(r).Warn("an attempt failed", "error", failure, "attempt", x.rec.Attempt, "pause", pause)
+		pause := backoff(x.rec.Failures, src.cfg.backoff, src.cfg.maxPause)
+		src.logger(r).Warn("an attempt failed", "error", failure, "attempt", x.rec.Attempt, "pause", pause)
 		x.conclude(nakAfter(pause))
 	}
 }
 
-// conclude writes the record and, if the command still belongs to this run, acknowledges the message.
-func (x *run) conclude(how string) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-	defer cancel()
-	if failure := x.write(ctx); failure != nil {
-		x.yieldTo(failure)
-		return
-	}
-	x.ex.acknowledge(x.r.in, how)
-}
-
-// yieldTo leaves the message to the instance that has the command now. If the command was cancelled, it acknowledges the message.
-func (x *run) yieldTo(failure *Error) {
-	if failure.Code == ErrCanceled.Code {
-		x.ex.acknowledge(x.r.in, ack)
-		return
-	}
-	x.ex.logger(x.r).Warn("the outcome of a command was not stored", "error", failure)
-}
-
-// fail makes the command failed. It stores the dead letter first and the outcome afterwards; after a crash in between, both are done
-// again.
+// fail stores the command as a dead letter, and then its outcome. After a crash in between, the next run does both again.
 func (x *run) fail(failure *Error) {
-	if !x.ex.storeDeadLetter(x.r, failure, x.rec.Failures+x.rec.Crashes) {
-		x.giveBack()
+	if !x.src.storeDeadLetter(x.r, failure, x.rec.Failures+x.rec.Crashes) {
+		x.requeue()
 		return
 	}
 	x.rec.State, x.rec.Error = failed, failure
 	x.conclude(ack)
 }
 
-// giveBack queues the command again, as if this attempt had not been made.
-func (x *run) giveBack() {
-	x.ex.svc.returning.Add(1)
-	defer x.ex.svc.returning.Add(-1)
-	x.rec.State = queued
-	if x.attempt > 0 {
-		x.rec.Attempt--
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), returnTimeout)
-	defer cancel()
-	if failure := x.write(ctx); failure != nil {
+// conclude writes the record and then acknowledges the message.
+func (x *run) conclude(how string) {
+	if failure := x.write(context.Background(), outcomeTimeout); failure != nil {
 		x.yieldTo(failure)
 		return
 	}
-	x.ex.feed.giveBack(x.r.in)
+	x.src.acknowledge(x.r.in, how)
 }
 
-// redriveCommand queues a command again that has failed.
+// requeue queues the command again. If it was claimed, the attempt does not count.
+func (x *run) requeue() {
+	x.src.svc.returning.Add(1)
+	defer x.src.svc.returning.Add(-1)
+	x.rec.State = queued
+	if x.fence.Load() > 0 {
+		x.rec.Attempt--
+	}
+	if failure := x.write(context.Background(), returnTimeout); failure != nil {
+		x.yieldTo(failure)
+		return
+	}
+	x.src.giveBack(x.r.in)
+}
+
+// yieldTo leaves the message to the instance that has the command now. If the command was cancelled, it acknowledges the message.
+func (x *run) yieldTo(failure *Error) {
+	if failure.Code == ErrCanceled.Code {
+		x.src.acknowledge(x.r.in, ack)
+		return
+	}
+	x.src.logger(x.r).Warn("the outcome of a command was not stored", "error", failure)
+}
+
+// redriveCommand queues the command of a dead letter again.
 func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 	tokens := strings.Split(d.Subject, ".")
 	id := d.Header.Get(headerID)
 	if len(tokens) < 3 || id == "" {
-		return notRun(newError(ErrInvalid, "Redrive: %s with id %q is no command", d.Subject, id))
+		return notRun(newError(ErrInvalid, "Redrive: %s with the id %q is not a command", d.Subject, id))
 	}
 	key := recordKey(tokens[1], tokens[2], id)
 	rec, revision, failure := s.readRecord(ctx, nil, key)
 	if failure != nil {
 		return failure
 	}
-	next := record{State: queued, Digest: digest(d.Header, d.Data), Source: d.Header.Get(headerSource)}
-	if rec != nil {
-		next.Priority, next.Attempt = rec.Priority, rec.Attempt
+	rec = cmp.Or(rec, &record{State: failed}) // the record has expired
+	next := record{State: queued, Priority: rec.Priority, Attempt: rec.Attempt}
+	next.Digest, next.Source = digest(d.Header, d.Data), d.Header.Get(headerSource)
+	switch {
+	case rec.State == failed:
+		_, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand])
+	case rec.State != queued || rec.Digest != next.Digest: // otherwise an earlier Redrive may have come no further than this
+		return notRun(newError(ErrInvalid, "Redrive: the command %s is %s, and only one that failed is queued again", id, rec.State))
 	}
 	switch {
-	case rec != nil && rec.State == queued && rec.Digest == next.Digest: // by a Redrive that may not have come further
-	case rec != nil && rec.State != failed:
-		return notRun(newError(ErrInvalid, "Redrive: the command %s is %s: only one that failed is queued again", id, rec.State))
-	default:
-		if _, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure != nil && failure.Code == conflict.Code {
-			return notRun(newError(ErrUnavailable, "Redrive: the command %s was changed by someone else just now: try again", id))
-		} else if failure != nil {
-			return failure
-		}
+	case failure != nil && failure.Code == conflict.Code:
+		return notRun(newError(ErrUnavailable, "Redrive: somebody else has just changed the command %s: try again", id))
+	case failure != nil:
+		return failure
 	}
 	return s.queueCommand(ctx, d.Subject, key, revision, copyHeader(d.Header), d.Data, nil, callConfigs[kindCommand])
 }

@@ -289,6 +289,40 @@ func TestThousandCommandsAtOnce(t *testing.T) {
 	}
 }
 
+// A handler that ignores its ctx when Stop runs out of time costs an attempt. Another instance takes the command over after the ack
+// wait, and the result of the first handler does not count.
+func TestCommandWhoseHandlerIgnoresStop(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	started, release := make(chan struct{}, 1), make(chan struct{})
+	instance := func(fn func(c *aegis.Command[string]) (int, error)) *aegis.Service {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (int, error) { return fn(c) }, aegis.Attempts(2))
+		start(t, svc)
+		return svc
+	}
+	first := instance(func(*aegis.Command[string]) (int, error) {
+		started <- struct{}{}
+		<-release
+		return -1, nil
+	})
+	shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second)
+	j := send[string, int](t, client, "risk", "work", "x")
+	<-started
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	fails(t, first.Stop(ctx), aegis.ErrTimeout, "1 handlers")
+	instance(func(c *aegis.Command[string]) (int, error) { return c.Attempt, nil })
+	if r := wait(t, j); r != 2 {
+		t.Errorf("got the result of attempt %d, want 2", r)
+	}
+	close(release)
+	if r := wait(t, aegis.Attach[int](client, "risk", "work", j.ID)); r != 2 {
+		t.Errorf("the outcome has become %d", r)
+	}
+}
+
 // Both the sender and the worker of a command survive a restart of the server.
 func TestCommandSurvivesServerRestart(t *testing.T) {
 	t.Parallel()

@@ -22,8 +22,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has the pool of connections, and request, which sends a message and waits for its one answer. RPC, publishing, the records
-// of commands and every compare-and-swap go through it. It is the one place where failures become errors.
+// This file has the pool of connections, and request, which sends a message and waits for its one answer. RPC, publishing, the
+// records of commands and every compare-and-swap go through it. It is the one place where failures become errors.
 
 // A conn is one connection of the pool and its reply slots.
 type conn struct {
@@ -401,10 +401,10 @@ func (a address) correlationID() string {
 	return strings.ReplaceAll(a.call, ".", "-")
 }
 
-// A slot waits for the answer to one call at a time. It is a subscription to <inbox>.<slot>.> that is used again and again, so that
-// the connection's read loop hands an answer straight to the waiting caller. The number of the call in the reply subject tells an
-// answer to this call from a late answer to an earlier one. A nil among the answers makes the caller check whether its time is up or
-// its connection was lost.
+// A slot waits for the answer to one call at a time. It is a subscription to <inbox>.<slot>.> that is used again and again, so
+// that the connection's read loop hands an answer straight to the waiting caller. The number of the call in the reply subject
+// tells an answer to this call from a late answer to an earlier one. A nil among the answers makes the caller check whether its
+// time is up or its connection was lost.
 type slot struct {
 	sub     *nats.Subscription
 	prefix  string
@@ -457,8 +457,8 @@ func (c *conn) slot() (*slot, *Error) {
 	return sl, nil
 }
 
-// newSlot makes a slot for the messages whose subject begins with prefix, or is equal to it if it does not end in a dot. The slot has
-// room for so many messages.
+// newSlot makes a slot for the messages whose subject begins with prefix, or is equal to it if it does not end in a dot. The slot
+// has room for so many messages.
 func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
 	sl := &slot{prefix: prefix, calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sl.alarm = time.AfterFunc(time.Hour, sl.wake)
@@ -522,8 +522,8 @@ type outgoing struct {
 
 // publish sends m together with what other goroutines publish at the same time. nats.go would write to the socket whenever one of
 // them begins to wait for its answer. So the goroutine that comes first yields to the others once, and then publishes everything
-// that they have left in pending meanwhile. That makes some 50 messages a write where there were 2, and costs a lone caller nothing.
-// The error is m's own if its goroutine was the first, else nil: what can still fail then fails with the connection.
+// that they have left in pending meanwhile. That makes some 50 messages a write where there were 2, and costs a lone caller
+// nothing. The error is m's own if its goroutine was the first, else nil: what can still fail then fails with the connection.
 func (c *conn) publish(m outgoing) (err error) {
 	if !m.surelyFits(c.limit.Load()) {
 		return c.write(m)
@@ -607,8 +607,8 @@ func (c *conn) flush(ctx context.Context) error {
 	return c.nc.FlushWithContext(ctx)
 }
 
-// denials has what the server's permissions have denied. The server does not answer a message that it denies. It reports the denial
-// apart, with the subject.
+// denials has what the server's permissions have denied. The server does not answer a message that it denies. It reports the
+// denial apart, with the subject.
 type denials struct {
 	mu     sync.Mutex               // guards latest
 	latest map[string]time.Duration // when it was denied last, by toPublish or toSubscribe and the subject
@@ -651,8 +651,8 @@ func (d *denials) since(begin time.Duration, patterns ...string) *Error {
 	return nil
 }
 
-// probePublish makes the server report now, if it will deny what the service publishes later. The messages have no effect: they are
-// for a stream that does not exist, and ask for no answer.
+// probePublish makes the server report now, if it will deny what the service publishes later. The messages have no effect: they
+// are for a stream that does not exist, and ask for no answer.
 func (s *Service) probePublish(subjects ...string) {
 	for _, subject := range subjects {
 		if c := s.pick(); c != nil {

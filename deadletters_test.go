@@ -289,3 +289,39 @@ func TestFailedCommandWhileDeadLettersCannotBeStored(t *testing.T) {
 	}
 	eventually(t, "the command runs again", func() bool { return runs.Load() == 2 })
 }
+
+// A delivery that Stop cuts short counts as an attempt, but it does not make a dead letter: only an error does, and then it is the
+// reason.
+func TestDeliveryCutShortByStopCountsAsAttempt(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	publisher := newService(t, srv, "shop")
+	var attempts journal[int]
+	instance := func(fn func(context.Context) error) *aegis.Service {
+		svc := newService(t, srv, "risk")
+		subscribe(t, svc, "order.*", func(ctx context.Context, e aegis.Event[int]) error {
+			attempts.add(e.Attempt)
+			return fn(ctx)
+		}, aegis.Attempts(2), aegis.Backoff(time.Millisecond, time.Millisecond))
+		start(t, svc)
+		return svc
+	}
+	for n := range 2 {
+		svc := instance(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
+		if n == 0 {
+			publish(t, publisher, "order", "created", 1)
+		}
+		attempts.wait(t, n+1)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		fails(t, svc.Stop(ctx), aegis.ErrTimeout)
+		cancel()
+	}
+	instance(func(context.Context) error { return errors.New("no such account") })
+	eventually(t, "the event is a dead letter", func() bool { return len(deadLetters(t, publisher)) == 1 })
+	if got := attempts.all(); !slices.Equal(got, []int{1, 2, 3}) {
+		t.Errorf("attempts %v, want 1, 2, 3", got)
+	}
+	if d := deadLetters(t, publisher)[0]; d.Attempts != 3 || !strings.Contains(d.Reason, "no such account") {
+		t.Errorf("got a dead letter after %d attempts because of %q", d.Attempts, d.Reason)
+	}
+}

@@ -17,8 +17,9 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file takes a message to its handler and brings the answer back: endpoints and their workers, the ctx of a handler, headers,
-// middleware, and cancellation. RPC, events and commands all go through it; each has a source, which brings the messages.
+// This file takes a message to its handler and brings the answer back: endpoints and their workers, the ctx of a handler,
+// headers, middleware, and cancellation. RPC, events and commands all go through it; each has a source, which brings the
+// messages.
 
 // A HandlerFunc handles one message: it gets the payload and returns the payload of the answer.
 type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
@@ -51,10 +52,10 @@ type source interface {
 
 // An endpoint is a handler and the workers that run it.
 //
-// The read loops of all connections put messages into one queue. A worker takes a message from there and runs the handler itself, so
-// that a fast handler does not pay for a goroutine per message. A worker that takes a message and leaves no other worker idle starts
-// one first, which waits for the next message. At the limit of workers, shed keeps as many messages waiting as may run, and rejects
-// the rest.
+// The read loops of all connections put messages into one queue. A worker takes a message from there and runs the handler itself,
+// so that a fast handler does not pay for a goroutine per message. A worker that takes a message and leaves no other worker idle
+// starts one first, which waits for the next message. At the limit of workers, shed keeps as many messages waiting as may run,
+// and rejects the rest.
 type endpoint struct {
 	svc                 *Service
 	source              source
@@ -166,8 +167,8 @@ func (e *endpoint) open(ctx context.Context) error {
 	return e.share()
 }
 
-// share joins in what the service's instances share if this instance is healthy and, for an exclusive handler, the leader. It has to
-// be called whenever that may have changed.
+// share joins in what the service's instances share if this instance is healthy and, for an exclusive handler, the leader. It has
+// to be called whenever that may have changed.
 func (e *endpoint) share() error {
 	e.sharing.Lock()
 	defer e.sharing.Unlock()
@@ -323,8 +324,8 @@ func (e *endpoint) logger(r *request) *slog.Logger {
 	return e.svc.log.With("kind", e.kind, "endpoint", e.name, "correlation_id", r.correlationID())
 }
 
-// admit gives r its parent ctx. It reports false if the handler is exclusive and this instance does not lead, or is about to resign
-// and r is addressed to it alone.
+// admit gives r its parent ctx. It reports false if the handler is exclusive and this instance does not lead, or is about to
+// resign and r is addressed to it alone.
 func (e *endpoint) admit(r *request) bool {
 	r.Context = e.svc.base
 	if e.lease == nil {
@@ -409,8 +410,8 @@ func decode(ctx context.Context, m *Message, v any) (*request, error) {
 
 // The context of a message.
 
-// A request is the ctx of a handler, and all that is known about its message. What costs a timer or a lock is made when it is first
-// used.
+// A request is the ctx of a handler, and all that is known about its message. What costs a timer or a lock is made when it is
+// first used.
 type request struct {
 	context.Context // the service's own, or an exclusive handler's term
 	svc             *Service
@@ -509,9 +510,9 @@ const (
 	headerTraceState  = "tracestate"
 )
 
-// CorrelationID returns the id of the request that ctx belongs to. It is the same in each service that the request passes through,
-// and meant for logs. In a handler there always is one. Elsewhere it is what [WithHeader] set as Aegis-Correlation-Id, else "". The
-// error of a call that was made without an id has the call's own in Details["correlation_id"].
+// CorrelationID returns the id of the request that ctx belongs to. It is the same in each service that the request passes
+// through, and meant for logs. In a handler there always is one. Elsewhere it is what [WithHeader] set as Aegis-Correlation-Id,
+// else "". The error of a call that was made without an id has the call's own in Details["correlation_id"].
 func CorrelationID(ctx context.Context) string {
 	if id := addedHeaders(ctx).Get(headerCorrelation); id != "" {
 		return id
@@ -562,8 +563,8 @@ func addedHeaders(ctx context.Context) nats.Header {
 	return h
 }
 
-// headersFor returns the headers to send with ctx: those of WithHeader, and those that are passed on from the message being handled.
-// A correlation id that can travel in the reply subject is returned apart.
+// headersFor returns the headers to send with ctx: those of WithHeader, and those that are passed on from the message being
+// handled. A correlation id that can travel in the reply subject is returned apart.
 func headersFor(ctx context.Context) (h nats.Header, correlation string) {
 	h = addedHeaders(ctx)
 	r := requestOf(ctx)

@@ -162,7 +162,7 @@ func TestCancelReachesHandler(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		failed = make(chan error, 1)
 		go func() {
-			_, err := aegis.Call[int, int](ctx, client, "svc", "wait", n, aegis.Sticky()) // retries OVERLOADED, while another call waits
+			_, err := aegis.Call[int, int](ctx, client, "svc", "wait", n, aegis.Sticky()) // retries OVERLOADED while another call waits
 			failed <- err
 		}()
 		return cancel, failed
@@ -236,7 +236,7 @@ func TestBlockingHandlers(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc := newService(t, srv, "svc")
-	handle(t, svc, "countdown", func(ctx context.Context, n int) (int, error) { // each call waits for another one to the same handler
+	handle(t, svc, "countdown", func(ctx context.Context, n int) (int, error) { // each call waits for another to the same handler
 		if n == 0 {
 			return 0, nil
 		}

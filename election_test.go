@@ -522,8 +522,8 @@ func TestLeaderBehindPartition(t *testing.T) {
 	}
 }
 
-// TestRenewalWithLostAcknowledgement drops the server's acknowledgement of a renewal that was stored. The leader finds out that it
-// was stored and continues in the same term.
+// TestRenewalWithLostAcknowledgement drops the server's acknowledgement of a renewal that was stored. The leader finds out that
+// its renewal was stored, and continues in the same term.
 func TestRenewalWithLostAcknowledgement(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
@@ -741,8 +741,8 @@ func startLeader(tb testing.TB, srv *server.Server, policy string, reigns *journ
 	return p
 }
 
-// TestFailover measures the time from a kill -9 of the leader to the first answer of the next leader, as a caller sees it that uses
-// Sticky and Idempotent. Such a caller sees no error. Callers that use only Sticky lose only calls that may have run.
+// TestFailover measures the time from a kill -9 of the leader to the first answer of the next leader. The caller uses Sticky and
+// Idempotent, and sees no error. Callers that use only Sticky lose only calls that may have run.
 func TestFailover(t *testing.T) { // not parallel to other tests, because it measures time
 	for policy, want := range map[string]struct {
 		kills, all int

@@ -12,17 +12,18 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file has the Error, its form on the wire, and the failures that may pass by themselves. At its end are the names that are
-// valid in subjects, and lookup, the bounded map for names that come from outside.
+// This file has the Error, its form on the wire, and the codes of transient failures. At its end are the checks of names in
+// subjects, and lookup, a bounded map for names that come from outside.
 
-// An Error is the error of every function of aegis, be the failure here or in a service that was called.
+// An Error is returned by every function of aegis that fails, whether the failure is local or in a service that was called.
 //
-// Code is in upper snake case: the code of one of the sentinels, or a handler's own. Source is the service that reports the error,
-// "" for this one. NotRun is set if the request certainly did not reach a handler, so that it can be sent again without harm. Cause
-// is the error that the service Source got from another service, and so on over all hops.
+// Code is in upper snake case: the code of one of the sentinels, or a handler's own. Source is the service that reports the
+// error, "" for this one. NotRun is set if the request certainly did not reach a handler, so that it can be sent again without
+// harm. Cause is the error that the service Source got from another service, and so on over all hops.
 //
-// [errors.Is] compares the codes along the whole chain: errors.Is(err, aegis.ErrNotFound) holds on both sides of the wire. An error
-// with the code DEADLINE_EXCEEDED is also a [context.DeadlineExceeded], one with the code CANCELED a [context.Canceled].
+// [errors.Is] compares the codes along the whole chain: errors.Is(err, aegis.ErrNotFound) holds on both sides of the wire. An
+// error with the code DEADLINE_EXCEEDED also matches [context.DeadlineExceeded], and one with the code CANCELED
+// [context.Canceled].
 type Error struct {
 	Code    string            `json:"code"`
 	Message string            `json:"message,omitempty"`
@@ -34,19 +35,19 @@ type Error struct {
 
 // The errors that aegis itself returns, for [errors.Is].
 var (
-	ErrInvalid       = &Error{Code: "INVALID_ARGUMENT"}  // a name, option or payload that can't be used
-	ErrNotFound      = &Error{Code: "NOT_FOUND"}         // what was asked for does not exist
-	ErrNotActive     = &Error{Code: "NOT_ACTIVE"}        // the instance does not lead
-	ErrFenced        = &Error{Code: "FENCED"}            // the leadership was lost while the handler ran
+	ErrInvalid       = &Error{Code: "INVALID_ARGUMENT"}  // a name, an option or a payload is not valid
+	ErrNotFound      = &Error{Code: "NOT_FOUND"}         // the requested item does not exist
+	ErrNotActive     = &Error{Code: "NOT_ACTIVE"}        // the instance is not the leader
+	ErrFenced        = &Error{Code: "FENCED"}            // the instance lost its leadership while the handler ran
 	ErrUnavailable   = &Error{Code: "UNAVAILABLE"}       // no instance or no server can be reached
-	ErrTimeout       = &Error{Code: "DEADLINE_EXCEEDED"} // no answer in time
+	ErrTimeout       = &Error{Code: "DEADLINE_EXCEEDED"} // no answer came in time
 	ErrOverloaded    = &Error{Code: "OVERLOADED"}        // the handler is at its limit
 	ErrUnimplemented = &Error{Code: "UNIMPLEMENTED"}     // the service has no such method
 	ErrInternal      = &Error{Code: "INTERNAL"}          // a handler returned another error, or panicked
 	ErrCircuitOpen   = &Error{Code: "CIRCUIT_OPEN"}      // the circuit breaker of the service is open
 	ErrCanceled      = &Error{Code: "CANCELED"}          // ctx was cancelled
 	ErrClosed        = &Error{Code: "CLOSED"}            // the service was stopped
-	ErrDenied        = &Error{Code: "PERMISSION_DENIED"} // the server's permissions do not allow it
+	ErrDenied        = &Error{Code: "PERMISSION_DENIED"} // the server's permissions do not allow the operation
 )
 
 // Error returns the path that the error took through the services, with the code and the message of each that added one.
@@ -61,22 +62,17 @@ func (e *Error) Error() string {
 	return strings.Join(slices.DeleteFunc(parts, func(p string) bool { return p == "" }), ": ")
 }
 
-// Is reports whether target has the same code.
+// Is reports whether target has the same code, or is the error of package context for it.
 func (e *Error) Is(target error) bool {
-	switch target {
-	case context.DeadlineExceeded:
-		return e.Code == ErrTimeout.Code
-	case context.Canceled:
-		return e.Code == ErrCanceled.Code
-	}
 	t, ok := target.(*Error)
-	return ok && t.Code == e.Code
+	return ok && t.Code == e.Code || e.Code == ErrTimeout.Code && target == context.DeadlineExceeded ||
+		e.Code == ErrCanceled.Code && target == context.Canceled
 }
 
-// Unwrap returns the cause.
+// Unwrap returns Cause, or nil if there is none.
 func (e *Error) Unwrap() error { return e.Cause.orNil() }
 
-// orNil returns e as an error, which is nil if e is nil.
+// orNil returns e as an error, and the nil interface if e is nil.
 func (e *Error) orNil() error {
 	if e == nil {
 		return nil
@@ -88,12 +84,13 @@ func newError(kind *Error, format string, args ...any) *Error {
 	return &Error{Code: kind.Code, Message: fmt.Sprintf(format, args...)}
 }
 
+// notRun sets e.NotRun and returns e.
 func notRun(e *Error) *Error {
 	e.NotRun = true
 	return e
 }
 
-// asError returns the error that the caller of a handler gets for err, nil for nil.
+// asError returns the error that the caller of a handler gets if the handler returns err. It is nil for nil.
 func asError(err error) *Error {
 	e, ok := errors.AsType[*Error](err)
 	switch {
@@ -108,26 +105,25 @@ func asError(err error) *Error {
 	case !ok:
 		return newError(ErrInternal, "%v", err)
 	}
-	out := *e
-	own := e.Message
-	if e.Source != "" { // it came from a service that the handler called
+	out, own := *e, e.Message
+	if e.Source != "" { // e came from a service that the handler called
 		out.Cause, own = e, ""
 	}
-	if error(e) != err { // keep the words that wrap it
+	if error(e) != err { // err wraps e: keep the text around it
 		out.Message = strings.TrimSuffix(strings.Replace(err.Error(), e.Error(), own, 1), ": ")
 	}
 	return &out
 }
 
-// transientCodes are those of failures that may have passed a moment later.
+// transientCodes are the codes of failures after which a retry may succeed.
 var transientCodes = []string{ErrUnavailable.Code, ErrOverloaded.Code, ErrNotActive.Code, ErrCircuitOpen.Code}
 
-// isUnanswered reports whether a message was sent and not answered.
+// isUnanswered reports whether failure means that a message was sent and got no answer, so that a handler may have run.
 func isUnanswered(failure *Error) bool {
 	return !failure.NotRun && (failure.Code == ErrUnavailable.Code || failure.Code == ErrTimeout.Code)
 }
 
-// retryable reports whether a message that may be sent again could succeed then.
+// retryable reports whether a retry could succeed. Whether the message may be sent twice is for the caller to know.
 func retryable(failure *Error) bool {
 	return failure != nil && (isUnanswered(failure) || failure.NotRun && slices.Contains(transientCodes, failure.Code))
 }
@@ -137,37 +133,36 @@ const (
 	headerErrorText = "Nats-Service-Error"
 )
 
-// statusCodes has a number for each code, as nats.go/micro sends it, and back.
+// statusCodes has a status for each sentinel, in the manner of nats.go/micro. Of those with the same status, kindOf returns the
+// first.
 var statusCodes = []struct {
 	kind   *Error
 	status string
 }{
-	{ErrInvalid, "400"}, {ErrDenied, "403"}, {ErrNotFound, "404"}, {ErrFenced, "409"}, {ErrNotActive, "421"}, {ErrOverloaded, "429"}, {ErrCanceled, "499"},
-	{ErrInternal, "500"}, {ErrUnimplemented, "501"}, {ErrUnavailable, "503"}, {ErrTimeout, "504"}, {ErrCircuitOpen, "503"}, {ErrClosed, "503"},
+	{ErrInvalid, "400"}, {ErrDenied, "403"}, {ErrNotFound, "404"}, {ErrFenced, "409"}, {ErrNotActive, "421"},
+	{ErrOverloaded, "429"}, {ErrCanceled, "499"}, {ErrInternal, "500"}, {ErrUnimplemented, "501"}, {ErrUnavailable, "503"},
+	{ErrTimeout, "504"}, {ErrCircuitOpen, "503"}, {ErrClosed, "503"},
 }
 
-const handlerStatus = "422" // of a handler's own code
+const maxErrorText = 1 << 10 // bytes
 
-const maxErrorText = 1 << 10
-
-// encode returns the error as headers, which any NATS client can read, and as a payload, which has all of it.
+// encode returns the error as headers, which any NATS client can read, and as a payload, which has every field of it.
 func (e *Error) encode(c Codec) (nats.Header, []byte) {
-	status := handlerStatus
+	status := "422" // for a handler's own code
 	for _, s := range statusCodes {
 		if s.kind.Code == e.Code {
 			status = s.status
-			break
 		}
 	}
 	if c != JSON {
 		c = MsgPack
 	}
-	data, _ := c.Marshal(e) // strings and booleans only: it can't fail
+	data, _ := c.Marshal(e) // can't fail: strings and booleans only
 	text := e.Error()
 	return nats.Header{headerErrorCode: {status}, headerErrorText: {text[:min(len(text), maxErrorText)]}}, data
 }
 
-// decodeError returns the error that an answer stands for, nil if the answer is a success.
+// decodeError returns the error in an answer, nil if the answer is a success.
 func decodeError(m *nats.Msg) *Error {
 	status := m.Header.Get(headerErrorCode)
 	if status == "" {
@@ -180,7 +175,7 @@ func decodeError(m *nats.Msg) *Error {
 	return newError(kindOf(status), "%s", m.Header.Get(headerErrorText)) // from a service that does not use aegis
 }
 
-// kindOf returns the sentinel that a status stands for.
+// kindOf returns the sentinel for a status.
 func kindOf(status string) *Error {
 	for _, s := range statusCodes {
 		if s.status == status {
@@ -190,7 +185,8 @@ func kindOf(status string) *Error {
 	return ErrInternal
 }
 
-// cut returns e without what makes it too large to be stored.
+// cut returns a copy of e that is small enough to be stored. It shortens Message, and drops Details and Cause if the error would
+// still be too large.
 func (e *Error) cut() *Error {
 	out := *e
 	out.Message = out.Message[:min(len(out.Message), maxErrorText)]
@@ -226,7 +222,7 @@ func isToken(s string, most int) bool {
 	return len(s) > 0 && len(s) <= most
 }
 
-// covers reports whether all subjects that match the pattern sub match pattern, too.
+// covers reports whether all subjects that match the pattern sub also match pattern.
 func covers(pattern, sub string) bool {
 	p, s := strings.Split(pattern, "."), strings.Split(sub, ".")
 	for i, token := range p {
@@ -240,16 +236,17 @@ func covers(pattern, sub string) bool {
 	return len(p) == len(s)
 }
 
-// A lookup is a map whose values are made when they are first asked for.
+// A lookup is a map that makes a value when its key is first asked for. Reading takes no lock.
 type lookup[T any] struct {
-	most   int // keys; beyond them all other keys share the value of othersKey. 0 is no limit
+	most   int // the limit of keys, or 0 for none; all keys beyond it share the value of othersKey
 	values sync.Map
-	mu     sync.Mutex   // held while a value is added
-	count  atomic.Int64 // of keys
+	mu     sync.Mutex   // guards adding, so that make is called once for each key
+	count  atomic.Int64 // how many keys there are
 }
 
 const othersKey = "OTHERS"
 
+// get returns the value of key. If there is none, it adds the one that make returns.
 func (l *lookup[T]) get(key string, make func() T) T {
 	find := func() (v any, ok bool) {
 		if v, ok = l.values.Load(key); !ok && l.most > 0 && int(l.count.Load()) >= l.most {
@@ -267,17 +264,16 @@ func (l *lookup[T]) get(key string, make func() T) T {
 		return v.(T)
 	}
 	v := make()
-	l.values.Store(strings.Clone(key), v) // key may be a part of something large
+	l.values.Store(strings.Clone(key), v) // key may be a part of a large string
 	l.count.Add(1)
 	return v
 }
 
-// all returns what the lookup has at this moment.
+// all returns a copy of the map.
 func (l *lookup[T]) all() map[string]T {
 	all := map[string]T{}
-	l.values.Range(func(key, v any) bool {
+	for key, v := range l.values.Range {
 		all[key.(string)] = v.(T)
-		return true
-	})
+	}
 	return all
 }

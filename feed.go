@@ -16,8 +16,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has the feed, which brings stored messages to an endpoint: it makes the consumers, asks them for messages, keeps what is
-// being handled from being redelivered, and acknowledges.
+// This file has the feed, which brings stored messages to an endpoint: it makes the consumers, asks them for messages, keeps what
+// is being handled from being redelivered, and acknowledges.
 
 const (
 	maxAckPending = 1 << 16 // messages of a consumer that are being handled, or wait for their next attempt
@@ -42,8 +42,8 @@ const (
 	ackInProgress = "+WPI"
 )
 
-// A feed is a source that brings an endpoint the messages of pull consumers of a stream. It asks for as many messages as can be handled
-// at once and no more, so that what was delivered is being handled, and the rest waits in the server.
+// A feed is a source that brings an endpoint the messages of pull consumers of a stream. It asks for as many messages as can be
+// handled at once and no more, so that what was delivered is being handled, and the rest waits in the server.
 type feed struct {
 	*endpoint
 	cfg     *handlerConfig
@@ -234,11 +234,13 @@ func (f *feed) fetch(ctx context.Context) {
 }
 
 // worthAsking reports whether to ask for more: not for each single message as long as others wait to be handled.
-func (f *feed) worthAsking(free int64) bool { return free > 0 && (free >= int64(f.limit)/8 || len(f.queue) == 0) }
+func (f *feed) worthAsking(free int64) bool {
+	return free > 0 && (free >= int64(f.limit)/8 || len(f.queue) == 0)
+}
 
-// ask asks for what can be handled, and reports whether there may be more at once. With several lanes it asks each for what is there
-// now, the most urgent first, until one has something; those that are empty are parked. One start in 16 goes to the other end, so that
-// nothing waits forever.
+// ask asks for what can be handled, and reports whether there may be more at once. With several lanes it asks each for what is
+// there now, the most urgent first, until one has something; those that are empty are parked. One start in 16 goes to the other
+// end, so that nothing waits forever.
 func (f *feed) ask(ctx context.Context, free int64) bool {
 	bring := func(l *lane, now bool) (came int) {
 		f.claimed.Add(free)
@@ -281,8 +283,8 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 	return false
 }
 
-// accept takes a command from a parked lane, which is not claimed yet. It gives it back if there is no room for it, or if something
-// more urgent may be waiting.
+// accept takes a command from a parked lane, which is not claimed yet. It gives it back if there is no room for it, or if
+// something more urgent may be waiting.
 func (f *feed) accept(from *lane, m *nats.Msg) {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
 	if f.claimed.Add(1) > int64(f.limit) || urgent {
@@ -346,8 +348,8 @@ func (f *feed) request(ctx context.Context, l *lane, ask pullRequest, take func(
 				err = nats.ErrDisconnected
 			}
 		case <-drain:
-			// In a cluster, servers farther away go on sending for a moment after an unsubscribe, and each event lost by that would
-			// use up an attempt. So the request has to expire there.
+			// In a cluster, servers farther away go on sending for a moment after an unsubscribe, and each event lost by that
+			// would use up an attempt. So the request has to expire there.
 			if drain = nil; c.nc.ConnectedClusterName() == "" {
 				_ = sub.Drain() // fails only on a closed connection
 				_ = c.flush(f.svc.base)
@@ -386,10 +388,12 @@ func (f *feed) release() {
 // acknowledge acknowledges a delivery in one of the ways. If that is lost, the message is delivered again after its ack wait.
 func (f *feed) acknowledge(m *nats.Msg, how string) { f.svc.notify(m.Reply, []byte(how)) }
 
-func nakAfter(pause time.Duration) string { return nak + ` {"delay":` + strconv.FormatInt(int64(pause), 10) + "}" }
+func nakAfter(pause time.Duration) string {
+	return nak + ` {"delay":` + strconv.FormatInt(int64(pause), 10) + "}"
+}
 
-// giveBack returns a message to the server because this instance is not to handle it now. If another one leads, it waits until what
-// this instance has asked for has expired.
+// giveBack returns a message to the server because this instance is not to handle it now. If another one leads, it waits until
+// what this instance has asked for has expired.
 func (f *feed) giveBack(m *nats.Msg) {
 	how := nak
 	if f.lease != nil && f.svc.quitting.Err() == nil {
@@ -405,8 +409,8 @@ func (f *feed) retry(r *request, failure *Error) {
 	f.acknowledge(r.in, nakAfter(pause))
 }
 
-// keepAlive extends the ack wait of messages whose handling takes long, until their deadline, lest the server deliver them again. At
-// the end it removes a consumer that nobody will come back to.
+// keepAlive extends the ack wait of messages whose handling takes long, until their deadline, lest the server deliver them again.
+// At the end it removes a consumer that nobody will come back to.
 func (f *feed) keepAlive() {
 	for {
 		third := time.Duration(f.ackWait.Load()) / 3

@@ -21,8 +21,8 @@ import (
 // This file uses JetStream for the rest: it makes and checks streams and buckets, stores messages, reads keys and writes them by
 // compare-and-swap, and keeps local copies of keys (watch).
 
-// openStream returns the stream for a subject. It makes the stream if there is none. A stream that exists belongs to its operator: it
-// is used as it is, or refused.
+// openStream returns the stream for a subject. It makes the stream if there is none. A stream that exists belongs to its
+// operator: it is used as it is, or refused.
 func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, subject string) (jetstream.Stream, *Error) {
 	begin := clock()
 	js, failure := s.jetStream()
@@ -153,9 +153,15 @@ func (s *Service) storeWithRetries(ctx context.Context, x *exchange, stream jets
 func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.StreamConfig) (sequence uint64, failure *Error) {
 	answer, failure := s.request(ctx, x)
 	if failure == errNoResponders {
-		if failure = s.openStreamFor(ctx, x, stream); failure == nil {
-			answer, failure = s.request(ctx, x)
+		within, cancel := context.WithTimeout(ctx, x.until-clock())
+		defer cancel()
+		if _, failure = s.openStream(within, stream, x.subject); failure != nil {
+			if failure.Code == ErrTimeout.Code {
+				failure = newError(ErrUnavailable, "no stream takes %s at present: %s", x.subject, failure.Message)
+			}
+			return 0, notRun(failure)
 		}
+		answer, failure = s.request(ctx, x)
 	}
 	switch failure {
 	case nil:
@@ -168,20 +174,6 @@ func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.Strea
 
 func errNoStream(subject string) *Error {
 	return notRun(newError(ErrUnavailable, "no stream takes %s at present", subject))
-}
-
-// openStreamFor makes the stream that x is for.
-func (s *Service) openStreamFor(ctx context.Context, x *exchange, stream jetstream.StreamConfig) *Error {
-	ctx, cancel := context.WithTimeout(ctx, x.until-clock())
-	defer cancel()
-	_, failure := s.openStream(ctx, stream, x.subject)
-	if failure != nil && failure.Code == ErrTimeout.Code {
-		failure = newError(ErrUnavailable, "no stream takes %s at present: %s", x.subject, failure.Message)
-	}
-	if failure != nil {
-		failure.NotRun = true
-	}
-	return failure
 }
 
 // parsePubAck reads the answer to what was to be stored: its sequence, or why it was not stored.
@@ -223,8 +215,8 @@ func (s *Service) bucket(name string) jetstream.StreamConfig {
 	}
 }
 
-// readKey asks the leader of a bucket for the latest value of a key, nil if there is none. It uses the connection c if that is not
-// nil. It waits until ctx ends, but at most for WithTimeout.
+// readKey asks the leader of a bucket for the latest value of a key, nil if there is none. It uses the connection c if that is
+// not nil. It waits until ctx ends, but at most for WithTimeout.
 func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (value []byte, revision uint64, failure *Error) {
 	ask, _ := json.Marshal(map[string]string{"last_by_subj": "$KV." + bucket + "." + key}) // a string can't fail
 	x := &exchange{subject: readSubject(bucket), data: ask, on: c}
@@ -263,18 +255,19 @@ func readSubject(bucket string) string { return "$JS.API.STREAM.MSG.GET.KV_" + b
 var conflict = &Error{Code: "CONFLICT"}
 
 // compareAndSwap stores x, the new value of a bucket's key, if revision is the key's latest; 0 means that it has none. If that is not
-// confirmed, it reads the key back, on another connection than x.on, which it replaces: the same value means success. It returns what the key has then, as
-// far as that is known, and the revision. The failure is a conflict if that is another value.
+// confirmed, it reads the key back: the same value means success. It returns the value and the revision that the key has then, as far
+// as they are known. The failure is a conflict if the key has another value. If x is for a certain connection and that did not answer,
+// x.on is replaced by another one.
 func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstream.StreamConfig, revision uint64) (now []byte, at uint64, failure *Error) {
 	x.header = withHeader(x.header, jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(revision, 10))
 	at, failure = s.store(ctx, x, bucket)
-	if failure == nil {
+	switch {
+	case failure == nil:
 		return x.data, at, nil
-	}
-	if failure.NotRun && failure.Code != conflict.Code {
+	case failure.Code == conflict.Code:
+	case failure.NotRun:
 		return nil, 0, failure
-	}
-	if failure.Code != conflict.Code {
+	case x.on != nil:
 		x.on = s.pickOther(x.on)
 	}
 	name := strings.TrimPrefix(bucket.Name, "KV_")
@@ -282,7 +275,9 @@ func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstr
 	now, at, unread := s.readKey(ctx, x.on, name, key)
 	switch {
 	case unread != nil:
-		x.on = s.pickOther(x.on)
+		if x.on != nil {
+			x.on = s.pickOther(x.on)
+		}
 		return nil, 0, unread
 	case bytes.Equal(now, x.data):
 		return now, at, nil
@@ -292,8 +287,8 @@ func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstr
 	return now, at, failure
 }
 
-// A watch is a local copy of some keys of a bucket. It survives reconnects: then a new copy is filled, which replaces the old one when
-// it is complete.
+// A watch is a local copy of some keys of a bucket. It survives reconnects: then a new copy is filled, which replaces the old one
+// when it is complete.
 type watch[T any] struct {
 	svc            *Service
 	bucket, filter string

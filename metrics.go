@@ -6,7 +6,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
+	"math"
 	"net/http"
 	"slices"
 	"strconv"
@@ -18,60 +20,58 @@ import (
 	"github.com/nats-io/nats.go/micro"
 )
 
-// This file is what can be seen of a running service: its counters (Stats), the same over HTTP for Prometheus beside the probes of
-// its health (Handler), and who calls whom (Dependencies, Mermaid).
+// This file has what can be observed of a running service: its counters (Stats), the same counters for Prometheus and the health
+// probes, both over HTTP (Handler), and the map of who calls whom (Dependencies, Mermaid).
 
 // Stats is what an instance has counted since [New], and its state, at one moment.
 type Stats struct {
 	Service, Instance, Version string
 	Uptime                     time.Duration     // since New
-	Connected, Reconnects      int               // connections of the pool that stand; how often one was lost and made again
+	Connected, Reconnects      int               // connections of the pool that are up; how often one was lost and made again
 	Endpoints                  []EndpointStats   // by Kind, then Name
-	Breakers                   map[string]string // service called -> "closed", "open" or "half-open"; see [WithBreaker]
-	Leading                    map[string]uint64 // group -> term
+	Breakers                   map[string]string // called service -> "closed", "open" or "half-open"; see [WithBreaker]
+	Leading                    map[string]uint64 // group -> term, for each group that this instance leads
 }
 
-// EndpointStats are those of a handler, or of the calls of a method of another service.
+// EndpointStats are the statistics of a handler, or of the calls from here to a method of another service.
 type EndpointStats struct {
-	Kind string `json:"kind"` // "rpc", "event" or "command": a handler here; "call": calls from here
-	Name string `json:"name"` // for a call, <service>.<method>
+	Kind string `json:"kind"` // "rpc", "event" or "command" for a handler; "call" for calls from here
+	Name string `json:"name"` // for calls, <service>.<method>
 
-	Requests uint64            `json:"requests"`        // all that came to an end, whether a handler ran or not; of an event or a command, each attempt
-	Errors   uint64            `json:"errors"`          // those that did not succeed
-	Codes    map[string]uint64 `json:"codes,omitempty"` // of Errors; beyond 64 codes, the rest is OTHERS
+	// Requests counts the requests and calls that ended, whether a handler ran or not. Each attempt at an event or a command counts.
+	Requests uint64            `json:"requests"`
+	Errors   uint64            `json:"errors"`          // requests that did not succeed
+	Codes    map[string]uint64 `json:"codes,omitempty"` // error code -> errors; beyond 64 codes, the rest is counted as OTHERS
 
-	InFlight    int64  `json:"in_flight"`    // handlers that run, or calls that wait for their answer
-	Pending     int64  `json:"pending"`      // what waits for a handler: here, and in the stream but for what was tried before
-	Shed        uint64 `json:"shed"`         // requests refused as OVERLOADED
-	Expired     uint64 `json:"expired"`      // requests that were not run since their caller had given up, and got no answer
-	DeadLetters uint64 `json:"dead_letters"` // events and commands that were set aside
+	InFlight    int64  `json:"in_flight"`    // handlers that are running, or calls that are waiting for their answer
+	Pending     int64  `json:"pending"`      // messages that wait for a handler, here or in the stream (retries there do not count)
+	Shed        uint64 `json:"shed"`         // requests that were rejected as OVERLOADED
+	Expired     uint64 `json:"expired"`      // requests that were dropped without an answer because their caller had given up
+	DeadLetters uint64 `json:"dead_letters"` // events and commands that became dead letters
 
-	// How long handlers ran, of a call until it ended. P50, P90 and P99 are estimates from buckets that are at most 25 % wide, or 1 µs.
+	// How long handlers ran, or calls took. P50, P90 and P99 are estimates from buckets that are at most 25 % or 1 µs wide.
 	P50 time.Duration `json:"p50_ns"`
 	P90 time.Duration `json:"p90_ns"`
 	P99 time.Duration `json:"p99_ns"`
 	Max time.Duration `json:"max_ns"`
 
-	Callers map[string]uint64 `json:"callers,omitempty"` // calling or publishing service, if it is known -> requests; beyond 256, the rest is OTHERS
+	// Callers counts requests by the calling or publishing service, if it gave a name (as the sender claims; not authenticated).
+	// Beyond 256 services, the rest is counted as OTHERS.
+	Callers map[string]uint64 `json:"callers,omitempty"`
 }
 
-// Stats are the service's figures at this moment. How many events and commands wait, it asks the server, once a second at most and
-// for 0.25 s; what it doesn't learn is as it was before.
-func (s *Service) Stats() Stats {
-	st := s.overview()
-	for _, r := range s.readings() {
-		st.Endpoints = append(st.Endpoints, r.EndpointStats)
-	}
-	return st
-}
+// Stats returns the statistics of the instance. It asks the server how many events and commands wait, at most once a second, and
+// blocks for at most 0.25 s. If the server does not answer, the last known numbers are returned.
+func (s *Service) Stats() Stats { return s.stats(s.readings()) }
 
-// overview is Stats without its endpoints.
-func (s *Service) overview() Stats {
+func (s *Service) stats(readings []*reading) Stats {
 	st := Stats{
-		Service: s.name, Instance: s.id, Version: s.cfg.version,
-		Uptime:   time.Since(s.since),
-		Breakers: map[string]string{},
-		Leading:  map[string]uint64{},
+		Service: s.name, Instance: s.id, Version: s.cfg.version, Uptime: time.Since(s.since),
+		Breakers: map[string]string{}, Leading: s.terms(),
+	}
+	maps.DeleteFunc(st.Leading, func(_ string, term uint64) bool { return term == 0 })
+	for _, r := range readings {
+		st.Endpoints = append(st.Endpoints, r.EndpointStats)
 	}
 	for _, c := range s.conns {
 		if c.up.Load() {
@@ -82,42 +82,51 @@ func (s *Service) overview() Stats {
 	for service, b := range s.breakers.all() {
 		st.Breakers[service] = b.state()
 	}
-	for group, term := range s.groups() {
-		if term != 0 {
-			st.Leading[group] = term
-		}
-	}
 	return st
 }
 
-// A meter counts what becomes of an endpoint's messages, or of the calls of a method. It takes no lock but when it meets a code or
-// a caller for the first time.
+// terms returns the groups in which this instance is a candidate, each with the term that it leads, or 0 if it does not lead.
+func (s *Service) terms() map[string]uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	terms := map[string]uint64{}
+	for c := range s.candidates {
+		number := uint64(0)
+		if t := c.term.Load(); t.holds() {
+			number = t.number
+		}
+		terms[c.group] = max(terms[c.group], number)
+	}
+	return terms
+}
+
+// A meter counts how an endpoint's messages, or the calls to a method, end. It takes a lock only when it meets an error code or a
+// caller for the first time.
 type meter struct {
-	buckets             [bucketCount]atomic.Uint64 // how long those took that were handled
-	sum, longest        atomic.Int64               // ns
+	buckets             [bucketCount]atomic.Uint64 // requests by how long they took; see bucketBounds
+	sum, longest        atomic.Int64               // of those durations, in ns
 	succeeded           atomic.Uint64
-	codes               lookup[*atomic.Uint64] // of the rest
+	codes               lookup[*atomic.Uint64] // errors by code
 	shed, expired, dead atomic.Uint64
 	inFlight            atomic.Int64
 	callers             lookup[*caller]
-	last                atomic.Pointer[string] // error
+	last                atomic.Pointer[string] // the text of the latest error
 }
 
 type caller struct{ requests, errors atomic.Uint64 }
 
+// newMeter returns a meter. It bounds the codes and the callers because their names come from outside.
 func newMeter() *meter {
-	m := &meter{}
-	m.codes.most, m.callers.most = 64, 256 // they come from elsewhere
-	return m
+	return &meter{codes: lookup[*atomic.Uint64]{most: 64}, callers: lookup[*caller]{most: 256}}
 }
 
-// begin is when a handler or a call began; handled has to follow.
+// begin counts a handler or a call as in flight and returns the time. A call of handled has to follow.
 func (m *meter) begin() time.Duration {
 	m.inFlight.Add(1)
 	return clock()
 }
 
-// handled counts what has ended.
+// handled counts the end of what begin has begun, and how long it took.
 func (m *meter) handled(from string, begin time.Duration, failure *Error) {
 	took := clock() - begin
 	m.inFlight.Add(-1)
@@ -125,114 +134,63 @@ func (m *meter) handled(from string, begin time.Duration, failure *Error) {
 		longest = m.longest.Load()
 	}
 	m.sum.Add(int64(took))
-	bucket, _ := slices.BinarySearch(bucketBounds, took) // of the smallest bound that is no less
+	bucket, _ := slices.BinarySearch(bucketBounds, took) // the first whose bound is not below took
 	m.buckets[bucket].Add(1)
 	m.ended(from, failure)
 }
 
-// ended counts how it ended, also what no handler saw.
+// ended counts a request of the service from, and its failure if it has one. It is called alone if no handler ran.
 func (m *meter) ended(from string, failure *Error) {
 	if failure == nil {
 		m.succeeded.Add(1)
 	} else {
-		code := cmp.Or(failure.Code, ErrInternal.Code) // it may be another service's: anything
+		code := cmp.Or(failure.Code, ErrInternal.Code) // another service may have sent anything
 		code = strings.ToValidUTF8(code[:min(len(code), 64)], "?")
 		m.codes.get(code, func() *atomic.Uint64 { return &atomic.Uint64{} }).Add(1)
 		text := failure.Error()
-		text = strings.Clone(text[:min(len(text), maxErrorText)])
-		m.last.Store(&text)
+		m.last.Store(new(strings.Clone(text[:min(len(text), maxErrorText)])))
 	}
-	if from == "" {
-		return
-	}
-	c := m.callers.get(from, func() *caller { return &caller{} })
-	c.requests.Add(1)
-	if failure != nil {
-		c.errors.Add(1)
+	if from != "" {
+		c := m.callers.get(from, func() *caller { return &caller{} })
+		c.requests.Add(1)
+		if failure != nil {
+			c.errors.Add(1)
+		}
 	}
 }
 
-// The buckets are 14 a decade, from 1 µs to 900 s, and one for what is beyond. Prometheus is told 1, 2.5 and 5 of each decade.
 const bucketCount = 9*14 + 1
 
+// bucketBounds has the upper bounds of the buckets: 14 for each decade from 1 µs to 900 s, and one bucket for what took longer.
+// Prometheus gets 1, 2.5 and 5 of each decade.
 var bucketBounds = func() (bounds []time.Duration) {
 	for decade := time.Microsecond; decade <= 100*time.Second; decade *= 10 {
 		for _, tenths := range []time.Duration{10, 12, 15, 18, 20, 25, 30, 35, 40, 50, 60, 70, 80, 90} {
 			bounds = append(bounds, decade*tenths/10)
 		}
 	}
-	return bounds
+	return append(bounds, math.MaxInt64)
 }()
 
-// A reading is what a meter shows.
+// A reading is a snapshot of a meter.
 type reading struct {
 	EndpointStats
-	Failed map[string]uint64 `json:"caller_errors,omitempty"` // by caller
+	Failed map[string]uint64 `json:"caller_errors,omitempty"` // errors by caller
 
-	subject   string
-	succeeded uint64
-	last      *string // error
-	sum       time.Duration
-	handled   uint64
-	buckets   [bucketCount]uint64
+	subject string
+	last    *string // the text of the latest error
+	sum     time.Duration
+	handled uint64 // the sum of buckets
+	buckets [bucketCount]uint64
 }
 
-func (m *meter) read(kind, name string) *reading {
-	r := &reading{EndpointStats: EndpointStats{
-		Kind: kind, Name: name,
-		Codes: map[string]uint64{}, Callers: map[string]uint64{},
-		InFlight:    m.inFlight.Load(),
-		Shed:        m.shed.Load(),
-		Expired:     m.expired.Load(),
-		DeadLetters: m.dead.Load(),
-	}, Failed: map[string]uint64{}, succeeded: m.succeeded.Load(), last: m.last.Load()}
-	for code, n := range m.codes.all() {
-		r.Codes[code] = n.Load()
-		r.Errors += n.Load()
-	}
-	for name, c := range m.callers.all() {
-		if n := c.errors.Load(); n > 0 {
-			r.Failed[name] = n
-		}
-		r.Callers[name] = c.requests.Load()
-	}
-	for i := range m.buckets {
-		r.buckets[i] = m.buckets[i].Load()
-		r.handled += r.buckets[i]
-	}
-	r.sum, r.Max = time.Duration(m.sum.Load()), time.Duration(m.longest.Load())
-	r.Requests = r.succeeded + r.Errors
-	r.P50, r.P90, r.P99 = r.quantile(0.5), r.quantile(0.9), r.quantile(0.99)
-	return r
-}
-
-// quantile takes the values of a bucket to be spread evenly.
-func (r *reading) quantile(q float64) time.Duration {
-	rank := q * float64(r.handled)
-	for i, n := range r.buckets {
-		if n == 0 || rank > float64(n) {
-			rank -= float64(n)
-			continue
-		}
-		low, high := time.Duration(0), r.Max
-		if i > 0 {
-			low = bucketBounds[i-1]
-		}
-		if i < len(bucketBounds) {
-			high = max(min(bucketBounds[i], r.Max), low)
-		}
-		return low + time.Duration(float64(high-low)*rank/float64(n))
-	}
-	return r.Max
-}
-
-// readings are those of all handlers and of the calls, by kind and name.
+// readings returns the statistics of all handlers and of the calls, by kind and name.
 func (s *Service) readings() []*reading {
 	handlers := s.handlers()
 	out := make([]*reading, len(handlers))
 	var all sync.WaitGroup
 	for i, e := range handlers {
-		all.Go(func() {
+		all.Go(func() { // because pending may have to wait for the server
 			out[i] = e.meter.read(e.kind, e.name)
 			out[i].subject = e.subject
 			out[i].Pending = int64(len(e.queue)+len(e.waiting)) + e.source.pending()
@@ -246,30 +204,62 @@ func (s *Service) readings() []*reading {
 	return out
 }
 
-// groups are those whose leadership this instance campaigns for, with its term, 0 while it doesn't lead.
-func (s *Service) groups() map[string]uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	groups := map[string]uint64{}
-	for c := range s.candidates {
-		if t := c.term.Load(); t.holds() {
-			groups[c.group] = t.number
-		} else {
-			groups[c.group] += 0
-		}
+func (m *meter) read(kind, name string) *reading {
+	r := &reading{EndpointStats: EndpointStats{
+		Kind: kind, Name: name,
+		Codes: map[string]uint64{}, Callers: map[string]uint64{},
+		InFlight:    m.inFlight.Load(),
+		Shed:        m.shed.Load(),
+		Expired:     m.expired.Load(),
+		DeadLetters: m.dead.Load(),
+	}, Failed: map[string]uint64{}, last: m.last.Load()}
+	for code, n := range m.codes.all() {
+		r.Codes[code] = n.Load()
+		r.Errors += r.Codes[code]
 	}
-	return groups
+	r.Requests = m.succeeded.Load() + r.Errors
+	for name, c := range m.callers.all() {
+		if n := c.errors.Load(); n > 0 {
+			r.Failed[name] = n
+		}
+		r.Callers[name] = c.requests.Load()
+	}
+	for i := range m.buckets {
+		r.buckets[i] = m.buckets[i].Load()
+		r.handled += r.buckets[i]
+	}
+	r.sum, r.Max = time.Duration(m.sum.Load()), time.Duration(m.longest.Load())
+	r.P50, r.P90, r.P99 = r.quantile(0.5), r.quantile(0.9), r.quantile(0.99)
+	return r
 }
 
-// Handler serves /metrics, for Prometheus, in its text format; /healthz, which is 200 until the service is stopped, then 503; and
-// /readyz, which is 503 also while there is no connection, a health check fails, or the service doesn't serve its handlers, since
-// Start isn't through or Stop has begun. The two answer a JSON object, in which "status" is "ok" or "unavailable", and "checks" has
-// each check by its name: "ok" or its error.
+// quantile estimates a quantile of the durations. It assumes that the durations in a bucket are spread evenly.
+func (r *reading) quantile(q float64) time.Duration {
+	rank, low := q*float64(r.handled), time.Duration(0)
+	for i, n := range r.buckets {
+		if n > 0 && rank <= float64(n) {
+			high := max(min(bucketBounds[i], r.Max), low)
+			return low + time.Duration(float64(high-low)*rank/float64(n))
+		}
+		rank, low = rank-float64(n), bucketBounds[i]
+	}
+	return r.Max
+}
+
+// Handler returns an HTTP handler that serves three paths:
+//
+//   - /metrics has the metrics in the text format of Prometheus.
+//   - /healthz is 200 until Stop has finished, then 503.
+//   - /readyz is 200 if the service is ready. It is 503 while there is no connection, while a health check fails, and while the
+//     service does not serve its handlers, because Start has not finished or Stop has begun.
+//
+// The probes answer with a JSON object. Its "status" is "ok" or "unavailable". Its "checks" has each check by name, with "ok" or
+// the text of its error.
 func (s *Service) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		_, _ = w.Write(s.exposition()) // if that fails, nobody listens any more
+		s.writeMetrics(w)
 	})
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		checks := map[string]*Error{"service": nil}
@@ -297,14 +287,13 @@ func (s *Service) Handler() http.Handler {
 }
 
 func writeHealth(w http.ResponseWriter, checks map[string]*Error) {
-	const ok = "ok"
 	body := struct {
 		Status string            `json:"status"`
 		Checks map[string]string `json:"checks"`
-	}{ok, map[string]string{}}
+	}{"ok", map[string]string{}}
 	status := http.StatusOK
 	for name, failure := range checks {
-		body.Checks[name] = ok
+		body.Checks[name] = "ok"
 		if failure != nil {
 			body.Checks[name] = failure.Error()
 			body.Status, status = "unavailable", http.StatusServiceUnavailable
@@ -312,102 +301,89 @@ func writeHealth(w http.ResponseWriter, checks map[string]*Error) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(body) // if that fails, nobody listens any more
+	_ = json.NewEncoder(w).Encode(body) // fails only if the client has gone
 }
 
-// exposition is all metrics in the text format of Prometheus:
+// writeMetrics writes all metrics in the text format of Prometheus:
 // https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
-func (s *Service) exposition() []byte {
-	var out bytes.Buffer
-	family := func(name, kind, help string) {
-		fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
-	}
+func (s *Service) writeMetrics(w io.Writer) {
 	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
-	sample := func(name string, value float64, labels ...string) { // label, value, label, value
-		out.WriteString(name + `{service="` + s.name + `"`)
-		for i := 0; i < len(labels); i += 2 {
-			out.WriteString("," + labels[i] + `="` + escape.Replace(labels[i+1]) + `"`)
+	var families []*bytes.Buffer
+	// family begins a metric, and returns the function that adds a sample to it. The labels are name, value, name, value.
+	family := func(name, kind, help string) func(suffix string, value float64, labels ...string) {
+		out := &bytes.Buffer{}
+		families = append(families, out)
+		fmt.Fprintf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+		return func(suffix string, value float64, labels ...string) {
+			fmt.Fprintf(out, `%s%s{service="%s"`, name, suffix, s.name)
+			for label := range slices.Chunk(labels, 2) {
+				fmt.Fprintf(out, `,%s="%s"`, label[0], escape.Replace(label[1]))
+			}
+			fmt.Fprintf(out, "} %g\n", value)
 		}
-		out.WriteString("} " + strconv.FormatFloat(value, 'g', -1, 64) + "\n")
 	}
+	requests := family("aegis_requests_total", "counter",
+		"Requests, events, commands and calls that came to an end, by error code, which is empty for success.")
+	durations := family("aegis_request_duration_seconds", "histogram", "How long handlers ran, and calls took.")
+	inFlight := family("aegis_in_flight", "gauge", "Handlers that run, and calls that wait for their answer.")
+	pending := family("aegis_pending", "gauge", "What waits for a handler, in the instance and in the stream.")
+	shed := family("aegis_shed_total", "counter", "Requests that were refused as OVERLOADED.")
+	expired := family("aegis_expired_total", "counter", "Requests that were not run since their caller had given up.")
+	dead := family("aegis_dead_letters_total", "counter", "Events and commands that were set aside.")
 	readings := s.readings()
-	each := func(name, kind, help string, value func(*reading) float64) {
-		family(name, kind, help)
-		for _, r := range readings {
-			sample(name, value(r), "kind", r.Kind, "endpoint", r.Name)
-		}
-	}
-	family("aegis_requests_total", "counter", "Requests, events, commands and calls that came to an end, by error code, which is empty for success.")
 	for _, r := range readings {
-		sample("aegis_requests_total", float64(r.succeeded), "kind", r.Kind, "endpoint", r.Name, "code", "")
+		endpoint := []string{"kind", r.Kind, "endpoint", r.Name}
+		requests("", float64(r.Requests-r.Errors), append(endpoint, "code", "")...)
 		for _, code := range slices.Sorted(maps.Keys(r.Codes)) {
-			sample("aegis_requests_total", float64(r.Codes[code]), "kind", r.Kind, "endpoint", r.Name, "code", code)
+			requests("", float64(r.Codes[code]), append(endpoint, "code", code)...)
 		}
-	}
-	family("aegis_request_duration_seconds", "histogram", "How long handlers ran, and calls took.")
-	for _, r := range readings {
-		const name = "aegis_request_duration_seconds"
-		labels := []string{"kind", r.Kind, "endpoint", r.Name}
-		sum := uint64(0)
-		for i, bound := range bucketBounds {
-			sum += r.buckets[i]
+		count := uint64(0) // the buckets of Prometheus are cumulative
+		for i, bound := range bucketBounds[:bucketCount-1] {
+			count += r.buckets[i]
 			if place := i % 14; place == 0 || place == 5 || place == 9 {
-				le := strconv.FormatFloat(bound.Seconds(), 'g', -1, 64)
-				sample(name+"_bucket", float64(sum), append(labels, "le", le)...)
+				durations("_bucket", float64(count), append(endpoint, "le", fmt.Sprint(bound.Seconds()))...)
 			}
 		}
-		sample(name+"_bucket", float64(r.handled), append(labels, "le", "+Inf")...)
-		sample(name+"_sum", r.sum.Seconds(), labels...)
-		sample(name+"_count", float64(r.handled), labels...)
+		durations("_bucket", float64(r.handled), append(endpoint, "le", "+Inf")...)
+		durations("_sum", r.sum.Seconds(), endpoint...)
+		durations("_count", float64(r.handled), endpoint...)
+		inFlight("", float64(r.InFlight), endpoint...)
+		pending("", float64(r.Pending), endpoint...)
+		shed("", float64(r.Shed), endpoint...)
+		expired("", float64(r.Expired), endpoint...)
+		dead("", float64(r.DeadLetters), endpoint...)
 	}
-	each("aegis_in_flight", "gauge", "Handlers that run, and calls that wait for their answer.", func(r *reading) float64 { return float64(r.InFlight) })
-	each("aegis_pending", "gauge", "What waits for a handler, in the instance and in the stream.", func(r *reading) float64 { return float64(r.Pending) })
-	each("aegis_shed_total", "counter", "Requests that were refused as OVERLOADED.", func(r *reading) float64 { return float64(r.Shed) })
-	each("aegis_expired_total", "counter", "Requests that were not run since their caller had given up.", func(r *reading) float64 { return float64(r.Expired) })
-	each("aegis_dead_letters_total", "counter", "Events and commands that were set aside.", func(r *reading) float64 { return float64(r.DeadLetters) })
-	st := s.overview()
-	family("aegis_connections", "gauge", "Connections of the pool that stand.")
-	sample("aegis_connections", float64(st.Connected))
-	family("aegis_reconnects_total", "counter", "Connections that were lost and made again.")
-	sample("aegis_reconnects_total", float64(st.Reconnects))
-	family("aegis_breaker_open", "gauge", "1 while calls to the service are refused by the circuit breaker.")
+	st, oneIf := s.stats(readings), map[bool]float64{true: 1}
+	family("aegis_connections", "gauge", "Connections of the pool that stand.")("", float64(st.Connected))
+	family("aegis_reconnects_total", "counter", "Connections that were lost and made again.")("", float64(st.Reconnects))
+	breakers := family("aegis_breaker_open", "gauge", "1 while calls to the service are refused by the circuit breaker.")
 	for _, service := range slices.Sorted(maps.Keys(st.Breakers)) {
-		sample("aegis_breaker_open", oneIf(st.Breakers[service] == open), "target", service)
+		breakers("", oneIf[st.Breakers[service] == open], "target", service)
 	}
-	family("aegis_leader", "gauge", "1 while this instance leads the group.")
-	groups := s.groups()
-	for _, group := range slices.Sorted(maps.Keys(groups)) {
-		sample("aegis_leader", oneIf(groups[group] != 0), "group", group)
+	leader := family("aegis_leader", "gauge", "1 while this instance leads the group.")
+	terms := s.terms()
+	for _, group := range slices.Sorted(maps.Keys(terms)) {
+		leader("", oneIf[terms[group] != 0], "group", group)
 	}
-	family("aegis_uptime_seconds", "gauge", "Time since the service was made.")
-	sample("aegis_uptime_seconds", st.Uptime.Seconds())
-	return out.Bytes()
+	family("aegis_uptime_seconds", "gauge", "Time since the service was made.")("", st.Uptime.Seconds())
+	for _, out := range families {
+		_, _ = out.WriteTo(w) // fails only if the client has gone
+	}
 }
 
-func oneIf(b bool) float64 {
-	if b {
-		return 1
-	}
-	return 0
-}
-
-// A Dependency says how often one service has called an endpoint of another, or published what it handles.
+// A Dependency counts how often one service has called an endpoint of another, or published what that endpoint handles.
 type Dependency struct {
-	From, To, Endpoint string // two services, and the name of a handler
+	From, To, Endpoint string // the caller, the service called, and the name of its handler
 	Requests, Errors   uint64
 }
 
-const (
-	surveySilence = 500 * time.Millisecond // that ends a survey
-	surveyRoom    = 1 << 16                // answers that may wait to be read
-)
-
-// Dependencies asks all instances that run now who has called them since they were made, and adds it up: by To, From, and
-// Endpoint. An attempt at an event or a command counts as a call. It returns when no further instance has answered for 0.5 s.
-// Callers that aren't services of aegis have no name, and don't show.
+// Dependencies asks all running instances of all services who has called them since they were made, and returns the sums, ordered
+// by To, From and Endpoint. Each attempt at an event or a command counts as a call. Dependencies blocks until no further instance
+// has answered for 0.5 s. From is as the caller claims; it is not authenticated. Callers that do not use aegis have no name and
+// are left out.
 //
-// Errors: [ErrUnavailable] without a connection, or if it drops; [ErrTimeout], [ErrCanceled] if ctx ends before, or [WithTimeout] if it has no
-// deadline; [ErrClosed].
+// Errors: [ErrUnavailable] without a connection, or if it is lost; [ErrTimeout] or [ErrCanceled] if ctx ends first, or after
+// [WithTimeout] if ctx has no deadline; [ErrDenied] if the server's permissions do not allow it; [ErrClosed] after Stop.
 func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 	c := s.pick()
 	if c == nil {
@@ -415,40 +391,39 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 	}
 	ctx, cancel := withDeadline(ctx, s.cfg.timeout)
 	defer cancel()
-	sl, failure := c.newSlot(c.newInbox(), surveyRoom)
+	sl, failure := c.newSlot(c.newInbox(), 1<<16) // large, because all instances answer at once
 	if failure != nil {
 		return nil, failure
 	}
 	defer c.endSlot(sl)
-	const survey = "$SRV.STATS"
+	const survey, silence = "$SRV.STATS", 500 * time.Millisecond
 	sl.drops, sl.since = c.drops.Load(), clock()
 	if err := c.nc.PublishRequest(survey, sl.prefix, nil); err != nil {
 		return nil, newError(ErrUnavailable, "asking all services: %v", err)
 	}
-	sums := map[Dependency]Dependency{} // without the counts -> with them
-	for silent := false; !silent; {
-		sl.wakeAt(clock() + surveySilence)
+	sums := map[Dependency]Dependency{} // by the same without the counts
+	for failure == nil {
+		sl.wakeAt(clock() + silence)
 		select {
 		case m := <-sl.answers:
 			if m != nil {
 				addCalls(sums, m.Data)
-			} else if failure := s.answerLost(c, sl, survey); failure != nil {
-				if silent = failure.Code == ErrTimeout.Code; !silent {
-					return nil, newError(failure, "asking all services: %s", failure.Message)
-				}
+			} else {
+				failure = s.answerLost(c, sl, survey)
 			}
 		case <-ctx.Done():
 			return nil, asError(ctx.Err())
 		}
 	}
-	deps := slices.Collect(maps.Values(sums))
-	slices.SortFunc(deps, func(a, b Dependency) int {
+	if failure.Code != ErrTimeout.Code { // a timeout here means silence: all answers have come
+		return nil, newError(failure, "asking all services: %s", failure.Message)
+	}
+	return slices.SortedFunc(maps.Values(sums), func(a, b Dependency) int {
 		return cmp.Or(cmp.Compare(a.To, b.To), cmp.Compare(a.From, b.From), cmp.Compare(a.Endpoint, b.Endpoint))
-	})
-	return deps, nil
+	}), nil
 }
 
-// addCalls adds what an instance answers to $SRV.STATS, if it is of aegis.
+// addCalls adds to sums what an instance answered to $SRV.STATS. It ignores the answers of services that do not use aegis.
 func addCalls(sums map[Dependency]Dependency, answer []byte) {
 	var st micro.Stats
 	if json.Unmarshal(answer, &st) != nil {
@@ -461,17 +436,18 @@ func addCalls(sums map[Dependency]Dependency, answer []byte) {
 		}
 		for from, n := range r.Callers {
 			key := Dependency{From: from, To: st.Name, Endpoint: r.Name}
-			sum := sums[key]
-			key.Requests, key.Errors = sum.Requests+n, sum.Errors+r.Failed[from]
-			sums[Dependency{From: from, To: st.Name, Endpoint: r.Name}] = key
+			sum := cmp.Or(sums[key], key)
+			sum.Requests += n
+			sum.Errors += r.Failed[from]
+			sums[key] = sum
 		}
 	}
 }
 
-// Mermaid draws dependencies as a flowchart (https://mermaid.js.org/syntax/flowchart.html), for a README or a wiki: an arrow from
-// each caller to each service that it calls, labelled with the endpoints, the requests, and how many of them failed.
+// Mermaid returns a flowchart of deps for a README or a wiki (https://mermaid.js.org/syntax/flowchart.html). It has an arrow from
+// each caller to each service that it calls, labelled with the endpoints, their requests, and how many of those failed.
 func Mermaid(deps []Dependency) string {
-	text := func(s string) string { // Mermaid has entities that begin with #
+	escape := func(s string) string { // Mermaid's entities begin with #
 		var b strings.Builder
 		for _, r := range s {
 			if strings.ContainsRune("\"<>#&;`|", r) || r < ' ' {
@@ -483,32 +459,29 @@ func Mermaid(deps []Dependency) string {
 		return b.String()
 	}
 	type arrow struct{ from, to string }
-	var names []string
 	var arrows []arrow
 	labels := map[arrow][]string{}
+	nodes := map[string]string{} // by service, because the name of a service may be a keyword of Mermaid
 	for _, d := range deps {
-		names = append(names, d.From, d.To)
+		nodes[d.From], nodes[d.To] = "", ""
 		a := arrow{d.From, d.To}
 		if labels[a] == nil {
 			arrows = append(arrows, a)
 		}
-		label := fmt.Sprintf("%s: %d", text(d.Endpoint), d.Requests)
+		label := fmt.Sprintf("%s: %d", escape(d.Endpoint), d.Requests)
 		if d.Errors > 0 {
 			label += fmt.Sprintf(", %d failed", d.Errors)
 		}
 		labels[a] = append(labels[a], label)
 	}
-	slices.Sort(names)
-	names = slices.Compact(names)
 	var b strings.Builder
 	b.WriteString("flowchart LR\n")
-	node := map[string]string{} // a service may have a name that is a word of Mermaid's
-	for i, name := range names {
-		node[name] = "s" + strconv.Itoa(i)
-		fmt.Fprintf(&b, "    %s[\"%s\"]\n", node[name], text(name))
+	for i, name := range slices.Sorted(maps.Keys(nodes)) {
+		nodes[name] = "s" + strconv.Itoa(i)
+		fmt.Fprintf(&b, "    %s[\"%s\"]\n", nodes[name], escape(name))
 	}
 	for _, a := range arrows {
-		fmt.Fprintf(&b, "    %s -->|\"%s\"| %s\n", node[a.from], strings.Join(labels[a], "<br>"), node[a.to])
+		fmt.Fprintf(&b, "    %s -->|\"%s\"| %s\n", nodes[a.from], strings.Join(labels[a], "<br>"), nodes[a.to])
 	}
 	return b.String()
 }

@@ -22,7 +22,7 @@ import (
 	"github.com/nats-io/nats.go/micro"
 )
 
-// endpointStats are those of one endpoint, which must be there.
+// endpointStats returns the statistics of one endpoint of s. It fails the test if there is no such endpoint.
 func endpointStats(tb testing.TB, s *aegis.Service, kind, name string) aegis.EndpointStats {
 	tb.Helper()
 	for _, e := range s.Stats().Endpoints {
@@ -30,7 +30,7 @@ func endpointStats(tb testing.TB, s *aegis.Service, kind, name string) aegis.End
 			return e
 		}
 	}
-	tb.Fatalf("no statistics of %s %s: %+v", kind, name, s.Stats().Endpoints)
+	tb.Fatalf("no statistics of the %s endpoint %s in %+v", kind, name, s.Stats().Endpoints)
 	return aegis.EndpointStats{}
 }
 
@@ -57,40 +57,40 @@ func TestStats(t *testing.T) {
 		return "", nil
 	}, aegis.Concurrency(1))
 	if got := svc.Stats(); len(got.Endpoints) != 2 || got.Endpoints[0].Name != "blocked" || got.Endpoints[1].Requests != 0 || got.Connected != 3 {
-		t.Errorf("before Start: %+v", got)
+		t.Errorf("the statistics before Start are wrong: %+v", got)
 	}
 	start(t, svc)
 	for what, n := range map[string]int{"ok": 95, "slow": 5, "refuse": 3, "panic": 2} {
 		for range n {
 			if _, err := call[string, string](shop, "svc", "m", what); (err == nil) != (what == "ok" || what == "slow") {
-				t.Fatal(what, err)
+				t.Fatalf("the call %q returned %v", what, err)
 			}
 		}
 	}
 	if _, err := call[int, string](web, "svc", "m", 1); err == nil {
-		t.Error("a number is no string")
+		t.Error("a call with a number succeeded; want an error, because the handler takes a string")
 	}
 	if _, err := call[string, string](web, "svc", "nothing", ""); err == nil {
-		t.Error("there is no such method")
+		t.Error("a call of an unknown method succeeded")
 	}
-	// What was answered was counted before.
+	// A request is counted before it is answered, so there is no need to wait.
 	m := endpointStats(t, svc, "rpc", "m")
 	if m.Requests != 106 || m.Errors != 6 || !reflect.DeepEqual(m.Codes, map[string]uint64{"NO_FUNDS": 3, "INTERNAL": 2, "INVALID_ARGUMENT": 1}) ||
 		!reflect.DeepEqual(m.Callers, map[string]uint64{"shop": 105, "web": 1}) || m.InFlight != 0 || m.Pending != 0 || m.Shed != 0 || m.Expired != 0 {
-		t.Errorf("%+v", m)
+		t.Errorf("the statistics of the handler m are wrong: %+v", m)
 	}
 	if m.P50 <= 0 || m.P50 > 15*time.Millisecond || m.P90 < m.P50 || m.P99 < 19*time.Millisecond || m.P99 > m.Max || m.Max < 20*time.Millisecond || m.Max > 5*time.Second {
-		t.Errorf("latencies %v %v %v %v", m.P50, m.P90, m.P99, m.Max)
+		t.Errorf("the latencies P50 %v, P90 %v, P99 %v, Max %v are out of range", m.P50, m.P90, m.P99, m.Max)
 	}
 	c := endpointStats(t, shop, "call", "svc.m")
 	if c.Requests != 105 || c.Errors != 5 || c.Codes["NO_FUNDS"] != 3 || c.P99 < 19*time.Millisecond || c.InFlight != 0 {
-		t.Errorf("%+v", c)
+		t.Errorf("the caller's statistics of svc.m are wrong: %+v", c)
 	}
 	if c := endpointStats(t, web, "call", "svc.nothing"); c.Requests != 1 || c.Codes["UNIMPLEMENTED"] != 1 {
-		t.Errorf("%+v", c)
+		t.Errorf("the caller's statistics of svc.nothing are wrong: %+v", c)
 	}
 
-	// One runs, one waits, one is refused, and the one that waits gives up.
+	// One call runs, a second one waits until its deadline, and a third one is rejected.
 	first := make(chan error, 1)
 	go func() { _, err := call[string, string](shop, "svc", "blocked", ""); first <- err }()
 	<-inside
@@ -98,39 +98,40 @@ func TestStats(t *testing.T) {
 	defer cancel()
 	second := make(chan error, 1)
 	go func() { _, err := aegis.Call[string, string](ctx, shop, "svc", "blocked", ""); second <- err }()
-	eventually(t, "one waits", func() bool { return endpointStats(t, svc, "rpc", "blocked").Pending == 1 })
-	eventually(t, "the gate is there", func() bool {
+	eventually(t, "the second call waits", func() bool { return endpointStats(t, svc, "rpc", "blocked").Pending == 1 })
+	eventually(t, "load shedding has begun", func() bool {
 		_, err := call[string, string](shop, "svc", "blocked", "")
 		return errors.Is(err, aegis.ErrOverloaded)
 	})
 	if b, c := endpointStats(t, svc, "rpc", "blocked"), endpointStats(t, shop, "call", "svc.blocked"); b.InFlight != 1 || b.Shed != 1 || b.Codes["OVERLOADED"] != 1 || c.InFlight != 2 {
-		t.Errorf("%+v\n%+v", b, c)
+		t.Errorf("with one call running and one waiting, the statistics are wrong: %+v\n%+v", b, c)
 	}
 	fails(t, <-second, aegis.ErrTimeout)
-	time.Sleep(50 * time.Millisecond) // when it arrived is known to a few milliseconds
+	time.Sleep(50 * time.Millisecond) // because the time of arrival is known only to a few milliseconds
 	close(release)
 	if err := <-first; err != nil {
 		t.Error(err)
 	}
-	eventually(t, "what has expired is dropped", func() bool { return endpointStats(t, svc, "rpc", "blocked").Expired == 1 })
+	eventually(t, "the expired request is dropped", func() bool { return endpointStats(t, svc, "rpc", "blocked").Expired == 1 })
 	if b := endpointStats(t, svc, "rpc", "blocked"); b.Requests != 3 || b.Errors != 2 || b.InFlight != 0 || b.Pending != 0 || b.Callers["shop"] != 3 {
-		t.Errorf("%+v", b)
+		t.Errorf("the statistics of the handler blocked are wrong: %+v", b)
 	}
 
 	st := svc.Stats()
 	if st.Service != "svc" || st.Instance != svc.ID() || st.Version != "1.2.3" || st.Uptime <= 0 || st.Uptime > time.Minute || st.Connected != 3 || st.Reconnects != 0 || len(st.Leading) > 0 {
-		t.Errorf("%+v", st)
+		t.Errorf("the statistics of the service are wrong: %+v", st)
 	}
 	if err := svc.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if st := svc.Stats(); st.Connected != 0 || len(st.Endpoints) != 2 { // what it did can still be seen
-		t.Errorf("%+v", st)
+	if st := svc.Stats(); st.Connected != 0 || len(st.Endpoints) != 2 { // the endpoints stay visible
+		t.Errorf("the statistics after Stop are wrong: %+v", st)
 	}
 }
 
-// What fails only after the handler has returned, or before it is called, counts as a failure on both sides.
-func TestStatsOfLateFailures(t *testing.T) {
+// TestStatsCountFailuresOutsideHandler checks that a request that fails after the handler has returned, or before it is called,
+// counts as an error on both sides.
+func TestStatsCountFailuresOutsideHandler(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc, shop := newService(t, srv, "svc"), newService(t, srv, "shop")
@@ -153,39 +154,40 @@ func TestStatsOfLateFailures(t *testing.T) {
 	start(t, svc)
 	for _, what := range []string{"large", "no code", "A\xff", "A\xfe"} {
 		if _, err := call[string, string](shop, "svc", "m", what); err == nil {
-			t.Error(what)
+			t.Errorf("the call %q succeeded", what)
 		}
 	}
 	want := map[string]uint64{"INTERNAL": 2, "A?": 2}
 	m, c := endpointStats(t, svc, "rpc", "m"), endpointStats(t, shop, "call", "svc.m")
 	if !reflect.DeepEqual(m.Codes, want) || !reflect.DeepEqual(c.Codes, want) || m.Requests != 4 || m.Errors != 4 || c.Errors != 4 {
-		t.Errorf("%+v\n%+v", m, c)
+		t.Errorf("the statistics of the handler m and of its caller are wrong: %+v\n%+v", m, c)
 	}
 	handle(t, svc, "text", echo)
 	if _, err := call[string, int](shop, "svc", "text", "x"); err == nil {
-		t.Error("a text is no number")
+		t.Error("decoding a text as a number succeeded")
 	}
 	if c := endpointStats(t, shop, "call", "svc.text"); c.Codes["INTERNAL"] != 1 {
-		t.Errorf("%+v", c)
+		t.Errorf("the caller's statistics of svc.text are wrong: %+v", c)
 	}
 	fails(t, waitError(t, send[int, string](t, shop, "svc", "work", 0)), aegis.ErrInternal, "max_payload")
 	j := send[int, string](t, shop, "svc", "work", 1)
-	eventually(t, "it runs", func() bool { return endpointStats(t, svc, "command", "work").InFlight == 1 })
+	eventually(t, "the command runs", func() bool { return endpointStats(t, svc, "command", "work").InFlight == 1 })
 	if err := j.Cancel(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "it has ended", func() bool { return endpointStats(t, svc, "command", "work").InFlight == 0 })
+	eventually(t, "the command has ended", func() bool { return endpointStats(t, svc, "command", "work").InFlight == 0 })
 	if w := endpointStats(t, svc, "command", "work"); !reflect.DeepEqual(w.Codes, map[string]uint64{"INTERNAL": 1, "CANCELED": 1}) || w.Requests != 2 || w.DeadLetters != 1 {
-		t.Errorf("%+v", w)
+		t.Errorf("the statistics of the command work are wrong: %+v", w)
 	}
-	// The large error can be told, cut.
+	// The large errors are truncated, so that the service's statistics still fit into a message.
 	deps, err := shop.Dependencies(t.Context())
 	if err != nil || len(deps) != 3 || deps[0].Errors != 4 {
-		t.Error(deps, err)
+		t.Errorf("Dependencies returned %+v, %v; want 3 dependencies, the first with 4 errors", deps, err)
 	}
 }
 
-// Instances, callers and codes come from elsewhere, and there may be any number of them.
+// TestStatsAreBounded checks that the statistics stay small. Instances, callers and error codes come from other processes, so
+// there may be any number of them.
 func TestStatsAreBounded(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
@@ -216,14 +218,14 @@ func TestStatsAreBounded(t *testing.T) {
 	var codes, callers uint64
 	for code, n := range m.Codes {
 		if codes += n; len(code) > 64 {
-			t.Errorf("a code of %d bytes", len(code))
+			t.Errorf("the statistics contain a code of %d bytes; want at most 64", len(code))
 		}
 	}
 	for _, n := range m.Callers {
 		callers += n
 	}
 	if len(m.Codes) > 65 || len(m.Callers) > 257 || m.Codes["OTHERS"] == 0 || m.Callers["OTHERS"] == 0 || codes != n || callers != n || m.Requests != n {
-		t.Errorf("%d codes of %d, %d callers of %d, %d requests", len(m.Codes), codes, len(m.Callers), callers, m.Requests)
+		t.Errorf("got %d codes with %d errors, %d callers with %d requests, %d requests in all", len(m.Codes), codes, len(m.Callers), callers, m.Requests)
 	}
 }
 
@@ -253,7 +255,7 @@ func TestStatsOfEventsAndCommands(t *testing.T) {
 	}
 	<-inside
 	<-inside
-	eventually(t, "four wait", func() bool {
+	eventually(t, "four events and four commands wait", func() bool {
 		e, c := endpointStats(t, svc, "event", "order.*"), endpointStats(t, svc, "command", "work")
 		return e.Pending == 4 && c.Pending == 4 && e.InFlight == 1 && c.InFlight == 1
 	})
@@ -261,13 +263,13 @@ func TestStatsOfEventsAndCommands(t *testing.T) {
 	for _, j := range jobs {
 		wait(t, j)
 	}
-	eventually(t, "all are handled", func() bool {
+	eventually(t, "all events and commands are handled", func() bool {
 		e, c := endpointStats(t, svc, "event", "order.*"), endpointStats(t, svc, "command", "work")
 		return e.Requests == 6 && c.Requests == 5 && e.Pending == 0 && c.Pending == 0 && e.InFlight == 0
 	})
 	e, c := endpointStats(t, svc, "event", "order.*"), endpointStats(t, svc, "command", "work")
 	if e.Errors != 1 || e.Codes["INTERNAL"] != 1 || e.Callers["shop"] != 6 || e.Max <= 0 || c.Errors != 0 || c.Callers["shop"] != 5 {
-		t.Errorf("%+v\n%+v", e, c)
+		t.Errorf("the statistics of the events and commands are wrong: %+v\n%+v", e, c)
 	}
 }
 
@@ -289,38 +291,38 @@ func TestStatsOfConnectionsBreakersAndLeadership(t *testing.T) {
 		})
 	}()
 	term := <-leading
-	eventually(t, "it leads", svc.IsLeader)
+	eventually(t, "the instance leads", svc.IsLeader)
 	if l := svc.Stats().Leading; len(l) != 2 || l["reaper"] != term || l["default"] == 0 {
-		t.Errorf("%v, want the term %d", l, term)
+		t.Errorf("Leading is %v; want reaper in term %d, and default", l, term)
 	}
 	cancel()
 	<-ended
 	if l := svc.Stats().Leading; len(l) != 1 {
-		t.Error(l)
+		t.Errorf("Leading is %v after Lead has ended; want only default", l)
 	}
 
 	if _, err := call[string, string](svc, "svc", "m", "x"); err != nil {
 		t.Fatal(err)
 	}
 	if b := svc.Stats().Breakers; !reflect.DeepEqual(b, map[string]string{"svc": "closed"}) {
-		t.Error(b)
+		t.Errorf("the circuit breakers are %v; want svc closed", b)
 	}
 	_, err := call[int, int](svc, "other", "m", 1)
 	fails(t, err, aegis.ErrUnavailable)
 	if b := svc.Stats().Breakers; !reflect.DeepEqual(b, map[string]string{"svc": "closed", "other": "open"}) {
-		t.Error(b)
+		t.Errorf("the circuit breakers are %v; want svc closed and other open", b)
 	}
-	eventually(t, "it may be tried", func() bool { return svc.Stats().Breakers["other"] == "half-open" })
+	eventually(t, "the circuit breaker of other is half-open", func() bool { return svc.Stats().Breakers["other"] == "half-open" })
 
-	again := onPort(srv)
+	samePort := onPort(srv)
 	srv.Shutdown()
 	srv.WaitForShutdown()
 	eventually(t, "both connections are lost", func() bool { return svc.Stats().Connected == 0 })
-	startServer(t, again, withJetStream(t))
-	eventually(t, "they are back", func() bool { st := svc.Stats(); return st.Connected == 2 && st.Reconnects == 2 })
+	startServer(t, samePort, withJetStream(t))
+	eventually(t, "both connections are back", func() bool { st := svc.Stats(); return st.Connected == 2 && st.Reconnects == 2 })
 }
 
-// get asks a service's HTTP handler.
+// get sends a GET request to the HTTP handler of s.
 func get(tb testing.TB, s *aegis.Service, path string) (status int, body string) {
 	tb.Helper()
 	w := httptest.NewRecorder()
@@ -328,8 +330,8 @@ func get(tb testing.TB, s *aegis.Service, path string) (status int, body string)
 	return w.Code, w.Body.String()
 }
 
-// TestMetrics reads /metrics as Prometheus does. CI checks the text by Prometheus's own linter besides (see .ci/run), for which it
-// is written to $AEGIS_METRICS.
+// TestMetrics parses /metrics as Prometheus does. If $AEGIS_METRICS is set, it also writes the text to the file of that name, so
+// that CI can check it with Prometheus's own linter (see .ci/run).
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
@@ -344,19 +346,19 @@ func TestMetrics(t *testing.T) {
 	handle(t, svc, "alone", echo, aegis.Exclusive())
 	subscribe(t, svc, "order.*", func(context.Context, aegis.Event[int]) error { return nil })
 	start(t, svc)
-	eventually(t, "it leads", svc.IsLeader)
-	const odd = "a\"b\\c\nd\xff"
-	for _, what := range []string{"", "", "", "NO_FUNDS", odd} {
+	eventually(t, "the instance leads", svc.IsLeader)
+	const oddCode = "a\"b\\c\nd\xff"
+	for _, what := range []string{"", "", "", "NO_FUNDS", oddCode} {
 		_, _ = call[string, string](svc, "svc", "m", what)
 	}
 	publish(t, svc, "order", "created", 1)
-	eventually(t, "it is handled", func() bool {
+	eventually(t, "the event is handled", func() bool {
 		e := endpointStats(t, svc, "event", "order.*")
 		return e.Requests == 1 && e.Pending == 0
 	})
 	status, text := get(t, svc, "/metrics")
 	if status != http.StatusOK {
-		t.Fatal(status)
+		t.Fatalf("/metrics answers %d", status)
 	}
 	if file := os.Getenv("AEGIS_METRICS"); file != "" {
 		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
@@ -371,7 +373,7 @@ func TestMetrics(t *testing.T) {
 		if rest, ok := strings.CutPrefix(line, "# HELP "); ok {
 			name, help, _ := strings.Cut(rest, " ")
 			if family = name; described[name] || help == "" {
-				t.Errorf("%s is described twice, or not", name)
+				t.Errorf("%s has two HELP lines or an empty one", name)
 			}
 			described[name] = true
 			continue
@@ -379,17 +381,17 @@ func TestMetrics(t *testing.T) {
 		if rest, ok := strings.CutPrefix(line, "# TYPE "); ok {
 			name, kind, _ := strings.Cut(rest, " ")
 			if kinds[name] = kind; name != family {
-				t.Errorf("the type of %s is among %s", name, family)
+				t.Errorf("the TYPE line of %s follows the HELP line of %s", name, family)
 			}
 			continue
 		}
 		i := strings.LastIndexByte(line, ' ')
 		value, err := strconv.ParseFloat(line[i+1:], 64)
 		if err != nil || !utf8.ValidString(line) || !strings.HasPrefix(line, family) || !strings.Contains(line, `{service="svc"`) {
-			t.Errorf("not a sample of %s: %q", family, line)
+			t.Errorf("the line is not a valid sample of %s: %q", family, line)
 		}
 		if _, twice := samples[line[:i]]; twice {
-			t.Errorf("twice: %s", line)
+			t.Errorf("the sample occurs twice: %s", line)
 		}
 		samples[line[:i]] = value
 	}
@@ -399,7 +401,7 @@ func TestMetrics(t *testing.T) {
 		"aegis_breaker_open": "gauge", "aegis_leader": "gauge", "aegis_uptime_seconds": "gauge",
 	} {
 		if kinds[name] != kind || !described[name] {
-			t.Errorf("%s is a %q, want a %s", name, kinds[name], kind)
+			t.Errorf("%s is a %q or has no HELP line; want a %s with one", name, kinds[name], kind)
 		}
 	}
 	for sample, want := range map[string]float64{
@@ -421,21 +423,21 @@ func TestMetrics(t *testing.T) {
 		`aegis_pending{service="svc",kind="event",endpoint="order.*"}`:                            0,
 	} {
 		if got, ok := samples[sample]; !ok || got != want {
-			t.Errorf("%s is %v %v, want %v", sample, got, ok, want)
+			t.Errorf("%s is %v (present: %v); want %v", sample, got, ok, want)
 		}
 	}
 	if sum := samples[`aegis_request_duration_seconds_sum{service="svc",kind="rpc",endpoint="m"}`]; sum < 0.006 || sum > 5 {
-		t.Errorf("%v s in all", sum)
+		t.Errorf("the requests took %v s in all; want 0.006 to 5", sum)
 	}
 	if up := samples[`aegis_uptime_seconds{service="svc"}`]; up <= 0 || up > 60 {
-		t.Errorf("up for %v s", up)
+		t.Errorf("the uptime is %v s; want more than 0 and at most 60", up)
 	}
 	last := 0.0 // buckets are cumulative
 	for line := range strings.Lines(text) {
 		if strings.HasPrefix(line, `aegis_request_duration_seconds_bucket{service="svc",kind="rpc",endpoint="m"`) {
 			value, _ := strconv.ParseFloat(strings.TrimSpace(line[strings.LastIndexByte(line, ' '):]), 64)
 			if value < last {
-				t.Errorf("less than before: %s", line)
+				t.Errorf("the bucket is smaller than the one before: %s", line)
 			}
 			last = value
 		}
@@ -466,11 +468,11 @@ func TestProbes(t *testing.T) {
 			Checks map[string]string
 		}
 		if err := json.Unmarshal([]byte(body), &parsed); err != nil || status != want || (parsed.Status == "ok") != (want == http.StatusOK) {
-			t.Errorf("%s answers %d %s, want %d", path, status, body, want)
+			t.Errorf("%s answers %d %s; want %d", path, status, body, want)
 		}
 		for _, w := range words {
 			if !strings.Contains(body, w) {
-				t.Errorf("%s answers %s, without %s", path, body, w)
+				t.Errorf("%s answers %s; want it to contain %s", path, body, w)
 			}
 		}
 	}
@@ -479,24 +481,24 @@ func TestProbes(t *testing.T) {
 	start(t, svc)
 	expect("/readyz", 200, `"database":"ok"`, `"disk":"ok"`, `"connection":"ok"`)
 	broken.Store(true)
-	eventually(t, "it isn't ready", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
+	eventually(t, "/readyz answers 503", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
 	expect("/readyz", 503, `"database":"INTERNAL: connection refused"`, `"disk":"ok"`)
 	expect("/healthz", 200)
 	broken.Store(false)
-	eventually(t, "it is ready again", func() bool { status, _ := get(t, svc, "/readyz"); return status == 200 })
+	eventually(t, "/readyz answers 200 again", func() bool { status, _ := get(t, svc, "/readyz"); return status == 200 })
 
-	again := onPort(srv)
+	samePort := onPort(srv)
 	srv.Shutdown()
 	srv.WaitForShutdown()
-	eventually(t, "it isn't ready", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
+	eventually(t, "/readyz answers 503", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
 	expect("/readyz", 503, `"connection":"UNAVAILABLE: `)
 	expect("/healthz", 200)
-	srv = startServer(t, again)
-	eventually(t, "it is ready again", func() bool { status, _ := get(t, svc, "/readyz"); return status == 200 })
+	srv = startServer(t, samePort)
+	eventually(t, "/readyz answers 200 again", func() bool { status, _ := get(t, svc, "/readyz"); return status == 200 })
 	eventually(t, "both connections are back", func() bool { return svc.Stats().Connected == 2 })
 
 	client := newService(t, srv, "client")
-	eventually(t, "the server knows the handler again", func() bool {
+	eventually(t, "a call reaches the handler again", func() bool {
 		go func() { _, _ = call[string, string](client, "svc", "m", "", aegis.Sticky()) }()
 		select {
 		case <-inside:
@@ -507,17 +509,17 @@ func TestProbes(t *testing.T) {
 	})
 	stopped := make(chan error)
 	go func() { stopped <- svc.Stop(t.Context()) }()
-	eventually(t, "it isn't ready", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
+	eventually(t, "/readyz answers 503", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
 	expect("/readyz", 503, `"service":"CLOSED: `, "stopping")
-	expect("/healthz", 200) // it finishes what runs
+	expect("/healthz", 200) // because Stop still waits for the handler
 	close(release)
 	if err := <-stopped; err != nil {
-		t.Error(err)
+		t.Errorf("Stop returned %v", err)
 	}
 	expect("/healthz", 503, "svc was stopped")
 	expect("/readyz", 503)
 	if status, _ := get(t, svc, "/"); status != http.StatusNotFound {
-		t.Error(status)
+		t.Errorf("/ answers %d; want 404", status)
 	}
 }
 
@@ -552,9 +554,9 @@ func TestDependencies(t *testing.T) {
 		}
 	}
 	publish(t, web, "order", "placed", 1)
-	eventually(t, "it is handled", func() bool { return endpointStats(t, shop, "event", "order.*").Requests == 1 })
+	eventually(t, "the event is handled", func() bool { return endpointStats(t, shop, "event", "order.*").Requests == 1 })
 
-	// Others answer, too: a service that isn't of aegis, and one that talks nonsense.
+	// Other programs answer too: a service that does not use aegis, and some that send invalid statistics.
 	nc, err := nats.Connect(srv.ClientURL())
 	if err != nil {
 		t.Fatal(err)
@@ -563,8 +565,8 @@ func TestDependencies(t *testing.T) {
 	if _, err := micro.AddService(nc, micro.Config{Name: "plain", Version: "1.0.0", Endpoint: &micro.EndpointConfig{Subject: "plain", Handler: micro.HandlerFunc(func(micro.Request) {})}}); err != nil {
 		t.Fatal(err)
 	}
-	for _, nonsense := range []string{"", "[]", `{"endpoints":[null,{"data":[]},{"data":{"callers":7}}]}`, "\xff\xff"} {
-		if _, err := nc.Subscribe("$SRV.STATS", func(m *nats.Msg) { _ = m.Respond([]byte(nonsense)) }); err != nil {
+	for _, invalid := range []string{"", "[]", `{"endpoints":[null,{"data":[]},{"data":{"callers":7}}]}`, "\xff\xff"} {
+		if _, err := nc.Subscribe("$SRV.STATS", func(m *nats.Msg) { _ = m.Respond([]byte(invalid)) }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -595,10 +597,10 @@ func TestDependencies(t *testing.T) {
 func TestMermaid(t *testing.T) {
 	t.Parallel()
 	if got := aegis.Mermaid(nil); got != "flowchart LR\n" {
-		t.Errorf("%q", got)
+		t.Errorf("Mermaid(nil) returned %q", got)
 	}
 	got := aegis.Mermaid([]aegis.Dependency{
-		{From: "end", To: "b", Endpoint: `order.>|"x"`, Requests: 3, Errors: 1}, // end is a word of Mermaid's
+		{From: "end", To: "b", Endpoint: `order.>|"x"`, Requests: 3, Errors: 1}, // end is a keyword in Mermaid
 		{From: "end", To: "b", Endpoint: "m", Requests: 1},
 		{From: "b", To: "b", Endpoint: "self", Requests: 2},
 	})

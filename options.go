@@ -45,14 +45,14 @@ type config struct {
 	middleware   []Middleware
 }
 
-// WithURL sets the servers to connect to, which are tried in random order. If it is given more than once, the last one counts. The
-// default is $NATS_URL, in which several URLs are separated by commas, or nats://127.0.0.1:4222 if that is not set. An empty list,
-// or a URL that can't be parsed, is invalid.
+// WithURL sets the servers to connect to, which are tried in random order. If it is given more than once, the last one counts.
+// The default is $NATS_URL, in which several URLs are separated by commas, or nats://127.0.0.1:4222 if that is not set. An empty
+// list, or a URL that can't be parsed, is invalid.
 func WithURL(urls ...string) Option { return func(c *config) { c.urls, c.urlsFrom = urls, "WithURL" } }
 
 // WithNATS adds options of nats.go to every connection: credentials, TLS, an in-process server, event handlers. They override the
-// options that aegis sets, with two exceptions: its own event handlers run too, before those given here, and no connection buffers
-// what is published while it is disconnected, because that would be sent after its caller had given up.
+// options that aegis sets, with two exceptions: its own event handlers run too, before those given here, and no connection
+// buffers what is published while it is disconnected, because that would be sent after its caller had given up.
 func WithNATS(opts ...nats.Option) Option {
 	return func(c *config) { c.nats = append(c.nats, opts...) }
 }
@@ -61,8 +61,8 @@ func WithNATS(opts ...nats.Option) Option {
 // beyond that fails at once with [ErrOverloaded].
 func WithPool(size int) Option { return func(c *config) { c.pool = size } }
 
-// WithID sets the instance's id, to which [ToInstance] can address calls: 1 to 128 letters, digits, - and _. It must be unique among
-// the instances of the service. The default is the service's name followed by 8 random hexadecimal digits.
+// WithID sets the instance's id, to which [ToInstance] can address calls: 1 to 128 letters, digits, - and _. It must be unique
+// among the instances of the service. The default is the service's name followed by 8 random hexadecimal digits.
 func WithID(id string) Option { return func(c *config) { c.id = &id } }
 
 // WithVersion sets the service's version, in the form x.y.z. The default is 0.0.0.
@@ -73,38 +73,39 @@ func WithMetadata(md map[string]string) Option {
 	return func(c *config) { c.metadata = maps.Clone(md) }
 }
 
-// WithCodec sets the codec in which the service sends requests, events and commands. The default is [MsgPack]. A service understands
-// MessagePack and JSON in any case, and answers a request in the request's format.
+// WithCodec sets the codec in which the service sends requests, events and commands. The default is [MsgPack]. A service
+// understands MessagePack and JSON in any case, and answers a request in the request's format.
 func WithCodec(codec Codec) Option { return func(c *config) { c.codec = codec } }
 
 // WithLogger sets the logger. The default is [slog.Default]. nil is invalid; slog.New(slog.DiscardHandler) logs nothing.
 func WithLogger(l *slog.Logger) Option { return func(c *config) { c.logger = l } }
 
-// WithTimeout sets how long a call may take if its ctx has no deadline, and how long a handler may run if its caller sent no deadline
-// (as a plain NATS client does). It must be positive. The default is 5 s.
+// WithTimeout sets how long a call may take if its ctx has no deadline, and how long a handler may run if its caller sent no
+// deadline (as a plain NATS client does). It must be positive. The default is 5 s.
 func WithTimeout(d time.Duration) Option { return func(c *config) { c.timeout = d } }
 
-// WithConcurrency sets how many requests each method of this instance handles at once, unless the method has its own [Concurrency]:
-// 1 to 1,048,576. The default is 1,024.
+// WithConcurrency sets how many requests each method of this instance handles at once, unless the method has its own
+// [Concurrency]: 1 to 1,048,576. The default is 1,024.
 func WithConcurrency(n int) Option { return func(c *config) { c.concurrency = n } }
 
-// WithReplicas sets how many servers of a cluster keep each stream and bucket that the service makes, 1 to 5. The default is 1. It
-// has no effect on streams and buckets that exist.
+// WithReplicas sets how many servers of a cluster keep each stream and bucket that the service makes, 1 to 5. The default is 1.
+// It has no effect on streams and buckets that exist.
 func WithReplicas(n int) Option { return func(c *config) { c.replicas = n } }
 
-// WithHeartbeat sets the interval at which the instance refreshes its entry in the registry and runs its health checks: at least 1 s.
-// The default is 10 s. The entry of an instance that crashed expires after three heartbeats, rounded down to whole seconds.
+// WithHeartbeat sets the interval at which the instance refreshes its entry in the registry and runs its health checks: at least
+// 1 s. The default is 10 s. The entry of an instance that crashed expires after three heartbeats, rounded down to whole seconds.
 func WithHeartbeat(interval time.Duration) Option { return func(c *config) { c.heartbeat = interval } }
 
 // WithHealthCheck adds a health check. It runs at Start and with each heartbeat. It fails when fn returns an error, or does not
-// return within one heartbeat; fn's ctx ends then. While any check fails, the instance is UNHEALTHY: it gives up the leadership, it
-// takes only those calls that are addressed to it, no events and no commands, and [Balance] does not choose it. A name that is
+// return within one heartbeat; fn's ctx ends then. While any check fails, the instance is UNHEALTHY: it gives up the leadership,
+// it takes only those calls that are addressed to it, no events and no commands, and [Balance] does not choose it. A name that is
 // empty or used twice is invalid.
 func WithHealthCheck(name string, fn func(context.Context) error) Option {
 	return func(c *config) { c.healthChecks = append(c.healthChecks, &healthCheck{name: name, fn: fn}) }
 }
 
-// WithFailover sets how soon the leader of the service's [Exclusive] handlers is replaced when it fails. The default is [Balanced].
+// WithFailover sets how soon the leader of the service's [Exclusive] handlers is replaced when it fails. The default is
+// [Balanced].
 func WithFailover(p FailoverPolicy) Option { return func(c *config) { c.failover = p } }
 
 // WithBreaker puts a circuit breaker in front of each service that is called. By default there is none.
@@ -189,10 +190,10 @@ func (c *checks) want(ok bool, format string, args ...any) {
 }
 
 // A BreakerPolicy says when a circuit breaker refuses calls to a service without trying: after so many Failures in a row, for
-// Cooldown. Then one call is let through as a probe, and its result decides whether others may follow. A failure is a call that no
-// handler answered: no instance, no answer in time, overloaded, stopping. An error that a handler returns is an answer. NOT_ACTIVE,
-// the caller's own cancellation and a lost connection count neither way. Fields that are 0 have their defaults; negative ones are
-// invalid.
+// Cooldown. Then one call is let through as a probe, and its result decides whether others may follow. A failure is a call that
+// no handler answered: no instance, no answer in time, overloaded, stopping. An error that a handler returns is an answer.
+// NOT_ACTIVE, the caller's own cancellation and a lost connection count neither way. Fields that are 0 have their defaults;
+// negative ones are invalid.
 type BreakerPolicy struct {
 	Failures int           // default 5
 	Cooldown time.Duration // default 5 s
@@ -247,8 +248,8 @@ func Broadcast() HandlerOption {
 	return only("events", "Broadcast()", func(c *handlerConfig) { c.broadcast = true })
 }
 
-// Durable names a subscription: 1 to 64 letters, digits, - and _. The second subscription of a service to the same pattern needs a
-// name. A name belongs to its pattern and can't be used for another one later.
+// Durable names a subscription: 1 to 64 letters, digits, - and _. The second subscription of a service to the same pattern needs
+// a name. A name belongs to its pattern and can't be used for another one later.
 func Durable(name string) HandlerOption {
 	return only("events", fmt.Sprintf("Durable(%q)", name), func(c *handlerConfig) { c.durable = &name })
 }
@@ -259,15 +260,15 @@ func FromStart() HandlerOption {
 	return only("events", "FromStart()", func(c *handlerConfig) { c.replays = true })
 }
 
-// Exclusive makes the handler run in one instance of the service only, the leader, which is the same for all exclusive handlers of
-// the service. The other instances stand by. An instance that gets a request without being the leader, because the request was
-// addressed to it or because it has just lost the leadership, answers [ErrNotActive], with the leader's id in Details["leader"] if
-// it is known.
+// Exclusive makes the handler run in one instance of the service only, the leader, which is the same for all exclusive handlers
+// of the service. The other instances stand by. An instance that gets a request without being the leader, because the request was
+// addressed to it or because it has just lost the leadership, answers [ErrNotActive], with the leader's id in Details["leader"]
+// if it is known.
 //
-// The handler's ctx ends when the leadership does. [Term] is its fencing token: a store that remembers the highest term can reject
-// the writes of a former leader that has not noticed yet. If the leadership was lost while the handler ran, the caller gets
-// [ErrFenced] instead of the answer: the handler ran, and its effect may or may not stand. An event or a command is given to the
-// next leader then.
+// The handler's ctx ends when the leadership does. [Term] is its fencing token: a store that remembers the highest term can
+// reject the writes of a former leader that has not noticed yet. If the leadership was lost while the handler ran, the caller
+// gets [ErrFenced] instead of the answer: the handler ran, and its effect may or may not stand. An event or a command is given to
+// the next leader then.
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
 // only returns an option that only handlers of these kinds of messages can have.
@@ -326,9 +327,10 @@ type callConfig struct {
 	priority           *Priority
 }
 
-// A RetryPolicy says how often, and after which pauses, a call is sent again. The pause before attempt n+1 is random between 0 and
-// Backoff·2ⁿ⁻¹, at most MaxBackoff ("full jitter", https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
-// Fields that are 0 have their defaults; negative ones are invalid.
+// A RetryPolicy says how often, and after which pauses, a call is sent again. The pause before attempt n+1 is random between 0
+// and Backoff·2ⁿ⁻¹, at most MaxBackoff ("full jitter",
+// https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). Fields that are 0 have their defaults; negative
+// ones are invalid.
 type RetryPolicy struct {
 	Attempts       int           // in all; default 3
 	Backoff        time.Duration // default 50 ms
@@ -336,13 +338,13 @@ type RetryPolicy struct {
 	AttemptTimeout time.Duration // of one attempt of an Idempotent call; default 1 s
 }
 
-// Retry sends a call again if it certainly did not reach a handler (NotRun) because the service was unavailable, overloaded, without
-// an active instance, or behind an open circuit breaker.
+// Retry sends a call again if it certainly did not reach a handler (NotRun) because the service was unavailable, overloaded,
+// without an active instance, or behind an open circuit breaker.
 func Retry(p RetryPolicy) CallOption { return func(c *callConfig) { c.retry = &p } }
 
 // Sticky addresses a call to the instance that leads a service with [Exclusive] handlers. A call that did not reach a handler is
-// sent again as with [Retry], but until ctx ends: through a failover or a restart of the service, for example. The pauses are 10 ms
-// at first and 200 ms at most, unless Retry sets others. A call that may have run fails if its leader dies, unless it is
+// sent again as with [Retry], but until ctx ends: through a failover or a restart of the service, for example. The pauses are 10
+// ms at first and 200 ms at most, unless Retry sets others. A call that may have run fails if its leader dies, unless it is
 // [Idempotent] too.
 func Sticky() CallOption { return func(c *callConfig) { c.sticky = true } }
 
@@ -363,8 +365,8 @@ const (
 )
 
 // Balance addresses a call to an instance that the strategy chooses; by default NATS chooses one at random. Instances that are
-// UNHEALTHY or STOPPING are not chosen, and one that does not listen any more is skipped at once. Calls to an [Exclusive] handler go
-// to the leader. The first such call to a service asks the registry, and fails as [Service.Discover] does.
+// UNHEALTHY or STOPPING are not chosen, and one that does not listen any more is skipped at once. Calls to an [Exclusive] handler
+// go to the leader. The first such call to a service asks the registry, and fails as [Service.Discover] does.
 func Balance(strategy Strategy) CallOption { return func(c *callConfig) { c.strategy = &strategy } }
 
 // EventVersion sets the version of an event in [Publish] and [PublishBatch], in the form x.y or x.y.z.
@@ -372,10 +374,10 @@ func EventVersion(v string) CallOption { return func(c *callConfig) { c.version 
 
 // IdempotencyKey sets the id of an event or a command: 1 to 256 printable ASCII characters, no spaces.
 //
-// Of the commands of one service and name that are sent with the same key, only the first is executed for as long as its outcome is
-// kept; see [SendCommand]. Of the events of one domain and type that are published with the same key within the stream's duplicate
-// window (2 minutes by default), only the first is stored, and publishing another one succeeds without effect. The events of a
-// batch have the keys <k>-0, <k>-1 and so on.
+// Of the commands of one service and name that are sent with the same key, only the first is executed for as long as its outcome
+// is kept; see [SendCommand]. Of the events of one domain and type that are published with the same key within the stream's
+// duplicate window (2 minutes by default), only the first is stored, and publishing another one succeeds without effect. The
+// events of a batch have the keys <k>-0, <k>-1 and so on.
 func IdempotencyKey(k string) CallOption { return func(c *callConfig) { c.key = &k } }
 
 // AtPriority sets a command's priority. The default is [Normal]. Of the commands that wait for an instance the more urgent ones

@@ -194,8 +194,8 @@ func TestCrashedInstanceExpires(t *testing.T) {
 	}
 }
 
-// TestFailedCallsLeakNothing calls services and methods that do not exist. The calls leave no goroutines behind in the client and no
-// consumers in the server.
+// TestFailedCallsLeakNothing calls services and methods that do not exist. The calls leave no goroutines behind in the client and
+// no consumers in the server.
 func TestFailedCallsLeakNothing(t *testing.T) { // not parallel to other tests, because it counts goroutines
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk")
@@ -375,8 +375,9 @@ func TestBalance(t *testing.T) {
 	fails(t, err, aegis.ErrUnavailable, "risk")
 }
 
-// TestUnhealthyInstance checks that an instance whose health check fails or panics gives up the leadership, receives no calls, events
-// or commands that instances share, and is not chosen by Balance. It still answers calls that are addressed to it.
+// TestUnhealthyInstance checks that an instance whose health check fails or panics gives up the leadership, receives none of the
+// calls, events and commands that the instances share, and is not chosen by Balance. It still answers calls that are addressed to
+// it.
 func TestUnhealthyInstance(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
@@ -493,7 +494,7 @@ func TestRegistryBucketWithoutTTL(t *testing.T) {
 	fails(t, svc.Start(t.Context()), aegis.ErrInvalid, "KV_aegis_registry", "allow_msg_ttl")
 }
 
-// TestNATSMicroProtocol sends the requests of the nats tool and checks that the answers have everything that their schemas require:
+// TestNATSMicroProtocol sends the requests that the nats tool sends, and checks that the answers have what their schemas require:
 // https://github.com/nats-io/jsm.go/tree/main/schema_source/micro/v1
 func TestNATSMicroProtocol(t *testing.T) {
 	t.Parallel()

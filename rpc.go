@@ -108,7 +108,8 @@ func (q *requests) subscribeLocked(subs *[]*nats.Subscription, subject string) e
 	return nil
 }
 
-// endLocked ends subscriptions, after what the server has sent already. One whose connection is down would only come back with it.
+// endLocked ends subscriptions, after what the server has sent already. One whose connection is down would only come back with
+// it.
 func (q *requests) endLocked(subs []*nats.Subscription) {
 	for i, sub := range subs {
 		if q.svc.conns[i].up.Load() {
@@ -236,12 +237,12 @@ func (q *requests) send(m, out *nats.Msg) error {
 // Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The
 // time that is left travels along and bounds the handler's ctx; when ctx is cancelled, so is the handler's.
 //
-// The error is an [*Error]: the handler's, or one of these. [ErrInvalid]: a name, option or header is out of range, the
-// request can't be encoded or is larger than the server's max_payload. [ErrUnavailable]: no connection, no instance, or the
-// connection was lost while waiting. [ErrUnimplemented]: the service has no such method. [ErrNotActive], [ErrFenced]: see
-// [Exclusive]. [ErrTimeout], [ErrCanceled]: ctx ended. [ErrOverloaded]: the handler is at its limit. [ErrCircuitOpen]: see
-// [WithBreaker]. [ErrInternal]: the handler failed, or its answer can't be decoded. [ErrDenied]: the server's permissions don't allow
-// the call, or to hear its answer. [ErrClosed]: s was stopped. All but those of ctx come at once.
+// The error is an [*Error]: the handler's, or one of these. [ErrInvalid]: a name, option or header is out of range, the request
+// can't be encoded or is larger than the server's max_payload. [ErrUnavailable]: no connection, no instance, or the connection
+// was lost while waiting. [ErrUnimplemented]: the service has no such method. [ErrNotActive], [ErrFenced]: see [Exclusive].
+// [ErrTimeout], [ErrCanceled]: ctx ended. [ErrOverloaded]: the handler is at its limit. [ErrCircuitOpen]: see [WithBreaker].
+// [ErrInternal]: the handler failed, or its answer can't be decoded. [ErrDenied]: the server's permissions don't allow the call,
+// or to hear its answer. [ErrClosed]: s was stopped. All but those of ctx come at once.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
 	var resp, zero Resp
 	data, buf, err := marshal(s.cfg.codec, &req)
