@@ -3,8 +3,8 @@
 //
 // # Usage
 //
-// [New] makes a [Service], which can make calls at once. After [Service.Start] (or [Service.Run]) it also serves the handlers that
-// were given to [Handle], [Subscribe] and [HandleCommand]:
+// [New] makes a [Service], which can make calls at once. After [Service.Start] (or [Service.Run]) it also serves the handlers
+// that were given to [Handle], [Subscribe] and [HandleCommand]:
 //
 //	svc, err := aegis.New("order-service")
 //	aegis.Handle(svc, "create_order", func(ctx context.Context, o Order) (Receipt, error) { … })
@@ -22,12 +22,12 @@
 //
 // # Delivery
 //
-// A call runs at most once. A request that may have run is never sent again by itself: [Retry] and [Sticky] resend only requests
-// that certainly did not reach a handler, whose [Error] has NotRun set. [Idempotent] lifts that restriction. Every request that
-// arrives is answered, with an error if need be, unless its caller has stopped waiting.
+// A call runs at most once. A request that may have run is never sent again by itself: [Retry] and [Sticky] resend a request only
+// after an [Error] with NotRun, which says that the request certainly did not reach a handler. [Idempotent] lifts that
+// restriction. Every request that arrives is answered, with an error if need be, unless its caller has stopped waiting.
 //
-// An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored the event.
-// The event is acknowledged when its handler has returned nil, or when the event is stored as a dead letter.
+// An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored the
+// event. The event is acknowledged when its handler has returned nil, or when the event is stored as a dead letter.
 //
 // A command has one outcome, which is stored. After that its handler is not called again. Before that the handler may be called
 // more than once, because of an error or a crash; see [HandleCommand].
@@ -37,23 +37,23 @@
 //
 // # Concurrency
 //
-// All functions and methods may be called from several goroutines at once. Handlers run concurrently, up to a limit for each method
-// ([WithConcurrency], [Concurrency]). At the limit, as many requests again may wait for their turn, and the rest are rejected with
-// [ErrOverloaded]. Events and commands wait in the server. The ctx of a handler ends with the deadline of its caller (for an event
-// or a command: [Deadline]), when its caller cancels, and when Stop runs out of time.
+// All functions and methods may be called from several goroutines at once. Handlers run concurrently, up to a limit for each
+// method ([WithConcurrency], [Concurrency]). At the limit, as many requests again may wait for their turn, and the rest are
+// rejected with [ErrOverloaded]. Events and commands are not rejected: they wait in the server. The ctx of a handler ends with
+// the deadline of its caller (for an event or a command: [Deadline]), when its caller cancels, and when Stop runs out of time.
 //
 // # Shutdown
 //
-// [Service.Stop] takes no more work, lets running handlers finish, gives the events and commands that there is no time for back to
-// the server, hands over the leadership, leaves the registry, and closes the connections. The only goroutines that it may leave
+// [Service.Stop] takes no more work, lets running handlers finish, gives back to the server the events and commands that there is
+// no time for, hands over the leadership, leaves the registry, and closes the connections. The only goroutines that it may leave
 // behind are those of handlers that ignore their ctx.
 //
 // # Observation
 //
 // [Service.Stats] counts the results of every request, event, command and call. [Service.Handler] serves these figures to
-// Prometheus, beside health probes. Started services answer the nats tool (nats micro ls, info, stats, ping). Each log line about a
-// message has its correlation id, which [CorrelationID] returns for the handler's own logs. The W3C trace context of a message is
-// passed on to everything that its handler sends.
+// Prometheus, beside health probes. Started services answer the nats tool (nats micro ls, info, stats, ping). Each log line about
+// a message has its correlation id, which [CorrelationID] returns for the handler's own logs. The W3C trace context of a message
+// is passed on to everything that its handler sends.
 package aegis
 
 import (
@@ -72,16 +72,19 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file has the Service, and its life from New over Start to Stop.
+// This file has the Service, and its life: New, Start, Stop.
 //
 // A value travels one way, and its answer comes back the same way:
 //
 //	value → codec → request → connection → server → source → queue → worker → dispatch → handler → answer
 //
-// Each file uses the files below it in this list. The patterns: rpc.go, events.go, deadletters.go, jobs.go, commands.go,
-// election.go, registry.go, and metrics.go, which counts what they do. The primitives that carry them: dispatch.go (from a message
-// to its handler and back), feed.go (from a consumer to the queue), jetstream.go (streams, keys and watches), conn.go (the
-// connections, and request: a message out, its answer back). The ground: options.go, codec.go, errors.go.
+// The files form three layers, and each layer is built on the ones after it:
+//
+//   - The patterns: rpc.go, events.go, deadletters.go, jobs.go, commands.go, election.go, registry.go, and metrics.go, which
+//     counts what they do.
+//   - The primitives that carry them: dispatch.go (from a message to its handler and back), feed.go (from a consumer to the
+//     queue), jetstream.go (streams, keys and watches), conn.go (the connections, and request: a message out, its answer back).
+//   - The ground: options.go, codec.go, errors.go.
 
 // A Service is one instance of a named service: a pool of connections to NATS, the handlers, and the calls that it makes.
 type Service struct {
@@ -89,33 +92,33 @@ type Service struct {
 	cfg      *config
 	log      *slog.Logger
 	conns    []*conn
-	next     atomic.Uint32    // counts the choices of a connection
-	breakers lookup[*breaker] // by service
+	next     atomic.Uint32    // counts the calls of pick, so that the connections take turns
+	breakers lookup[*breaker] // by the service that is called
 	calls    lookup[*meter]   // by <service>.<method>
 	cancels  cancels
 	denials  denials
 
 	elections   lookup[*watch[claim]] // by <service>.<group>
 	directories lookup[*directory]    // by service
-	exclusive   *candidate            // for the exclusive handlers; nil without any
-	leading     atomic.Int32          // functions of Lead that run
-	campaigns   sync.WaitGroup        // candidates
+	exclusive   *candidate            // campaigns for the exclusive handlers; nil if there are none
+	leading     atomic.Int32          // how many functions of Lead are running
+	campaigns   sync.WaitGroup        // counts the candidates that campaign
 
 	since        time.Time       // when the service was made
-	unhealthy    atomic.Bool     // a health check fails
+	unhealthy    atomic.Bool     // whether a health check fails
 	healthMu     sync.Mutex      // held by updateHealth
-	entryChanged chan struct{}   // tells heartbeats to write the registry entry
-	registered   context.Context // ends heartbeats
+	entryChanged chan struct{}   // tells heartbeats to write the registry entry now
+	registered   context.Context // ends when heartbeats has to return
 	unregister   context.CancelFunc
-	heartbeating sync.WaitGroup // heartbeats
+	heartbeating sync.WaitGroup // counts the goroutine of heartbeats
 
 	quitting  context.Context // ends when Stop begins
 	quit      context.CancelFunc
 	base      context.Context // the parent of every handler's ctx; ends when Stop's time is up
 	cancel    context.CancelFunc
-	tasks     sync.WaitGroup // goroutines that end with base
-	ready     atomic.Bool    // Start has succeeded
-	draining  atomic.Bool    // requests that wait are refused
+	tasks     sync.WaitGroup // counts the goroutines that end when base does
+	ready     atomic.Bool    // whether Start has succeeded
+	draining  atomic.Bool    // set when Stop's time is up: messages that no handler has begun are refused or given back
 	returning atomic.Int32   // commands that are being queued again
 	done      chan struct{}  // closed at the end of Stop
 
@@ -123,8 +126,8 @@ type Service struct {
 	state      state
 	endpoints  map[string]*endpoint // by kind and name
 	candidates map[*candidate]bool
-	mayBeKnown bool                 // the registry may have an entry of this instance
-	own        []*nats.Subscription // those that belong to no endpoint and end when Stop begins
+	mayBeKnown bool                 // whether the registry may have an entry of this instance
+	own        []*nats.Subscription // subscriptions that belong to no endpoint; Stop ends them when it begins
 }
 
 type state int
@@ -186,10 +189,11 @@ func (s *Service) ID() string { return s.id }
 // Conn returns a connection of the pool, for what aegis does not do. The service goes on using it: don't close or drain it.
 func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 
-// Start begins to serve. It runs the health checks once, makes what [Subscribe] needs on the server, subscribes, and enters the
-// instance into the registry. When it returns, the servers of all connections know the handlers; more handlers may be added
-// later. An instance with [Exclusive] handlers then campaigns for the leadership; where nobody led before, that takes the Lease
-// of its policy ([WithFailover]). A service whose Start failed can only be stopped.
+// Start begins to serve. It runs the health checks once, makes the streams, buckets and consumers that the handlers need and that
+// do not exist, subscribes, and enters the instance into the registry. When it returns, the servers of all connections know the
+// handlers; more handlers may be added later. An instance with [Exclusive] handlers then campaigns for the leadership. If nobody
+// has led the service before, the first leader is elected after the Lease of its policy ([WithFailover]). A service whose Start
+// failed can only be stopped.
 //
 // Errors: [ErrClosed] after Stop; [ErrInvalid] if the service was started already, or a stream, bucket or consumer that exists
 // can't be used; [ErrUnavailable] if the server can't be reached, or has no JetStream and a handler needs it; [ErrDenied] if the
@@ -235,7 +239,8 @@ func (s *Service) Start(ctx context.Context) error {
 	return nil
 }
 
-// subscribeOwn subscribes to what is not meant for a handler. Each message reaches the instance once, on any connection.
+// subscribeOwn subscribes to the messages that are not meant for a handler: cancellations, and the surveys of the nats tool. All
+// connections of the instance form one queue group, so that each message reaches the instance once.
 func (s *Service) subscribeOwn() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -250,7 +255,7 @@ func (s *Service) subscribeOwn() error {
 			if err != nil {
 				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
 			}
-			if subject != cancelSubject(s.name) { // handlers need that until the end
+			if subject != cancelSubject(s.name) { // that one stays, because Stop waits for handlers, which may be cancelled
 				s.own = append(s.own, sub)
 			}
 		}
@@ -276,7 +281,7 @@ func (s *Service) Run(ctx context.Context) error {
 }
 
 const (
-	cancelGrace   = 200 * time.Millisecond // for handlers to return after Stop has cancelled their ctx
+	cancelGrace   = 200 * time.Millisecond // for handlers to return after Stop has cancelled their ctx, and for Stop's last steps
 	returnTimeout = 5 * time.Second        // for queueing again the commands whose handlers have returned by then
 )
 
@@ -284,10 +289,10 @@ const (
 // leaves the registry, and closes the connections. Calls of this service that still wait for an answer then fail with
 // [ErrClosed]. The functions of [Service.Lead] have their ctx cancelled when Stop begins.
 //
-// When ctx ends before that, requests that have not begun are refused, the ctx of the handlers that run is cancelled, and Stop
-// returns 0.2 s later, with [ErrTimeout] if handlers still run. Events and commands whose handlers return within that time are
-// given back to the server, which may take Stop up to 5 s more. If the server can't be reached, Stop closes what is local and
-// returns [ErrUnavailable]. A second Stop waits for the first one and returns nil.
+// When ctx ends before that, requests that have not begun are refused, and the ctx of the handlers that run is cancelled. Stop
+// gives these handlers 0.2 s to return, and returns [ErrTimeout] even if they do. Events and commands whose handlers return
+// within that time are given back to the server, which may take Stop up to 5 s more. If the server can't be reached, Stop closes
+// what is local and returns [ErrUnavailable]. A second Stop waits for the first one and returns nil.
 func (s *Service) Stop(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state == stopping {
@@ -307,7 +312,7 @@ func (s *Service) Stop(ctx context.Context) error {
 	defer close(s.done)
 	defer s.close()
 	s.quit()
-	signal(s.entryChanged) // its status is STOPPING now
+	signal(s.entryChanged) // the status in the registry entry is STOPPING now
 	for _, sub := range own {
 		_ = sub.Unsubscribe() // fails only on a closed connection
 	}
@@ -317,7 +322,7 @@ func (s *Service) Stop(ctx context.Context) error {
 			all.Go(func() { e.finish(ctx) })
 		}
 		all.Wait()
-		s.campaigns.Wait() // a term is released when its exclusive handlers are finished
+		s.campaigns.Wait() // a candidate that leads releases its term when the exclusive handlers are finished
 	})
 	var late, lost error
 	select {
@@ -350,13 +355,13 @@ func (s *Service) Stop(ctx context.Context) error {
 	return errors.Join(late, lost)
 }
 
-// close ends every handler's ctx and all calls, and closes the connections. It does not wait for one that is just trying to
-// connect, which is closed when nats.go's connect timeout is over.
+// close ends every handler's ctx and all calls, and closes the connections. It waits for that no longer than cancelGrace, because
+// nats.go closes a connection that is just trying to reconnect only when its connect timeout is over.
 func (s *Service) close() {
 	s.cancel()
 	var closing sync.WaitGroup
 	for _, c := range s.conns {
-		c.disconnected()
+		c.disconnected() // so that the calls that wait on c fail, and no other begins
 		closing.Go(c.nc.Close)
 	}
 	s.quit()
@@ -383,13 +388,15 @@ func (s *Service) startTask(fn func()) bool {
 	return true
 }
 
-// handlers returns all endpoints.
+// handlers returns the endpoints of all handlers.
 func (s *Service) handlers() []*endpoint {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Collect(maps.Values(s.endpoints))
 }
 
+// stateErrorLocked returns the error for an operation, called verb, that is not possible in the present state. It is nil if the
+// service has been neither started nor stopped.
 func (s *Service) stateErrorLocked(verb string) error {
 	switch s.state {
 	case stopping:

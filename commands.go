@@ -14,19 +14,19 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has the worker's side of commands. A command is work that is queued and handled by one instance at a time. It reports its
-// progress, can be cancelled, and has one outcome, which is kept.
+// This file has the worker's side of commands. A command is work that is queued and handled by one instance at a time. It reports
+// its progress, can be cancelled, and has one outcome, which is kept.
 //
-// The record of a command, in the bucket aegis_commands, is authoritative, and every change of it is a compare-and-swap. The message
-// in the work queue AEGIS_COMMANDS carries the data and makes a worker look at the record. The server republishes each change of a
-// record to those who follow the command.
+// The record of a command, in the bucket aegis_commands, is authoritative, and every change of it is a compare-and-swap. The
+// message in the work queue AEGIS_COMMANDS carries the data and makes a worker look at the record. The server republishes each
+// change of a record to those who follow the command.
 
 // A Command is what a handler of [HandleCommand] is called with.
 type Command[T any] struct {
 	ID       string // what [IdempotencyKey] set, else random
 	Source   string // the service that sent it, as the sender claims; not authenticated
 	Priority Priority
-	Attempt  int      // counts from 1. Crashes count too; an attempt that ended early because of Stop does not
+	Attempt  int      // counts from 1, with crashes, but without attempts that Stop cut short
 	Fence    uint64   // a fencing token, which rises with each attempt: a store that remembers the highest can reject older attempts
 	Last     Progress // what the previous attempt reported last
 	Data     T
@@ -121,8 +121,8 @@ func recordKey(service, command, id string) string {
 	return service + "." + command + "." + id
 }
 
-// writeRecord replaces the record if it still has this revision; 0 means that there is none. If somebody else has changed the record,
-// the failure is a conflict, and writeRecord returns the present record and its revision.
+// writeRecord replaces the record if it still has this revision; 0 means that there is none. If somebody else has changed the
+// record, the failure is a conflict, and writeRecord returns the present record and its revision.
 func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revision uint64, cfg *callConfig) (
 	now *record, at uint64, failure *Error,
 ) {
@@ -147,7 +147,8 @@ func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revi
 	return now, at, cmp.Or(unreadable, failure)
 }
 
-// readRecord asks the bucket's leader for the latest record, which is nil if there is none. It uses the connection c if that is not nil.
+// readRecord asks the bucket's leader for the latest record, which is nil if there is none. It uses the connection c if that is
+// not nil.
 func (s *Service) readRecord(ctx context.Context, c *conn, key string) (*record, uint64, *Error) {
 	data, revision, failure := s.readKey(ctx, c, recordBucket, key)
 	rec, unreadable := parseRecord(key, data)
@@ -166,24 +167,27 @@ func parseRecord(key string, data []byte) (*record, *Error) {
 	return rec, nil
 }
 
-// HandleCommand makes fn the handler of a command of the service. command is a letter, then letters, digits and _, at most 128. fn is
-// called on a goroutine of the library, up to [Concurrency] at once in each instance. Its ctx ends after [Deadline], when the command
-// is cancelled, when another instance has taken the command over, or when Stop's time is up.
+// HandleCommand makes fn the handler of a command of the service. command is a letter, then letters, digits and _, at most 128
+// characters. fn is called on a goroutine of the library, up to [Concurrency] at once in each instance. Its ctx ends after
+// [Deadline], when the command is cancelled, when another instance has taken the command over, or when Stop's time is up.
 //
-// A command has one outcome, and once it has, fn is not called again. Before that, fn may be called more than once. After an error it
-// is called again, after a pause ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt; another instance begins the
-// next one after 10 s, the ack wait. An instance that was paused or cut off may go on with fn for a moment after another one has taken
-// over. So make effects elsewhere idempotent by Command.ID, or guard them with Command.Fence.
+// A command has one outcome, and once it has, fn is not called again. Before that, fn may be called more than once. After an
+// error it is called again, after a pause ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt; another
+// instance begins the next one after 10 s, the ack wait. An instance that was paused or cut off may go on with fn for a moment
+// after another one has taken over. So make effects elsewhere idempotent by Command.ID, or guard them with Command.Fence.
 //
-// After the last attempt the command has failed, and becomes a dead letter. Data that can't be decoded into T fails at once. The result
-// must fit the server's max_payload, less 2 KiB.
+// After the last attempt the command has failed, and becomes a dead letter. Data that can't be decoded into T fails at once. The
+// result must fit the server's max_payload, less 2 KiB.
 //
-// When Stop's time is up, a command whose handler returns an error because its ctx has ended is queued again, and the attempt does not
-// count. A handler that ignores its ctx for longer than 0.2 s then costs an attempt, and the command has to wait for the ack wait.
+// When Stop's time is up, a command whose handler returns an error because its ctx has ended is queued again, and the attempt
+// does not count. A handler that ignores its ctx for longer than 0.2 s after that costs an attempt, and the command is delivered
+// again only after the ack wait.
 //
-// Errors: [ErrInvalid] if command or an option is out of range, or if the command has a handler already; and the other ones of
-// [Subscribe], about the streams AEGIS_COMMANDS and AEGIS_DEAD and the bucket aegis_commands.
-func HandleCommand[T, R any](s *Service, command string, fn func(context.Context, *Command[T]) (R, error), opts ...HandlerOption) error {
+// Errors: [ErrInvalid] if command or an option is out of range, or if the command has a handler already; and otherwise the errors
+// of [Subscribe], here for the streams AEGIS_COMMANDS and AEGIS_DEAD and the bucket aegis_commands.
+func HandleCommand[T, R any](
+	s *Service, command string, fn func(context.Context, *Command[T]) (R, error), opts ...HandlerOption,
+) error {
 	if fn == nil {
 		return newError(ErrInvalid, "command %q: the function is nil", command)
 	}
@@ -252,10 +256,7 @@ type run struct {
 }
 
 func (src *commandSource) open(ctx context.Context) error {
-	if failure := src.svc.patiently(ctx, func(ctx context.Context) *Error {
-		_, failure := src.svc.openStream(ctx, src.svc.recordStream(), recordPrefix+">")
-		return failure
-	}); failure != nil {
+	if _, failure := src.svc.openStreamPatiently(ctx, src.svc.recordStream(), recordPrefix+">"); failure != nil {
 		return failure
 	}
 	src.svc.probePublish(recordPrefix+recordKey(src.svc.name, src.name, "probe"), readSubject(recordBucket))
@@ -314,8 +315,8 @@ func (x *run) claim() bool {
 		if x.rec.Failures+x.rec.Crashes >= src.cfg.attempts {
 			last := x.rec.Error
 			if last == nil {
-				last = newError(ErrInternal, "its handler began %d times and never finished: it crashed or hung, or its instance lost the connection",
-					x.rec.Crashes)
+				last = newError(ErrInternal, "its handler began %d times and never finished: "+
+					"it crashed or hung, or its instance lost the connection", x.rec.Crashes)
 				last.Source = src.svc.name
 				src.meter.ended(x.r.msg.Source, last)
 			}
@@ -337,7 +338,8 @@ func (x *run) claim() bool {
 	return false
 }
 
-// write writes the record, with the latest report, within a time. If the command is lost, it ends the handler's ctx and returns why.
+// write writes the record with the latest report, and retries until ctx ends or the time is up. If the command is lost, it ends
+// the handler's ctx and returns the error that says why.
 func (x *run) write(ctx context.Context, within time.Duration) *Error {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
@@ -361,8 +363,8 @@ func (x *run) write(ctx context.Context, within time.Duration) *Error {
 	}
 }
 
-// lost ends the handler's ctx because the command was cancelled or belongs to another instance, as its record says now. It returns the
-// error that says so.
+// lost ends the handler's ctx because the command was cancelled or belongs to another instance, as its record says now. It
+// returns the error that says so.
 func (x *run) lost(now *record) *Error {
 	failure := newError(ErrFenced, "another instance has taken over the command %s", x.r.delivery.id)
 	if now != nil && now.State == canceled {
@@ -373,7 +375,7 @@ func (x *run) lost(now *record) *Error {
 	return failure
 }
 
-// whyLost returns the error that lost returned while the handler ran, or nil.
+// whyLost returns the error that says why the command was lost while the handler ran, or nil if it was not.
 func (x *run) whyLost() *Error {
 	failure, _ := context.Cause(x.reporting).(*Error)
 	return failure
@@ -401,12 +403,12 @@ func (x *run) check() bool {
 	return failure == nil
 }
 
-// Progress reports how far the command is. Those who follow the command see the report and, after a crash, the next attempt gets it in
-// Command.Last. percent is 0 to 100, and message is cut after 1,024 bytes. Progress does not block. Of the reports that follow each
-// other within 0.1 s only the last one is stored.
+// Progress reports how far the command is. Those who follow the command see the report and, after a crash, the next attempt gets
+// it in Command.Last. percent is 0 to 100, and message is cut after 1,024 bytes. Progress does not block. Of the reports that
+// follow each other within 0.1 s only the last one is stored.
 //
-// Errors: [ErrCanceled] if the command was cancelled, and [ErrFenced] if another instance has taken it over, so that the handler should
-// return; [ErrInvalid] if percent is out of range or the handler has returned.
+// Errors: [ErrCanceled] if the command was cancelled, and [ErrFenced] if another instance has taken it over, so that the handler
+// should return; [ErrInvalid] if percent is out of range or the handler has returned.
 func (c *Command[T]) Progress(percent float64, message string) error {
 	if !(percent >= 0 && percent <= 100) {
 		return newError(ErrInvalid, "Progress(%v): want 0 to 100", percent)
@@ -427,8 +429,8 @@ func (x *run) report(p Progress) *Error {
 	return nil
 }
 
-// writeProgress writes the latest report, at intervals, until no other report has come in an interval or the handler has returned. In
-// the latter case the report is written with the outcome.
+// writeProgress writes the latest report, at intervals, until no other report has come in an interval or the handler has
+// returned. In the latter case the report is written with the outcome.
 func (x *run) writeProgress() {
 	for more := true; more; {
 		p, failure := x.reported.Load(), (*Error)(nil)

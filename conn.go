@@ -23,27 +23,28 @@ import (
 )
 
 // This file has the pool of connections, and request, which sends a message and waits for its one answer. RPC, publishing, the
-// records of commands and every compare-and-swap go through it. It is the one place where failures become errors.
+// records of commands and every compare-and-swap go through request. It is the one place where a message that can't be sent, or
+// is not answered, becomes an Error.
 
 // A conn is one connection of the pool and its reply slots.
 type conn struct {
 	nc           *nats.Conn
 	js           jetstream.JetStream
 	inbox        string        // the prefix of this connection's reply subjects, with the dot at its end
-	up           atomic.Bool   // as nats.go's callbacks say
+	up           atomic.Bool   // whether it is connected, as far as nats.go's callbacks have said
 	drops        atomic.Uint32 // how often the connection was lost
 	reconnects   atomic.Uint32
-	lastReported atomic.Pointer[error] // the latest error that nats.go has reported
+	lastReported atomic.Pointer[error] // the latest error that nats.go has passed to AsyncErrorCB
 	limit        atomic.Int64          // the server's max_payload
 
 	sendMu  sync.Mutex // guards the next two
-	pending []outgoing // messages that the goroutine which came first will publish
-	spare   []outgoing // an empty slice to use next
+	pending []outgoing // messages that the goroutine which added the first of them will publish
+	spare   []outgoing // the empty slice that pending becomes next, so that no new one is allocated
 
-	inboxes atomic.Uint64 // made so far
+	inboxes atomic.Uint64 // how many newInbox has made
 	slotsMu sync.Mutex    // guards the rest
 	slots   map[*slot]bool
-	free    []*slot // those without a call; the one used last is at the end
+	free    []*slot // the slots without a call; the one used last is at the end
 }
 
 const maxSlots = 8192 // calls that may wait for their answers on one connection
@@ -51,13 +52,13 @@ const maxSlots = 8192 // calls that may wait for their answers on one connection
 // connect makes one connection of the pool.
 func (s *Service) connect() (*conn, error) {
 	c := &conn{slots: map[*slot]bool{}}
-	c.up.Store(true) // from here on only the callbacks below change it, which nats.go runs in order
+	c.up.Store(true) // until close, only the callbacks below change it from here on, and nats.go runs them in order
 	opts := nats.GetDefaultOptions()
 	opts.Servers = s.cfg.urls
 	opts.Name = s.id
-	opts.MaxReconnect = -1
+	opts.MaxReconnect = -1 // no limit
 	opts.CustomReconnectDelayCB = func(rounds int) time.Duration { return backoff(rounds, 50*time.Millisecond, 5*time.Second) }
-	opts.IgnoreAuthErrorAbort = true // the credentials may be renewed
+	opts.IgnoreAuthErrorAbort = true // it goes on reconnecting, because the credentials may be renewed
 	opts.PingInterval = 10 * time.Second
 	opts.FlusherTimeout = 2 * time.Second // a server that does not read any more counts as gone
 	opts.ReconnectOnFlusherError = true
@@ -66,8 +67,9 @@ func (s *Service) connect() (*conn, error) {
 			return nil, newError(ErrInvalid, "WithNATS: %v", err)
 		}
 	}
-	opts.ReconnectBufSize = -1
-	opts.InboxPrefix = cmp.Or(opts.InboxPrefix, strings.TrimSuffix(nats.InboxPrefix, ".")) + "." + s.name // nats.go uses it too
+	opts.ReconnectBufSize = -1 // no buffer, because what is in it would be sent after its caller had given up
+	// nats.go's own requests use this prefix, too.
+	opts.InboxPrefix = cmp.Or(opts.InboxPrefix, strings.TrimSuffix(nats.InboxPrefix, ".")) + "." + s.name
 	disconnected, connected, reconnected, failed := opts.DisconnectedErrCB, opts.ConnectedCB, opts.ReconnectedCB, opts.AsyncErrorCB
 	opts.DisconnectedErrCB = func(nc *nats.Conn, err error) {
 		c.disconnected()
@@ -102,7 +104,7 @@ func (s *Service) connect() (*conn, error) {
 			s.denials.note(err)
 			c.wakeSlots()
 		}
-		c.lastReported.Store(&err)
+		c.lastReported.Store(&err) // after note, because checkDenials relies on that
 		if failed != nil {
 			failed(nc, sub, err)
 		}
@@ -129,11 +131,13 @@ func redacted(urls []string) string {
 	return strings.Join(out, ", ")
 }
 
+// connected is called when the connection is made, for the first time or again.
 func (c *conn) connected(nc *nats.Conn) {
 	c.limit.Store(nc.MaxPayload())
 	c.up.Store(true)
 }
 
+// disconnected makes the calls that wait on c fail. It is called when the connection is lost, and when the service closes it.
 func (c *conn) disconnected() {
 	c.up.Store(false)
 	c.drops.Add(1)
@@ -143,13 +147,13 @@ func (c *conn) disconnected() {
 // pick returns the next connection that is up, nil if none is.
 func (s *Service) pick() *conn { return s.pickOther(nil) }
 
-// pickOther returns the next connection that is up, if possible another one than c; nil if none is up.
+// pickOther returns the next connection that is up, if possible another one than c, or nil if none is up.
 func (s *Service) pickOther(c *conn) *conn {
 	n := s.next.Add(1)
-	var last *conn
+	var other *conn
 	for i := range uint32(len(s.conns)) {
-		if last = s.conns[(n+i)%uint32(len(s.conns))]; last.up.Load() && last != c {
-			return last
+		if other = s.conns[(n+i)%uint32(len(s.conns))]; other.up.Load() && other != c {
+			return other
 		}
 	}
 	if c != nil && c.up.Load() {
@@ -171,14 +175,14 @@ type exchange struct {
 	subject     string
 	header      nats.Header
 	data        []byte
-	correlation string        // "" for one of its own
-	until       time.Duration // by the clock; the time left when it is sent is the handler's budget
-	on          *conn         // to send it on; nil for any that is up
-	reply       string
-	sent        bool
+	correlation string        // the correlation id to pass on; if it is "", <connection>.<slot>.<call> of reply serves as one
+	until       time.Duration // the deadline, by the clock; the time left when it is sent is the handler's budget
+	on          *conn         // the connection to send it on; nil for any that is up
+	reply       string        // the reply subject of the latest attempt
+	sent        bool          // whether that attempt was published
 }
 
-// within gives x the time until ctx ends, but at most so much.
+// within sets the deadline of x to the end of ctx, but at most this long from now.
 func (x *exchange) within(ctx context.Context, most time.Duration) *exchange {
 	x.until = clock() + min(timeLeft(ctx, most), most)
 	return x
@@ -192,15 +196,16 @@ func timeLeft(ctx context.Context, usual time.Duration) time.Duration {
 	return min(usual, maxBudget)
 }
 
-const maxBudget = 365 * 24 * time.Hour // a later deadline does not fit the reply subject, or the clock
+const maxBudget = 365 * 24 * time.Hour // more might not fit into the reply subject, or overflow the clock
 
-// withRetries makes attempts within ctx's time until one succeeds or may not be followed by another. It releases buf, which holds
-// x.data, if no attempt can still be waiting to be published.
+// withRetries makes attempts to send x, within ctx's time, until one succeeds or no other may follow. An attempt reports again if
+// another may follow its failure. withRetries releases buf, which holds x.data, only if the first attempt succeeded, because a
+// message whose attempt has failed may still wait in a connection's pending.
 func (s *Service) withRetries(ctx context.Context, x *exchange, cfg *callConfig, buf *packer, attempt func() (answer *nats.Msg, failure *Error, again bool)) (*nats.Msg, *Error) {
 	policy := cfg.policy()
 	end := clock() + timeLeft(ctx, s.cfg.timeout)
 	mayHaveRun := false
-	var last *Error
+	var last *Error // the failure that explains why attempt after attempt failed
 	for n := 1; ; n++ {
 		x.until = end
 		if cfg.idempotent {
@@ -218,11 +223,12 @@ func (s *Service) withRetries(ctx context.Context, x *exchange, cfg *callConfig,
 		failure.NotRun = !mayHaveRun
 		if !again || n >= policy.Attempts {
 			if failure.Source == "" && (failure.Code == ErrTimeout.Code || failure.Code == ErrCanceled.Code) {
-				failure.Cause = last // it says more than that the time was up
+				failure.Cause = last // last says more than that the time was up
 			}
 			return nil, failure
 		}
-		if last == nil || !failure.NotRun || ctx.Err() == nil && clock() < end { // else the end cut the attempt short, and last says more
+		// Otherwise the time was up in the middle of this attempt, and the failure of an earlier one says more.
+		if last == nil || !failure.NotRun || ctx.Err() == nil && clock() < end {
 			last = failure
 		}
 		sleep(ctx, min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
@@ -237,13 +243,14 @@ func (s *Service) withRetries(ctx context.Context, x *exchange, cfg *callConfig,
 	}
 }
 
-// These two are compared by identity.
+// These two errors are compared by identity.
 var (
 	errNoResponders = notRun(newError(ErrUnavailable, "no responders")) // nobody has subscribed to the subject
 	errDropped      = &Error{}                                          // the connection was lost before anything was written
 )
 
-// request publishes x and waits for its answer, at most until x.until. Every failure becomes an Error here.
+// request publishes x and waits for its answer, at most until x.until. If the connection was lost before anything was written, it
+// tries another one, unless x is for a certain connection. errNoResponders is returned as it is; the caller has to explain it.
 func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) {
 	if err := ctx.Err(); err != nil {
 		return nil, notRun(asError(err))
@@ -277,9 +284,9 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 	return nil, s.disconnectedError()
 }
 
-// exchange sends x on c and waits for its answer in the slot.
+// exchange sends x on c and waits for its answer in the slot. It returns errDropped if c was lost before anything was written.
 func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) (*nats.Msg, *Error) {
-	sl.calls += 1 + mrand.Uint64N(1<<20) // nobody can guess the next number from the last
+	sl.calls += 1 + mrand.Uint64N(1<<20) // a random step, so that nobody can guess the next number from the last
 	var buf [256]byte
 	b := append(buf[:0], sl.prefix...)
 	b = strconv.AppendUint(b, sl.calls, 36)
@@ -288,7 +295,7 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 	}
 	b = strconv.AppendInt(append(b, '.'), max((x.until-clock()).Milliseconds(), 1), 10)
 	x.reply = string(b)
-	sl.drops = c.drops.Load()
+	sl.drops = c.drops.Load() // before up, so that no loss of the connection is missed
 	if !c.up.Load() {
 		return nil, errDropped
 	}
@@ -331,12 +338,13 @@ func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) 
 // isNoResponders reports whether m is the server's answer to a message whose subject nobody has subscribed to.
 func isNoResponders(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get("Status") == "503" }
 
-// answerLost returns the reason why no answer to what was sent to subject will come to sl any more, nil if one may still come.
+// answerLost returns the reason why sl can't get an answer to the message that was sent to subject any more, or nil if the answer
+// may still come.
 func (s *Service) answerLost(c *conn, sl *slot, subject string) *Error {
 	noAnswers := s.denials.since(sl.since, toSubscribe+sl.sub.Subject)
 	if noAnswers != nil {
-		noAnswers.NotRun = false
-		sl.missed = maxMissed - 1 // so that the slot is ended and not used again
+		noAnswers.NotRun = false  // the message itself may have arrived
+		sl.missed = maxMissed - 1 // so that release ends the slot
 	}
 	if denied := cmp.Or(s.denials.since(sl.since, toPublish+subject), noAnswers); denied != nil {
 		return denied
@@ -366,15 +374,17 @@ func describeUnanswered(e *Error, sl *slot, x *exchange) *Error {
 //
 //	<inbox prefix>.<calling service>.<connection>.<slot>.<call>[-<correlation id>].<budget in ms>
 //
-// so that deadline, caller and correlation id need no header. It is as the sender claims, and not authenticated.
+// so that the deadline, the caller and the correlation id need no header. All this is what the sender claims; it is not
+// authenticated.
 type address struct {
 	service string
 	call    string        // <connection>.<slot>.<call>[-<correlation id>]
 	budget  time.Duration // 0 for a caller that does not use aegis; then the rest is unknown too
 }
 
-const connectionToken = 12 // characters, which have 60 random bits
+const connectionToken = 12 // characters of <connection>, which have 60 random bits
 
+// parseAddress returns what a reply subject says, or the zero address if it is not in the form above.
 func parseAddress(reply string) (a address) {
 	last := max(strings.LastIndexByte(reply, '.'), 0)
 	ms, err := strconv.ParseUint(strings.TrimPrefix(reply[last:], "."), 10, 40)
@@ -394,6 +404,7 @@ func parseAddress(reply string) (a address) {
 	return address{service, call, time.Duration(ms) * time.Millisecond}
 }
 
+// correlationID returns the correlation id that the caller passed on. If there is none, it makes one from the call.
 func (a address) correlationID() string {
 	if _, id, ok := strings.Cut(a.call, "-"); ok {
 		return id
@@ -403,35 +414,36 @@ func (a address) correlationID() string {
 
 // A slot waits for the answer to one call at a time. It is a subscription to <inbox>.<slot>.> that is used again and again, so
 // that the connection's read loop hands an answer straight to the waiting caller. The number of the call in the reply subject
-// tells an answer to this call from a late answer to an earlier one. A nil among the answers makes the caller check whether its
-// time is up or its connection was lost.
+// distinguishes an answer to this call from a late answer to an earlier one. A nil among the answers makes the caller check
+// whether its answer can still come; see answerLost.
 type slot struct {
 	sub     *nats.Subscription
-	prefix  string
+	prefix  string // of the reply subjects
 	answers chan *nats.Msg
 	alarm   *time.Timer // wakes the caller when its time is up
-	missed  int         // calls that were given up; their answers may still come and fill answers
+	missed  int         // how many calls ended without an answer; late answers may still come and fill the channel
 	calls   uint64      // the number of the latest call
 
 	// Of the present call:
-	since, until time.Duration
-	drops        uint32 // of the connection, when the call began
+	since, until time.Duration // its begin and its deadline, by the clock
+	drops        uint32        // of the connection, when the call began
 }
 
-// wakeAt makes the slot's caller wake at that time.
+// wakeAt sets the deadline of the present call, and makes alarm wake its caller then.
 func (sl *slot) wakeAt(until time.Duration) {
 	sl.until = until
 	sl.alarm.Reset(until - clock())
 }
 
-// wake makes the waiting caller check its deadline and its connection again.
+// wake makes the waiting caller check whether its answer can still come.
 func (sl *slot) wake() {
 	select {
 	case sl.answers <- nil:
-	default: // something that wakes it is there already
+	default: // the channel is full, so the caller wakes anyway
 	}
 }
 
+// wakeSlots wakes every caller that waits on c.
 func (c *conn) wakeSlots() {
 	c.slotsMu.Lock()
 	defer c.slotsMu.Unlock()
@@ -451,14 +463,14 @@ func (c *conn) slot() (*slot, *Error) {
 	sl := c.free[n-1]
 	c.free = c.free[:n-1]
 	c.slotsMu.Unlock()
-	for len(sl.answers) > 0 { // late ones
+	for len(sl.answers) > 0 { // late answers to earlier calls
 		<-sl.answers
 	}
 	return sl, nil
 }
 
-// newSlot makes a slot for the messages whose subject begins with prefix, or is equal to it if it does not end in a dot. The slot
-// has room for so many messages.
+// newSlot makes a slot. If prefix ends in a dot, the slot gets the messages whose subjects begin with it, else those to the
+// subject prefix itself. The slot has room for that many messages; more are lost.
 func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
 	sl := &slot{prefix: prefix, calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sl.alarm = time.AfterFunc(time.Hour, sl.wake)
@@ -486,9 +498,9 @@ func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
 // newInbox returns a reply subject that nobody else uses.
 func (c *conn) newInbox() string { return c.inbox + strconv.FormatUint(c.inboxes.Add(1), 10) }
 
-const maxMissed = 8
+const maxMissed = 8 // a slot is ended after that many calls without an answer
 
-// release makes a slot free for the next call, or ends it if too many late answers may be on their way to it.
+// release makes a slot free for the next call, or ends it if too many late answers may still be under way to it.
 func (c *conn) release(sl *slot, answered bool) {
 	sl.alarm.Stop()
 	if !answered {
@@ -503,6 +515,7 @@ func (c *conn) release(sl *slot, answered bool) {
 	c.free = append(c.free, sl)
 }
 
+// endSlot ends the slot's subscription.
 func (c *conn) endSlot(sl *slot) {
 	sl.alarm.Stop()
 	_ = sl.sub.Unsubscribe() // fails only on a closed connection
@@ -511,7 +524,8 @@ func (c *conn) endSlot(sl *slot) {
 	delete(c.slots, sl)
 }
 
-// An outgoing message waits to be published. It is dropped if the clock passes until, or if the connection was lost meanwhile.
+// An outgoing is a message that waits to be published. It is dropped at its deadline, until, or if the connection is lost
+// meanwhile, so that drops is not the connection's any more.
 type outgoing struct {
 	subject, reply string
 	header         nats.Header
@@ -520,10 +534,13 @@ type outgoing struct {
 	drops          uint32
 }
 
-// publish sends m together with what other goroutines publish at the same time. nats.go would write to the socket whenever one of
-// them begins to wait for its answer. So the goroutine that comes first yields to the others once, and then publishes everything
-// that they have left in pending meanwhile. That makes some 50 messages a write where there were 2, and costs a lone caller
-// nothing. The error is m's own if its goroutine was the first, else nil: what can still fail then fails with the connection.
+// publish sends m together with the messages that other goroutines publish at the same time. Without this, nats.go would write to
+// the socket whenever one of them begins to wait for its answer. So the goroutine that comes first yields to the others once, and
+// then publishes everything that they have left in pending meanwhile. That makes about 50 messages per write instead of 2, and
+// costs a lone caller nothing.
+//
+// The error is that of m if its goroutine came first, and nil otherwise. Then m can fail only because the connection is lost, and
+// the waiting caller learns that from its slot.
 func (c *conn) publish(m outgoing) (err error) {
 	if !m.surelyFits(c.limit.Load()) {
 		return c.write(m)
@@ -556,7 +573,8 @@ func (c *conn) publish(m outgoing) (err error) {
 	return err
 }
 
-// surelyFits reports whether nats.go will accept m: its size, and its header's keys.
+// surelyFits reports whether nats.go will accept the size of m and the keys of its header. It is on the safe side: of what it
+// turns down, nats.go may still accept some.
 func (m *outgoing) surelyFits(limit int64) bool {
 	for key := range m.header {
 		if !isToken(key, 128) {
@@ -566,7 +584,7 @@ func (m *outgoing) surelyFits(limit int64) bool {
 	return messageSize(m.header, m.data)+64 <= limit
 }
 
-// messageSize returns about what the server compares with its max_payload.
+// messageSize returns about the size that the server compares with its max_payload.
 func messageSize(h nats.Header, data []byte) int64 {
 	size := len(data)
 	for key, values := range h {
@@ -588,7 +606,7 @@ func (s *Service) notify(subject string, data []byte) {
 	}
 }
 
-// flush waits until the servers have processed what was sent on every connection.
+// flush waits until the servers have processed everything that was sent, on every connection.
 func (s *Service) flush(ctx context.Context) (failure *Error) {
 	for _, c := range s.conns {
 		if err := c.flush(ctx); err != nil {
@@ -598,20 +616,21 @@ func (s *Service) flush(ctx context.Context) (failure *Error) {
 	return failure
 }
 
+// flush waits until the server has processed everything that was sent on c. Without a deadline in ctx it waits for 5 s at most.
 func (c *conn) flush(ctx context.Context) error {
 	ctx, cancel := withDeadline(ctx, 5*time.Second)
 	defer cancel()
-	if !c.up.Load() || !c.nc.IsConnected() { // it would wait for the connection to come back
+	if !c.up.Load() || !c.nc.IsConnected() { // otherwise FlushWithContext would wait for the connection to come back
 		return nats.ErrDisconnected
 	}
 	return c.nc.FlushWithContext(ctx)
 }
 
-// denials has what the server's permissions have denied. The server does not answer a message that it denies. It reports the
-// denial apart, with the subject.
+// denials remembers what the server's permissions have denied. The server does not answer a message that it denies. It reports
+// the denial with the subject, but without the message's reply subject, so that the caller has to look for it here.
 type denials struct {
 	mu     sync.Mutex               // guards latest
-	latest map[string]time.Duration // when it was denied last, by toPublish or toSubscribe and the subject
+	latest map[string]time.Duration // the time of the latest denial; the key is toPublish or toSubscribe, and the subject
 }
 
 const (
@@ -622,6 +641,7 @@ const (
 
 var denialPattern = regexp.MustCompile(`(Publish|Subscription) to "([^"]+)"`)
 
+// note remembers a denial that nats.go has reported. If there are too many, it forgets the earlier ones.
 func (d *denials) note(err error) {
 	m := denialPattern.FindStringSubmatch(err.Error())
 	if m == nil {
@@ -639,7 +659,8 @@ func (d *denials) note(err error) {
 	d.latest[what] = clock()
 }
 
-// since returns the error for a denial, at that time or later, of what one of the patterns covers; without patterns, of anything.
+// since returns the error for a denial at the time begin or later, or nil if there was none. With patterns, it looks only for
+// denials of what one of them covers. A pattern begins with toPublish or toSubscribe.
 func (d *denials) since(begin time.Duration, patterns ...string) *Error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -651,8 +672,8 @@ func (d *denials) since(begin time.Duration, patterns ...string) *Error {
 	return nil
 }
 
-// probePublish makes the server report now, if it will deny what the service publishes later. The messages have no effect: they
-// are for a stream that does not exist, and ask for no answer.
+// probePublish makes the server report now whether it denies what the service will publish to the subjects later; see
+// checkDenials. The messages have no effect, because they are for a stream that does not exist, and ask for no answer.
 func (s *Service) probePublish(subjects ...string) {
 	for _, subject := range subjects {
 		if c := s.pick(); c != nil {
@@ -667,7 +688,7 @@ func (s *Service) checkDenials(ctx context.Context, begin time.Duration) error {
 	if failure := s.flush(ctx); failure != nil {
 		return failure
 	}
-	for _, c := range s.conns { // nats.go reports errors a moment later
+	for _, c := range s.conns { // LastError knows an error a moment before AsyncErrorCB is called
 		last := c.nc.LastError()
 		for end := clock() + time.Second; errors.Is(last, nats.ErrPermissionViolation) && clock() < end; time.Sleep(time.Millisecond) {
 			if reported := c.lastReported.Load(); reported != nil && *reported == last {
@@ -680,12 +701,12 @@ func (s *Service) checkDenials(ctx context.Context, begin time.Duration) error {
 
 // Time.
 
-// clock returns the monotonic time since the process began.
+// clock returns the monotonic time since the process began. "By the clock" in a comment means that a time is measured so.
 func clock() time.Duration { return time.Since(clockStart) }
 
 var clockStart = time.Now()
 
-// backoff returns a random pause between 0 and first·2ⁿ⁻¹, at most longest.
+// backoff returns the pause after attempt n, which is random between 0 and first·2ⁿ⁻¹, and at most longest.
 func backoff(n int, first, longest time.Duration) time.Duration {
 	d := longest
 	if n = max(n, 1); n < 64 && first <= longest>>(n-1) {
@@ -694,7 +715,7 @@ func backoff(n int, first, longest time.Duration) time.Duration {
 	return mrand.N(d + 1)
 }
 
-// sleep pauses for d. It reports false if ctx ends before.
+// sleep pauses for d. It reports false if ctx ends before d is over.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-time.After(d):

@@ -15,35 +15,39 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has the dead letters: events and commands that could not be handled are stored whole, listed, and redriven.
+// This file has dead letters: the events and commands that could not be handled, which are stored whole, listed, and redriven.
 
 const (
 	deadStream   = "AEGIS_DEAD"
-	letterPrefix = "aegis.dead." // a kind and a consumer follow
+	letterPrefix = "aegis.dead." // the kind and the consumer follow
 
-	headerConsumer = "Aegis-Consumer" // these three are of dead letters only
+	headerConsumer = "Aegis-Consumer" // these three are only in dead letters
 	headerReason   = "Aegis-Reason"
 	headerAttempts = "Aegis-Attempts"
-	letterRoom     = 2 << 10 // bytes that a dead letter may have besides its event
+	letterRoom     = 2 << 10 // bytes of max_payload that every message leaves free, for what a dead letter adds
 	maxReason      = 512     // bytes
 )
 
-// A DeadLetter is a message that could not be handled, whole.
+// A DeadLetter is an event or a command that could not be handled.
 type DeadLetter struct {
-	Subject, Consumer, Reason string // the full subject; who failed it; the last error
+	Subject, Consumer, Reason string // the original subject, the consumer that failed to handle it, and the last error
 	Attempts                  int
-	Time                      time.Time // when it was set aside
+	Time                      time.Time // when the dead letter was stored
 	Header                    nats.Header
 	Data                      []byte
-	Sequence                  uint64 // its number among the dead letters
+	Sequence                  uint64 // its number in the stream of dead letters
 }
 
 func (s *Service) deadStream() jetstream.StreamConfig {
 	return jetstream.StreamConfig{Name: deadStream, Subjects: []string{letterPrefix + ">"}, Replicas: s.cfg.replicas}
 }
 
-// DeadLetters yields the dead letters of all services that there are now, oldest first. It asks the server for one at a time, each
-// until ctx ends, or for [WithTimeout] if ctx has no deadline. If one can't be read, it yields an error and ends.
+// DeadLetters yields the dead letters of all services that are stored now, the oldest first. It reads them one by one. Each read
+// blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, DeadLetters yields the error and
+// ends.
+//
+// Errors: [ErrUnavailable] if there is no connection or no JetStream; [ErrTimeout] and [ErrCanceled] when ctx ends; [ErrClosed]
+// after Stop; [ErrDenied] if the server's permissions do not allow it.
 func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] {
 	return func(yield func(DeadLetter, error) bool) {
 		var stream jetstream.Stream
@@ -73,6 +77,7 @@ func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] 
 	}
 }
 
+// letterOf returns the dead letter in a stored message.
 func letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 	d := DeadLetter{
 		Subject:  m.Header.Get(headerSubject),
@@ -90,17 +95,21 @@ func letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 	return d
 }
 
-// Redrive has a dead letter handled again, with fresh attempts, by the consumer that failed it and no one else, and removes it. Its
-// Header and Data may have been mended. The event keeps its id, time and subject; its Sequence is new.
+// Redrive sends the event or the command of a dead letter back to the consumer that failed to handle it, and to no other one. The
+// consumer may use all its [Attempts] again. Then Redrive removes the dead letter. The caller may have changed d.Header and
+// d.Data. An event keeps its id, time and subject, and has a new Sequence. Redrive blocks until ctx ends at most, or for several
+// times [WithTimeout] if ctx has no deadline. A Redrive that failed can be repeated.
 //
-// Errors: [ErrNotFound] if the letter was redriven already or its consumer is no more, [ErrInvalid] if d is not from
-// [Service.DeadLetters], and those of [Publish].
+// Errors: [ErrNotFound] if the dead letter was redriven already or its consumer does not exist any more; [ErrInvalid] if d is not
+// from [Service.DeadLetters], if the command has not failed, or if the consumer does not take redriven events; [ErrUnavailable]
+// also if somebody else has just changed the command; and those of [Publish].
 func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	if d.Sequence == 0 || d.Consumer == "" {
-		return notRun(newError(ErrInvalid, "Redrive: sequence %d, consumer %q: not a dead letter of DeadLetters", d.Sequence, d.Consumer))
+		return notRun(newError(ErrInvalid, "Redrive: sequence %d with consumer %q is not from DeadLetters", d.Sequence, d.Consumer))
 	}
 	var m *jetstream.RawStreamMsg
-	failure := s.askJetStream(ctx, fmt.Sprintf("dead letter %d", d.Sequence), func(ctx context.Context, js jetstream.JetStream) error {
+	what := "the dead letter " + strconv.FormatUint(d.Sequence, 10)
+	failure := s.askJetStream(ctx, what, func(ctx context.Context, js jetstream.JetStream) error {
 		dead, err := js.Stream(ctx, deadStream)
 		if err == nil {
 			m, err = dead.GetMsg(ctx, d.Sequence)
@@ -111,7 +120,7 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	case failure != nil:
 		return failure
 	case !m.Time.Equal(d.Time):
-		return notRun(newError(ErrNotFound, "dead letter %d of %v is no more: there is another one in its place", d.Sequence, d.Time))
+		return notRun(newError(ErrNotFound, "%s of %v does not exist any more: another one has its sequence now", what, d.Time))
 	case strings.HasPrefix(d.Subject, commandPrefix):
 		failure = s.redriveCommand(ctx, d)
 	default:
@@ -120,8 +129,7 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	if failure != nil {
 		return failure
 	}
-	what := fmt.Sprintf("it was redriven, but removing the dead letter %d", d.Sequence)
-	return s.askJetStream(ctx, what, func(ctx context.Context, js jetstream.JetStream) error {
+	return s.askJetStream(ctx, "it was redriven, but removing "+what, func(ctx context.Context, js jetstream.JetStream) error {
 		dead, err := js.Stream(ctx, deadStream)
 		if err == nil {
 			err = dead.DeleteMsg(ctx, d.Sequence)
@@ -133,10 +141,11 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	}).orNil()
 }
 
-// redriveEvent stores the event of a dead letter for the consumer that failed it.
+// redriveEvent stores the event of a dead letter again, for the consumer that failed to handle it.
 func (s *Service) redriveEvent(ctx context.Context, d DeadLetter) *Error {
 	var consumer jetstream.Consumer
-	failure := s.askJetStream(ctx, "the consumer "+d.Consumer+" of "+eventStream, func(ctx context.Context, js jetstream.JetStream) (err error) {
+	what := "the consumer " + d.Consumer + " of " + eventStream
+	failure := s.askJetStream(ctx, what, func(ctx context.Context, js jetstream.JetStream) (err error) {
 		consumer, err = js.Consumer(ctx, eventStream, d.Consumer)
 		return err
 	})
@@ -146,15 +155,16 @@ func (s *Service) redriveEvent(ctx context.Context, d DeadLetter) *Error {
 	subject := redrivePrefix + d.Consumer
 	have := consumer.CachedInfo().Config
 	if !slices.ContainsFunc(append(have.FilterSubjects, have.FilterSubject), func(p string) bool { return covers(p, subject) }) {
-		return notRun(newError(ErrInvalid, "the consumer %s of %s does not take %s: add that to its filter, and to the subjects of the stream", d.Consumer, eventStream, subject))
+		return notRun(newError(ErrInvalid, "%s does not take %s: add that to its filter and to the stream's subjects", what, subject))
 	}
-	h := copyHeader(d.Header)
-	h[headerSubject] = []string{d.Subject}
-	h[jetstream.MsgIDHeader] = []string{"redrive-" + strconv.FormatUint(d.Sequence, 10) + "-" + strconv.FormatInt(d.Time.UnixNano(), 36)}
-	return s.storeWithRetries(ctx, &exchange{subject: subject, header: h, data: d.Data}, s.eventStream(), callConfigs[kindEvent], nil)
+	x := &exchange{subject: subject, header: copyHeader(d.Header), data: d.Data}
+	x.header[headerSubject] = []string{d.Subject}
+	x.header[jetstream.MsgIDHeader] = []string{fmt.Sprintf("redrive-%d-%s", d.Sequence, strconv.FormatInt(d.Time.UnixNano(), 36))}
+	return s.storeWithRetries(ctx, x, s.eventStream(), callConfigs[kindEvent], nil)
 }
 
-// storeDeadLetter stores a dead letter. It reports false if Stop's time is up before that.
+// storeDeadLetter stores the message of r as a dead letter. It retries until that succeeds, and reports false if Stop's time is
+// up before.
 func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 	d := r.delivery
 	reason := failure.Error()
@@ -163,47 +173,39 @@ func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 		headerID:              {d.id},
 		headerTime:            {d.time.Format(time.RFC3339Nano)},
 		headerConsumer:        {d.consumer},
-		headerReason:          {strings.Map(printable, reason[:min(len(reason), maxReason)])},
+		headerReason:          {strings.Map(func(r rune) rune { return max(r, ' ') }, reason[:min(len(reason), maxReason)])},
 		headerAttempts:        {strconv.Itoa(attempts)},
-		jetstream.MsgIDHeader: {d.consumer + "-" + strconv.FormatUint(d.sequence, 10) + "-" + strconv.FormatInt(d.time.UnixNano(), 36)},
+		jetstream.MsgIDHeader: {fmt.Sprintf("%s-%d-%s", d.consumer, d.sequence, strconv.FormatInt(d.time.UnixNano(), 36))},
 	}
 	x := exchange{subject: f.letters(), header: copyHeader(r.in.Header), data: r.in.Data}
 	maps.Copy(x.header, own)
 	if messageSize(x.header, x.data)+64 > f.svc.conns[0].limit.Load() { // it is not from Publish, which leaves room
 		x.header, x.data = own, nil
-		own[headerReason] = []string{"(too large to be copied, see sequence " + strconv.FormatUint(d.sequence, 10) + " of " + f.stream.Name + ") " + own[headerReason][0]}
+		reason = fmt.Sprintf("(too large to be copied, see sequence %d of %s) %s", d.sequence, f.stream.Name, own[headerReason][0])
+		own[headerReason] = []string{reason}
 	}
-	if !f.retryUntilStopped(r, "a dead letter can't be stored", func(context.Context) *Error { return f.svc.publishDeadLetter(&x, 5*time.Second) }) {
+	if !f.retryUntilStopped(r, "a dead letter can't be stored", func(context.Context) *Error {
+		ctx := context.Background() // so that Stop does not cut short what may have been sent
+		_, failure := f.svc.store(ctx, x.within(ctx, 5*time.Second), f.svc.deadStream())
+		return failure
+	}) {
 		return false
 	}
 	f.meter.dead.Add(1)
-	f.logger(r).Error("set aside as a dead letter", "error", failure, "attempts", attempts)
+	f.logger(r).Error("stored a dead letter", "error", failure, "attempts", attempts)
 	return true
 }
 
+// letters returns the subject of the feed's dead letters.
 func (f *feed) letters() string { return letterPrefix + f.kind + "." + f.lanes[0].config.Durable }
 
-// publishDeadLetter puts x into the stream of dead letters.
-func (s *Service) publishDeadLetter(x *exchange, limit time.Duration) *Error {
-	_, failure := s.store(context.Background(), x.within(context.Background(), limit), s.deadStream())
-	return failure
-}
-
-// copyHeader returns h without the headers that mean something to the server, and those that nats.go would not send.
+// copyHeader returns a copy of h without the headers that the server acts on and those that nats.go refuses to send.
 func copyHeader(h nats.Header) nats.Header {
 	out := make(nats.Header, len(h)+8)
-	for key, values := range h {
-		odd := strings.ContainsFunc(key, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`()<>@,;:\"/[]?={}`, r) })
-		if !strings.HasPrefix(key, "Nats-") && key != "" && !odd {
-			out[key] = values
-		}
-	}
+	maps.Copy(out, h)
+	maps.DeleteFunc(out, func(key string, _ []string) bool {
+		return key == "" || strings.HasPrefix(key, "Nats-") ||
+			strings.ContainsFunc(key, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`()<>@,;:\"/[]?={}`, r) })
+	})
 	return out
-}
-
-func printable(r rune) rune {
-	if r < ' ' {
-		return ' '
-	}
-	return r
 }

@@ -18,8 +18,8 @@ import (
 )
 
 // This file takes a message to its handler and brings the answer back: endpoints and their workers, the ctx of a handler,
-// headers, middleware, and cancellation. RPC, events and commands all go through it; each has a source, which brings the
-// messages.
+// headers, middleware, and cancellation. RPC, events and commands all go through it. Each of them has its own kind of source,
+// which brings the messages to an endpoint and sends back the results.
 
 // A HandlerFunc handles one message: it gets the payload and returns the payload of the answer.
 type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
@@ -42,11 +42,11 @@ type Message struct {
 
 // A source brings messages into an endpoint's queue.
 type source interface {
-	open(ctx context.Context) error // begins to bring messages, unless drain was called
-	share(on bool) error            // joins in what the service's instances share, or leaves it
-	drain(ctx context.Context)      // asks for no more messages, and returns when all that were under way are in the queue
-	pending() int64                 // returns how many messages wait elsewhere
-	serve(m *nats.Msg, arrived time.Time)
+	open(ctx context.Context) error               // begins to bring messages, unless drain was called
+	share(on bool) error                          // begins or ends to take a share of the messages that any instance may handle
+	drain(ctx context.Context)                    // asks for no more, and returns when all messages under way are in the queue
+	pending() int64                               // returns how many messages wait in the server
+	serve(m *nats.Msg, arrived time.Time)         // handles a message from the queue, on a worker's goroutine
 	done(r *request, data []byte, failure *Error) // sends the answer, or acknowledges the message
 }
 
@@ -59,44 +59,44 @@ type source interface {
 type endpoint struct {
 	svc                 *Service
 	source              source
-	lease               *candidate // of an exclusive handler, else nil
-	sharing             sync.Mutex // held by share
+	lease               *candidate // campaigns for an exclusive handler, else nil
+	sharing             sync.Mutex // held by share, so that the latest state is the last that the source is told
 	kind, name, subject string
 	run                 HandlerFunc
-	limit               int   // of workers
-	linger              int   // of idle workers
+	limit               int   // how many workers there may be
+	linger              int   // how many idle workers stay
 	reserve             int64 // bytes of the server's max_payload that an answer must leave free
 
 	queue    chan *nats.Msg
-	waiting  chan job        // what shed keeps waiting; it comes before the queue
-	reject   func(*nats.Msg) // answers what is too much; nil if the source never brings more than may run
+	waiting  chan job        // what shed keeps waiting; workers take from it before they take from queue
+	reject   func(*nats.Msg) // refuses a message beyond the limit; nil if the source never brings more than may run
 	stopping chan struct{}   // closed when no more messages will come
 	finished chan struct{}   // closed when all messages are handled
 	calm     chan struct{}   // tells shed that a worker is idle
 	meter    *meter
 
-	idle    atomic.Int32   // workers that wait for a message, or are just starting
-	crew    sync.WaitGroup // workers and shed
-	helpers sync.WaitGroup // goroutines of the source, which end after finished is closed
+	idle    atomic.Int32   // how many workers wait for a message, or are just starting
+	crew    sync.WaitGroup // counts the workers, and shed
+	helpers sync.WaitGroup // counts goroutines of the source, which end after finished is closed
 
 	mu       sync.Mutex // guards the rest
 	workers  map[*worker]bool
-	shedding bool
+	shedding bool // whether shed runs
 }
 
-// A worker is a goroutine that handles one message after the other.
+// A worker is a goroutine that handles one message after another.
 type worker struct {
 	msg   atomic.Pointer[nats.Msg] // the message that it handles, nil while it waits for one
-	since atomic.Int64             // when it took that, by the clock
+	since atomic.Int64             // when it took the latest message, by the clock
 }
 
-// A job is a message that shed keeps waiting.
+// A job is a message and the time at which it arrived, which is zero if a worker takes the message straight from the queue.
 type job struct {
 	msg     *nats.Msg
 	arrived time.Time
 }
 
-const queueSize = 16384 // messages that the read loops can put down before a worker or shed looks at them
+const queueSize = 16384 // messages that the read loops can leave before a worker or shed takes them
 
 // addEndpoint adds a handler, wrapped in the service's middleware, and opens it if the service has been started.
 func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
@@ -117,11 +117,9 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 	}
 	key := e.kind + " " + e.name
 	if s.endpoints[key] != nil {
-		s.mu.Unlock()
-		if e.kind == kindEvent {
-			return newError(ErrInvalid, "there is a subscription %q already: use Durable to give the second one to %s another name", e.name, e.subject)
-		}
-		return newError(ErrInvalid, "%s has a handler already", e.subject)
+		defer s.mu.Unlock()
+		hint := map[string]string{kindEvent: "; use Durable to give a second subscription to it another name"}[e.kind]
+		return newError(ErrInvalid, "%s %q (%s) has a handler already%s", e.kind, e.name, e.subject, hint)
 	}
 	if cfg.exclusive {
 		if s.exclusive == nil {
@@ -167,8 +165,8 @@ func (e *endpoint) open(ctx context.Context) error {
 	return e.share()
 }
 
-// share joins in what the service's instances share if this instance is healthy and, for an exclusive handler, the leader. It has
-// to be called whenever that may have changed.
+// share makes the source take a share of the messages that any instance may handle, if this instance is healthy and, for an
+// exclusive handler, the leader. Otherwise it ends that. It has to be called whenever one of these conditions may have changed.
 func (e *endpoint) share() error {
 	e.sharing.Lock()
 	defer e.sharing.Unlock()
@@ -184,7 +182,7 @@ func (s *Service) shareAll() {
 	}
 }
 
-// finish waits until all messages that have arrived are handled.
+// finish takes no more messages, and waits until all that have arrived are handled.
 func (e *endpoint) finish(ctx context.Context) {
 	e.source.drain(ctx)
 	e.mu.Lock()
@@ -195,7 +193,8 @@ func (e *endpoint) finish(ctx context.Context) {
 	e.helpers.Wait()
 }
 
-// startWorkerLocked starts a worker, which counts as idle at once. At the limit it makes sure that shed runs instead.
+// startWorkerLocked starts a worker, which counts as idle at once. At the limit it makes sure that shed runs instead. The caller
+// holds e.mu.
 func (e *endpoint) startWorkerLocked() {
 	if len(e.workers) < e.limit {
 		w := &worker{}
@@ -210,7 +209,7 @@ func (e *endpoint) startWorkerLocked() {
 
 // work handles messages until there are enough other idle workers, or no more messages will come.
 func (e *endpoint) work(w *worker) {
-	left := false
+	left := false // whether this goroutine has left the loop
 	defer func() {
 		if !left { // the handler has called runtime.Goexit
 			w.msg.Store(nil)
@@ -247,7 +246,7 @@ func (e *endpoint) work(w *worker) {
 // take waits for the next message. It reports false if the worker is to leave, and then no longer counts the worker as idle.
 func (e *endpoint) take() (j job, ok bool) {
 	for {
-		last := isClosed(e.stopping) // what is not there now will not come
+		noMore := isClosed(e.stopping) // then a message that is not there now will not come
 		select {
 		case j := <-e.waiting:
 			return j, true
@@ -258,8 +257,8 @@ func (e *endpoint) take() (j job, ok bool) {
 			return job{msg: m}, true
 		default:
 		}
-		for idle := e.idle.Load(); last || int(idle) > e.linger; idle = e.idle.Load() {
-			if e.idle.CompareAndSwap(idle, idle-1) { // compared, so that several that leave at once don't become too many
+		for idle := e.idle.Load(); noMore || int(idle) > e.linger; idle = e.idle.Load() {
+			if e.idle.CompareAndSwap(idle, idle-1) { // so that at least linger stay if several leave at once
 				return job{}, false
 			}
 		}
@@ -291,7 +290,7 @@ func (e *endpoint) shed() {
 		e.mu.Lock()
 		if e.idle.Load() > 0 || isClosed(e.stopping) {
 			e.shedding = false
-			if len(e.waiting) > 0 { // the last worker may have left before that was put there
+			if len(e.waiting) > 0 { // the last worker may have left before shed put them there
 				e.startWorkerLocked()
 			}
 			e.mu.Unlock()
@@ -301,7 +300,7 @@ func (e *endpoint) shed() {
 	}
 }
 
-// handling returns the messages that workers have handled for a time between from and to.
+// handling returns the messages that workers are handling, and have been for at least from and at most to.
 func (e *endpoint) handling(from, to time.Duration) (msgs []*nats.Msg) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -314,9 +313,10 @@ func (e *endpoint) handling(from, to time.Duration) (msgs []*nats.Msg) {
 	return msgs
 }
 
-// running returns how many messages workers handle.
+// running returns how many messages the workers are handling.
 func (e *endpoint) running() int { return len(e.handling(0, math.MaxInt64)) }
 
+// busy reports whether messages wait for a worker or are being handled.
 func (e *endpoint) busy() bool { return len(e.queue) > 0 || len(e.waiting) > 0 || e.running() > 0 }
 
 // logger returns a logger for what concerns one message.
@@ -324,8 +324,8 @@ func (e *endpoint) logger(r *request) *slog.Logger {
 	return e.svc.log.With("kind", e.kind, "endpoint", e.name, "correlation_id", r.correlationID())
 }
 
-// admit gives r its parent ctx. It reports false if the handler is exclusive and this instance does not lead, or is about to
-// resign and r is addressed to it alone.
+// admit gives r its parent ctx. It reports false if the handler is exclusive and this instance does not lead. While this instance
+// is about to give up the leadership, it also reports false for a request that was not sent to the shared subject.
 func (e *endpoint) admit(r *request) bool {
 	r.Context = e.svc.base
 	if e.lease == nil {
@@ -342,7 +342,7 @@ func (e *endpoint) admit(r *request) bool {
 // dispatch runs the handler, and passes the payload of its answer, or the error for its caller, to the source's done. It does so
 // whatever the handler does, even if that panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
-	if r.termOver() { // it has just ended
+	if r.termOver() { // the term has ended after admit
 		failure := e.lease.notActive()
 		e.meter.ended(r.msg.Source, failure)
 		r.fenced = true
@@ -387,7 +387,7 @@ func (e *endpoint) dispatch(r *request) {
 	}
 }
 
-var errGoexit = &Error{} // stands for the result of a handler that has not returned
+var errGoexit = &Error{} // stands for the result of a handler until it returns; compared by identity
 
 // decode decodes the payload of m, the message that ctx belongs to, into v.
 func decode(ctx context.Context, m *Message, v any) (*request, error) {
@@ -410,33 +410,35 @@ func decode(ctx context.Context, m *Message, v any) (*request, error) {
 
 // The context of a message.
 
-// A request is the ctx of a handler, and all that is known about its message. What costs a timer or a lock is made when it is
-// first used.
+// A request is the ctx of a handler, and all that is known about its message. The ctx with the deadline needs a timer and an
+// entry in cancels, so it is made only when the handler first uses it; see live.
 type request struct {
 	context.Context // the service's own, or an exclusive handler's term
 	svc             *Service
 	msg             Message
-	in              *nats.Msg
-	reply           string
-	from            address
-	id              string // the correlation id if neither a header nor the reply subject has one
+	in              *nats.Msg // the message as it arrived
+	reply           string    // the reply subject; "" if no answer is expected, as for an event or a command
+	from            address   // what reply says about the caller
+	id              string    // the correlation id if there is no header with one and no reply subject
 	deadline        time.Time
-	packer          *packer   // holds the answer
-	codec           Codec     // of the payload, nil until it was decoded
-	permanent       bool      // the error would be the same at another attempt
-	ran             bool      // the handler was called
+	packer          *packer   // holds the encoded answer
+	codec           Codec     // of the payload; nil until that is decoded
+	permanent       bool      // whether another attempt would end with the same error
+	ran             bool      // whether the handler was called
 	delivery        *delivery // nil for an RPC request
-	run             *run      // of a command
-	term            *term     // that an exclusive handler was called in
-	fenced          bool      // the term was over when the handler returned
+	run             *run      // of a command, else nil
+	term            *term     // the term in which an exclusive handler was called, else nil
+	fenced          bool      // whether the term was over when the handler returned
 
-	mu     sync.Mutex // guards timed and cancel
-	timed  context.Context
+	mu     sync.Mutex      // guards timed and cancel
+	timed  context.Context // the ctx with the deadline, nil until it is made; see live
 	cancel context.CancelFunc
 }
 
 type requestKey struct{}
 
+// Value asks timed if that was made, so that package context recognizes it as the parent of a ctx that is derived from r, and
+// needs no goroutine for that.
 func (r *request) Value(key any) any {
 	if key == (requestKey{}) {
 		return r
@@ -454,7 +456,7 @@ func (r *request) Deadline() (time.Time, bool) { return r.deadline, true }
 func (r *request) Done() <-chan struct{}       { return r.live().Done() }
 func (r *request) Err() error                  { return r.live().Err() }
 
-// live returns a ctx that ends with the deadline, with the handler, when the caller cancels, or when Stop's time is up.
+// live returns the ctx that ends with the deadline, when the handler returns, when the caller cancels, or when r.Context ends.
 func (r *request) live() context.Context {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -467,13 +469,14 @@ func (r *request) live() context.Context {
 	return r.timed
 }
 
+// endedContext is the ctx of every handler that has returned without using its ctx.
 var endedContext = func() context.Context {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	return ctx
 }()
 
-// abort ends the ctx while the handler runs.
+// abort ends the ctx while the handler is running.
 func (r *request) abort() {
 	r.live()
 	r.mu.Lock()
@@ -498,6 +501,7 @@ func (r *request) end() {
 // termOver reports whether the handler is exclusive and its term is over.
 func (r *request) termOver() bool { return r.term != nil && !r.term.holds() }
 
+// requestOf returns the request that ctx is, or is derived from. It is nil if ctx does not come from a handler.
 func requestOf(ctx context.Context) *request {
 	r, _ := ctx.Value(requestKey{}).(*request)
 	return r
@@ -512,7 +516,7 @@ const (
 
 // CorrelationID returns the id of the request that ctx belongs to. It is the same in each service that the request passes
 // through, and meant for logs. In a handler there always is one. Elsewhere it is what [WithHeader] set as Aegis-Correlation-Id,
-// else "". The error of a call that was made without an id has the call's own in Details["correlation_id"].
+// else "". If a call got no answer, Details["correlation_id"] of its error has the call's id, even if ctx had none.
 func CorrelationID(ctx context.Context) string {
 	if id := addedHeaders(ctx).Get(headerCorrelation); id != "" {
 		return id
@@ -523,6 +527,8 @@ func CorrelationID(ctx context.Context) string {
 	return ""
 }
 
+// correlationID returns the id from the header or from the reply subject. If neither has one, it returns r.id or, for a caller
+// that does not use aegis, the reply subject.
 func (r *request) correlationID() string {
 	if id := r.msg.Header.Get(headerCorrelation); id != "" {
 		return id
@@ -558,13 +564,14 @@ func withHeader(h nats.Header, key, value string) nats.Header {
 	return out
 }
 
+// addedHeaders returns the headers that WithHeader has added to ctx.
 func addedHeaders(ctx context.Context) nats.Header {
 	h, _ := ctx.Value(headersKey{}).(nats.Header)
 	return h
 }
 
 // headersFor returns the headers to send with ctx: those of WithHeader, and those that are passed on from the message being
-// handled. A correlation id that can travel in the reply subject is returned apart.
+// handled. A correlation id that can travel in the reply subject is returned as correlation instead.
 func headersFor(ctx context.Context) (h nats.Header, correlation string) {
 	h = addedHeaders(ctx)
 	r := requestOf(ctx)
@@ -590,15 +597,15 @@ func headersFor(ctx context.Context) (h nats.Header, correlation string) {
 
 func cancelSubject(service string) string { return "rpc." + service + ".$cancel" }
 
-// cancels has the running handlers that use their ctx, and the latest cancellations of requests that have not begun.
+// cancels has the running handlers that use their ctx, and the latest cancellations of requests that no handler here has begun.
 type cancels struct {
-	any    atomic.Bool                   // early is not empty
+	any    atomic.Bool                   // whether a request was ever cancelled early
 	mu     sync.Mutex                    // guards the rest
-	cancel map[string]context.CancelFunc // by reply subject; nil for a request that was cancelled early
-	early  []string                      // the latter, oldest first
+	cancel map[string]context.CancelFunc // by reply subject, or "commands." and key; nil for a request that was cancelled early
+	early  []string                      // the reply subjects of the requests that were cancelled early, oldest first
 }
 
-const maxEarly = 2048
+const maxEarly = 2048 // early cancellations that are remembered
 
 // add makes cancel be called when the request with this reply subject is cancelled.
 func (c *cancels) add(reply string, cancel context.CancelFunc) {
@@ -628,7 +635,8 @@ func (c *cancels) has(reply string) bool {
 	return known && cancel == nil
 }
 
-// receive handles a message on the cancel subject.
+// receive handles a message on the cancel subject. Its payload is the reply subject of a call, or "commands." and a command's
+// key.
 func (c *cancels) receive(m *nats.Msg) {
 	reply := string(m.Data)
 	command := strings.HasPrefix(reply, commandPrefix)

@@ -7,242 +7,126 @@ import (
 	"encoding/json"
 	"math"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file is leader election: of the instances that campaign for a group one leads, by a lease on a key of the bucket
-// aegis_leaders.
+// This file has the leader election. Of the instances that campaign for the leadership of a group, one leads. It holds a lease,
+// which is a key of the bucket aegis_leaders.
 //
-// The leader renews the key by compare-and-swap, and may act until Valid after it sent the last renewal that was confirmed, by its
-// own monotonic clock. Another one takes over by compare-and-swap, when it has seen the same revision of the key for Lease, by its
-// own clock too. It can't see a renewal before it was sent, and Valid is less than Lease: so no two lead at once, whatever becomes
-// of messages, processes, and the server and its clock. (If the key is lost, that takes policies that are the same. On Linux that
-// clock stands still while a machine is suspended: then the term alone tells a former leader. Leases as such: Gray and Cheriton,
-// "Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache Consistency", SOSP 1989.)
+// There are never two leaders at once, because a leader stops before another instance can begin:
+//
+//   - The leader renews its lease by a compare-and-swap on the key. It may act until Valid after it sent the last renewal that
+//     was confirmed. It measures this time with its own monotonic clock.
+//   - Another instance takes the lease over by a compare-and-swap on the key, once it has seen the same revision of the key for
+//     Lease. It measures this time with its own monotonic clock. A renewal that is stored in the meantime makes the
+//     compare-and-swap fail.
+//   - The other instance can't see a renewal before the leader has sent it, so its wait begins no earlier than the leader's time.
+//     And Valid is less than Lease, so the leader's time ends first.
+//
+// This holds whatever happens to messages, to processes, and to the server and its clock. It has two limits. If the key is lost,
+// the guarantee needs instances with the same policy, because an instance that never saw the leader's Lease then waits for its
+// own. And on Linux the monotonic clock stands still while a machine is suspended: a leader that was suspended may go on as if no
+// time had passed, and then only the term, as a fencing token, shows that it is not the leader any more.
+//
+// Leases are described in Gray and Cheriton, "Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
+// Consistency", SOSP 1989.
 
-// A FailoverPolicy says how soon a leader that crashed, hangs or is cut off is replaced. Lease > Valid > Renew > 0, Timeout > 0, and
-// Lease is at most 24 h. The others wait for Lease until they replace a leader of whom they hear nothing; a leader whose renewals
-// fail stops by itself after Valid. What lies between the two has to make up for clocks that run at different speeds.
+// A FailoverPolicy sets how soon another instance replaces a leader that has crashed, hangs or is cut off. It must have
+// 24 h >= Lease > Valid > Renew > 0, and Timeout > 0. The other instances wait for Lease before they replace a leader of which
+// they hear nothing. A leader whose renewals fail stops by itself after Valid. The difference between the two has to make up for
+// clocks that run at different speeds.
 //
-// All instances of a service should have the same policy: where the key of the lease was deleted, by hand or with its bucket, an
-// instance that has not seen the leader's Lease waits for its own.
+// All instances of a service should have the same policy. If the key of the lease is deleted, by hand or with its bucket, an
+// instance that has not seen the leader's Lease waits for its own Lease instead.
 type FailoverPolicy struct {
-	Lease   time.Duration // without any renewal, until another takes over
+	Lease   time.Duration // how long another instance waits, without any renewal, before it takes over
 	Valid   time.Duration // how long the leader may act after it sent the last renewal that was confirmed
-	Renew   time.Duration // between renewals
+	Renew   time.Duration // the interval between renewals
 	Timeout time.Duration // of one request to the server
 }
 
-// The time from a crash of the leader until there is another one: Aggressive 0.9 to 1.4 s, Balanced 2.4 to 3.1 s, Conservative 6
-// to 7.6 s; while NATS takes writes, that is. A cluster that lost the server which led the bucket needs some seconds to replace
-// that first, during which nobody leads.
+// The predefined policies. From a crash of the leader until another instance leads it takes 0.9 to 1.4 s with Aggressive, 2.4 to
+// 3.1 s with Balanced, and 6 to 7.6 s with Conservative, while NATS accepts writes. A cluster that has lost the server which led
+// the bucket needs some seconds to elect another one first. During that time no instance leads.
 var (
-	Aggressive   = FailoverPolicy{Lease: 1200 * time.Millisecond, Valid: 800 * time.Millisecond, Renew: 250 * time.Millisecond, Timeout: 250 * time.Millisecond}
-	Balanced     = FailoverPolicy{Lease: 3 * time.Second, Valid: 2200 * time.Millisecond, Renew: 600 * time.Millisecond, Timeout: 500 * time.Millisecond}
-	Conservative = FailoverPolicy{Lease: 7500 * time.Millisecond, Valid: 6 * time.Second, Renew: 1500 * time.Millisecond, Timeout: time.Second}
+	Aggressive   = FailoverPolicy{Lease: 1200 * ms, Valid: 800 * ms, Renew: 250 * ms, Timeout: 250 * ms}
+	Balanced     = FailoverPolicy{Lease: 3000 * ms, Valid: 2200 * ms, Renew: 600 * ms, Timeout: 500 * ms}
+	Conservative = FailoverPolicy{Lease: 7500 * ms, Valid: 6000 * ms, Renew: 1500 * ms, Timeout: 1000 * ms}
 )
 
 const (
+	ms         = time.Millisecond
 	maxLease   = 24 * time.Hour
 	wantPolicy = "want 24h >= Lease > Valid > Renew > 0 and Timeout > 0, such as aegis.Balanced"
+
+	leadersBucket = "aegis_leaders"
+	leadersPrefix = "$KV." + leadersBucket + "."
+	defaultGroup  = "default" // the group of the exclusive handlers
 )
 
 func (p FailoverPolicy) valid() bool {
 	return p.Lease > p.Valid && p.Valid > p.Renew && p.Renew > 0 && p.Timeout > 0 && p.Lease <= maxLease
 }
 
-// Lead campaigns for the leadership of a group among the instances of the service, [A-Za-z][A-Za-z0-9_-]* and at most 64
-// characters, and calls fn each time it is won, with the term: a number that rises from leader to leader, and never falls. It
-// needs no Start. What fn does, no other instance does meanwhile: fn's ctx ends when the leadership does, and has [Term] too. A
-// process that was paused learns of that a moment late; only the term is exact then, for a store that remembers the highest one.
-//
-// When fn returns while it leads, the leadership is released, and Lead returns fn's error. When the leadership is lost, or a
-// health check fails, Lead waits until fn has returned, and campaigns again. When ctx ends, so does fn's, and Lead releases and
-// returns [ErrCanceled] or [ErrTimeout]; when the service is stopped, [ErrClosed]. Other errors: [ErrInvalid] for a group or a
-// policy that is out of range or the group "default" if the service has [Exclusive] handlers, whose group that is; [ErrUnavailable]
-// without JetStream.
-func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn func(ctx context.Context, term uint64) error) error {
-	switch {
-	case !isName(group, maxService):
-		return newError(ErrInvalid, "Lead: group %q: want a letter, then letters, digits, - and _, at most %d", group, maxService)
-	case !p.valid():
-		return newError(ErrInvalid, "Lead: %+v: %s", p, wantPolicy)
-	case fn == nil:
-		return newError(ErrInvalid, "Lead: the function is nil")
-	case group == defaultGroup && s.hasExclusive():
-		return newError(ErrInvalid, "Lead: group %q is that of the exclusive handlers of %s: choose another", group, s.name)
-	}
-	c := s.newCandidate(group, p)
-	if !c.enter() {
-		return newError(ErrClosed, "Lead: service %s was stopped", s.name)
-	}
-	defer c.withdraw()
-	failure := s.patiently(ctx, func(ctx context.Context) *Error {
-		_, failure := s.openStream(ctx, s.leadersStream(), leadersPrefix+c.key)
-		return failure
-	})
-	if failure != nil && failure.Code != ErrTimeout.Code && failure.Code != ErrCanceled.Code && s.pick() != nil {
-		return failure
-	} // else it waits for the server
-	campaigning, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(s.quitting, cancel)()
-	var result error
-	done := false
-	c.campaign(campaigning, campaigning, func(t *term) {
-		s.leading.Add(1)
-		defer s.leading.Add(-1)
-		ctx, end := context.WithCancel(t)
-		defer end()
-		defer context.AfterFunc(t.resigned, end)()
-		err := fn(ctx, t.number)
-		if ctx.Err() == nil && t.holds() {
-			result, done = err, true
-			cancel()
-		}
-	})
-	switch {
-	case done:
-		return result
-	case ctx.Err() != nil:
-		return asError(ctx.Err())
-	}
-	return newError(ErrClosed, "Lead: service %s was stopped", s.name)
-}
-
-// IsLeader tells whether this instance leads the service, that is, its group "default", at this moment: exactly, by the clock. It
-// doesn't block.
-func (s *Service) IsLeader() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for c := range s.candidates {
-		if c.group == defaultGroup && c.term.Load().holds() {
-			return true
-		}
-	}
-	return false
-}
-
-// Leader is the id of the instance that leads the service, that is, its group "default", as far as it is known here; [ErrNotFound]
-// if none does. The first call asks the server, until ctx ends or for [WithTimeout]; later ones answer from a copy that is kept up
-// to date. [ErrUnavailable] if there is no connection at first, or no JetStream.
-func (s *Service) Leader(ctx context.Context) (string, error) {
-	if s.IsLeader() {
-		return s.id, nil
-	}
-	w := s.leaders(s.name, defaultGroup)
-	if failure := w.wait(ctx); failure != nil {
-		return "", failure
-	}
-	if e, ok := w.get(w.filter); ok && e.value.leads() && clock() < e.seen+e.value.Lease {
-		return e.value.Holder, nil
-	}
-	return "", newError(ErrNotFound, "nobody leads %s", s.name)
-}
-
-// Term is the term of the leadership that ctx belongs to: in an [Exclusive] handler, and in the function of [Service.Lead]; 0
-// elsewhere.
-func Term(ctx context.Context) uint64 {
-	if t, ok := ctx.Value(termKey{}).(*term); ok {
-		return t.number
-	}
-	return 0
-}
-
-const (
-	leadersBucket = "aegis_leaders"
-	leadersPrefix = "$KV." + leadersBucket + "."
-	defaultGroup  = "default"
-)
-
-func (s *Service) leadersStream() jetstream.StreamConfig {
-	config := s.bucket(leadersBucket)
-	config.FirstSeq = uint64(time.Now().UnixMilli()) // so that no revision comes twice, should the bucket be lost
-	return config
-}
-
-// leaders watches who leads a group of a service.
-func (s *Service) leaders(service, group string) *watch[claim] {
-	key := service + "." + group
-	return s.elections.get(key, func() *watch[claim] {
-		return newWatch(s, leadersBucket, key, func(_ string, c *claim) bool { return c.valid() })
-	})
-}
-
-// leaderOf is the instance that leads a service, "" if none is known to.
-func (s *Service) leaderOf(ctx context.Context, service string) string {
-	w := s.leaders(service, defaultGroup)
-	if !w.ready.Load() {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, explainTimeout)
-		defer cancel()
-	}
-	if failure := w.wait(ctx); failure != nil {
-		return ""
-	}
-	if e, ok := w.get(w.filter); ok && e.value.leads() {
-		return e.value.Holder
-	}
-	return ""
-}
-
-// A claim is what the key of a group holds. Each that is written is different from all others, by its nonce and when it was sent.
+// A claim is the value of a group's key. No two claims are equal, because their Nonce and Sent differ.
 type claim struct {
-	Holder   string        `json:"holder"` // an instance; "" marks the begin of a wait
-	Nonce    string        `json:"nonce"`  // of the candidate that wrote it
+	Holder   string        `json:"holder"` // the instance that leads; "" if the claim only starts a wait (see take)
+	Nonce    string        `json:"nonce"`  // of the candidate that wrote the claim
 	Term     uint64        `json:"term"`
-	Lease    time.Duration `json:"lease"` // ns
-	Sent     time.Duration `json:"sent"`  // by the clock of the process that wrote it; it means nothing to others
+	Lease    time.Duration `json:"lease"` // in ns
+	Sent     time.Duration `json:"sent"`  // by the clock of the process that wrote the claim; meaningless to other processes
 	Released bool          `json:"released,omitempty"`
 }
 
+// leads reports whether c names a leader.
 func (c *claim) leads() bool { return c.Holder != "" && !c.Released }
 
-// valid reports whether c can be from aegis.
-func (c *claim) valid() bool { return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= maxLease }
-
-// A candidate takes part in the election of a group's leader. All but term and nudge belong to the goroutine that campaigns, or,
-// while it leads, to the one that renews.
-type candidate struct {
-	svc        *Service
-	group, key string
-	policy     FailoverPolicy
-	nonce      string
-	watch      *watch[claim]
-	nudge      chan struct{} // unhealthy has changed
-
-	running atomic.Bool          // campaignForExclusive did it
-	term    atomic.Pointer[term] // the latest
-
-	seen     claim // what the key holds, as far as is known
-	revision uint64
-	since    time.Duration // when that was seen first
-	highest  uint64        // of all terms that were seen
-	longest  time.Duration // of all leases
-	on       *conn         // see conn
+// valid reports whether aegis can have written c.
+func (c *claim) valid() bool {
+	return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= maxLease
 }
 
-// A term is a time of leadership. As a ctx it ends when the lease does.
+// A candidate takes part in the election of a group's leader. The fields from seen on belong to the goroutine that campaigns or,
+// while the candidate leads, to the goroutine that renews the lease.
+type candidate struct {
+	svc           *Service
+	group, key    string
+	policy        FailoverPolicy
+	nonce         string
+	watch         *watch[claim]
+	healthChanged chan struct{}        // receives a signal when the service's unhealthy has changed
+	started       atomic.Bool          // by campaignForExclusive
+	term          atomic.Pointer[term] // the latest
+
+	seen         claim // the latest claim that is known
+	revision     uint64
+	since        time.Duration // when this claim was first seen
+	highestTerm  uint64        // of all claims that were seen
+	longestLease time.Duration // of all claims that were seen
+	on           *conn         // see conn
+}
+
+// A term is a period of leadership. It is also a ctx, which ends when the lease does.
 type term struct {
 	context.Context
-	number   uint64
-	until    atomic.Int64 // when the lease ends, by the clock
-	lapse    *time.Timer
 	cancel   context.CancelFunc
-	resigned context.Context // ends when it is to be given up since the instance isn't well
+	number   uint64
+	until    atomic.Int64    // when the lease ends, by the clock; 0 once the term is over
+	lapse    *time.Timer     // ends the term at that time
+	resigned context.Context // ends when the leadership is to be given up because the instance is unhealthy
 	resign   context.CancelFunc
 }
 
 type termKey struct{}
 
-// holds tells whether the instance leads, at this moment. It is exact: when a process goes on that was paused, the clock has gone on too.
+// holds reports whether t's instance leads at this moment. It is exact even in a process that was paused, because the clock has
+// gone on.
 func (t *term) holds() bool { return t != nil && int64(clock()) < t.until.Load() }
 
-// extend makes the lease end later; not if it has ended: a lapse ends the term.
+// extend moves the end of the lease. It reports false if the lease has ended already, because then the term is over.
 func (t *term) extend(until time.Duration) bool {
 	old := t.until.Load()
 	if int64(clock()) >= old || !t.until.CompareAndSwap(old, int64(until)) {
@@ -260,22 +144,158 @@ func (t *term) end() {
 
 func (s *Service) newCandidate(group string, p FailoverPolicy) *candidate {
 	return &candidate{
-		svc: s, group: group, key: s.name + "." + group, policy: p,
-		nonce: rand.Text(),
-		nudge: make(chan struct{}, 1),
+		svc: s, group: group, key: s.name + "." + group, policy: p, nonce: rand.Text(), healthChanged: make(chan struct{}, 1),
 	}
 }
 
-// enter must come before campaign. Stop waits for withdraw then. It is not ok if the service was stopped already.
-func (c *candidate) enter() (ok bool) {
+// Lead campaigns for the leadership of a group among the instances of the service. The group's name is a letter, then letters,
+// digits, - and _, at most 64. Lead does not need Start. It blocks, and calls fn each time this instance wins the leadership,
+// with the term: a number that rises from leader to leader and never falls.
+//
+// While fn may act, no other instance leads the group: fn's ctx, which has the [Term] too, ends when the leadership does. A
+// process that was paused learns a moment late that it has lost the leadership. Then only the term is exact: a store that
+// remembers the highest term can reject the writes of earlier ones.
+//
+// If fn returns while this instance leads, Lead releases the leadership and returns fn's error. If the leadership is lost, or a
+// health check fails, Lead waits until fn has returned, and campaigns again. If ctx ends, fn's ctx ends too, and Lead releases
+// the leadership when fn has returned.
+//
+// Errors: fn's; [ErrCanceled] or [ErrTimeout] if ctx has ended; [ErrClosed] if the service was stopped; [ErrInvalid] for a group
+// or a policy that is out of range, and for the group "default" if the service has [Exclusive] handlers, which use that group;
+// [ErrUnavailable] if there is no JetStream.
+func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn func(ctx context.Context, term uint64) error) error {
+	switch {
+	case !isName(group, maxService):
+		return newError(ErrInvalid, "Lead: group %q: want a letter, then letters, digits, - and _, at most %d", group, maxService)
+	case !p.valid():
+		return newError(ErrInvalid, "Lead: %+v: %s", p, wantPolicy)
+	case fn == nil:
+		return newError(ErrInvalid, "Lead: the function is nil")
+	case group == defaultGroup && s.exclusiveCandidate() != nil:
+		return newError(ErrInvalid, "Lead: group %q belongs to the exclusive handlers of %s: choose another", group, s.name)
+	}
+	stopped := newError(ErrClosed, "Lead: service %s was stopped", s.name)
+	c := s.newCandidate(group, p)
+	if !c.enter() {
+		return stopped
+	}
+	defer c.withdraw()
+	failure := c.openBucket(ctx)
+	if failure != nil && failure.Code != ErrTimeout.Code && failure.Code != ErrCanceled.Code && s.pick() != nil {
+		return failure
+	} // otherwise the server may come back while c campaigns
+	campaigning, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.quitting, cancel)()
+	result, done := error(stopped), false
+	c.campaign(campaigning, campaigning, func(t *term) {
+		s.leading.Add(1)
+		defer s.leading.Add(-1)
+		ctx, end := context.WithCancel(t)
+		defer end()
+		defer context.AfterFunc(t.resigned, end)()
+		err := fn(ctx, t.number)
+		if ctx.Err() == nil && t.holds() {
+			result, done = err, true
+			cancel()
+		}
+	})
+	if !done && ctx.Err() != nil {
+		return asError(ctx.Err())
+	}
+	return result
+}
+
+// IsLeader reports whether this instance leads the service, that is, its group "default", at this moment. It is exact, because it
+// compares the end of the lease with the clock. It does not block.
+func (s *Service) IsLeader() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.candidates {
+		if c.group == defaultGroup && c.term.Load().holds() {
+			return true
+		}
+	}
+	return false
+}
+
+// Leader returns the id of the instance that leads the service, that is, its group "default", as far as this instance knows. The
+// first call asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls answer from a
+// local copy that is kept up to date.
+//
+// Errors: [ErrNotFound] if no instance leads; [ErrUnavailable] if the first call finds no connection or no JetStream;
+// [ErrTimeout] or [ErrCanceled] if the first call is not answered before ctx ends; [ErrDenied] if the server's permissions do not
+// allow it; [ErrClosed] after Stop.
+func (s *Service) Leader(ctx context.Context) (string, error) {
+	if s.IsLeader() {
+		return s.id, nil
+	}
+	w := s.leaders(s.name, defaultGroup)
+	if failure := w.wait(ctx); failure != nil {
+		return "", failure
+	}
+	if e, ok := w.get(w.filter); ok && e.value.leads() && clock() < e.seen+e.value.Lease {
+		return e.value.Holder, nil
+	}
+	return "", newError(ErrNotFound, "no instance leads %s", s.name)
+}
+
+// Term returns the term of the leadership in an [Exclusive] handler or in the function of [Service.Lead], given its ctx. It
+// returns 0 for any other ctx.
+func Term(ctx context.Context) uint64 {
+	if t, ok := ctx.Value(termKey{}).(*term); ok {
+		return t.number
+	}
+	return 0
+}
+
+// leaderOf returns the id of the instance that leads a service, or "" if no leader is known. It blocks only until it is known for
+// the first time who leads, and at most for a second.
+func (s *Service) leaderOf(ctx context.Context, service string) string {
+	w := s.leaders(service, defaultGroup)
+	if !w.ready.Load() {
+		ctx, cancel := context.WithTimeout(ctx, explainTimeout)
+		defer cancel()
+		_ = w.wait(ctx) // if this fails, w has no entry
+	}
+	if e, ok := w.get(w.filter); ok && e.value.leads() {
+		return e.value.Holder
+	}
+	return ""
+}
+
+// leaders returns the watch of a group's key.
+func (s *Service) leaders(service, group string) *watch[claim] {
+	key := service + "." + group
+	return s.elections.get(key, func() *watch[claim] {
+		return newWatch(s, leadersBucket, key, func(_ string, c *claim) bool { return c.valid() })
+	})
+}
+
+func (s *Service) leadersStream() jetstream.StreamConfig {
+	config := s.bucket(leadersBucket)
+	config.FirstSeq = uint64(time.Now().UnixMilli()) // so that no revision occurs twice, even if the bucket is lost
+	return config
+}
+
+// openBucket makes the bucket of the leases if there is none.
+func (c *candidate) openBucket(ctx context.Context) *Error {
+	return c.svc.patiently(ctx, func(ctx context.Context) *Error {
+		_, failure := c.svc.openStream(ctx, c.svc.leadersStream(), leadersPrefix+c.key)
+		return failure
+	})
+}
+
+// enter has to be called before campaign. It makes Stop wait for withdraw. It reports false if the service was stopped already.
+func (c *candidate) enter() bool {
 	c.svc.mu.Lock()
 	defer c.svc.mu.Unlock()
-	if c.svc.state == stopping {
-		return false
+	ok := c.svc.state != stopping
+	if ok {
+		c.svc.candidates[c] = true
+		c.svc.campaigns.Add(1)
 	}
-	c.svc.candidates[c] = true
-	c.svc.campaigns.Add(1)
-	return true
+	return ok
 }
 
 func (c *candidate) withdraw() {
@@ -285,8 +305,8 @@ func (c *candidate) withdraw() {
 	c.svc.campaigns.Done()
 }
 
-// campaign calls lead each time that the candidate is elected, until ctx ends. Leadership ends when lead returns; its term's ctx is
-// parent's child.
+// campaign calls lead each time the candidate is elected, until ctx ends. The leadership ends when lead returns. The term that
+// lead gets is a child of parent.
 func (c *candidate) campaign(ctx, parent context.Context, lead func(*term)) {
 	c.watch = c.svc.leaders(c.svc.name, c.group)
 	for ctx.Err() == nil {
@@ -296,31 +316,32 @@ func (c *candidate) campaign(ctx, parent context.Context, lead func(*term)) {
 	}
 }
 
-// win waits until the lease is free, and takes it; nil when ctx ends.
+// win waits until the lease is free and takes it. It returns nil if ctx ends before. An unhealthy instance does not take the
+// lease.
 func (c *candidate) win(ctx, parent context.Context) *term {
 	for failures := 0; ; {
 		changed := c.watch.nextChange()
 		if e, ok := c.watch.get(c.key); ok && e.revision > c.revision {
 			c.observe(e.value, e.revision)
 		}
-		wait := c.vacant()
+		wait := c.untilFree()
 		if c.svc.unhealthy.Load() {
-			wait = c.policy.Lease // a nudge comes first
+			wait = c.policy.Lease // or until healthChanged
 		} else if wait <= 0 {
 			t, failure := c.take(parent)
 			if t != nil {
 				return t
 			}
-			wait = c.vacant()
-			if failures++; failure == nil || failure.Code == conflict.Code { // someone else was faster
+			wait = c.untilFree()
+			if failures++; failure == nil || failure.Code == conflict.Code { // another candidate holds the lease, or a wait begins
 				failures = 0
 			} else if wait = backoff(failures, c.policy.Timeout/8, c.policy.Timeout); failures%16 == 1 {
-				c.svc.log.Warn("the leader's lease can't be reached", "group", c.group, "error", failure)
+				c.svc.log.Warn("the leader's lease can't be read or written", "group", c.group, "error", failure)
 			}
 		}
 		select {
 		case <-changed:
-		case <-c.nudge:
+		case <-c.healthChanged:
 		case <-time.After(max(wait, time.Millisecond)):
 		case <-ctx.Done():
 			return nil
@@ -328,104 +349,116 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 	}
 }
 
-// vacant tells when the lease is free: in how long, at the most.
-func (c *candidate) vacant() time.Duration {
+// untilFree returns how long it takes at most until the lease is free. It is free now if that is not positive.
+func (c *candidate) untilFree() time.Duration {
 	if c.seen.Nonce == "" || c.seen.Released {
 		return 0
 	}
 	lease := cmp.Or(c.seen.Lease, c.policy.Lease)
-	if c.seen.Holder == "" { // whose lease may still be on isn't known
-		lease = max(lease, c.longest)
+	if c.seen.Holder == "" { // an unknown leader may still hold a lease, as long as the longest
+		lease = max(lease, c.longestLease)
 	}
 	return c.since + lease - clock()
 }
 
-// observe notes what the key holds. Only a change of it counts as a sign of life.
+// observe notes what the key holds. The wait for the lease starts anew only if the key has changed.
 func (c *candidate) observe(now claim, revision uint64) {
 	if revision != c.revision || now != c.seen {
 		c.seen, c.revision, c.since = now, revision, clock()
 	}
-	c.highest, c.longest = max(c.highest, now.Term), max(c.longest, now.Lease)
+	c.highestTerm, c.longestLease = max(c.highestTerm, now.Term), max(c.longestLease, now.Lease)
 }
 
-// take takes the lease over if it is free, which it makes sure of first: what was seen may be old.
+// take takes the lease if it is free. It reads the key first, because the claim that was seen last may be out of date. It returns
+// neither a term nor a failure if the lease turns out not to be free.
 func (c *candidate) take(parent context.Context) (*term, *Error) {
-	now, revision, failure := c.read()
+	ctx, cancel := context.WithTimeout(context.Background(), c.policy.Timeout)
+	data, revision, failure := c.svc.readKey(ctx, c.conn(), leadersBucket, c.key)
+	cancel()
 	if failure != nil {
+		c.on = c.svc.pickOther(c.on)
 		return nil, failure
 	}
-	if now == nil {
-		// Someone may lead until its lease ends, whose key was deleted, or whose bucket was lost. So the wait begins with a claim of
-		// nobody, which can't be mistaken for another one if that happens again.
+	if data == nil {
+		// The key was deleted, or its bucket was lost, and the instance that held it may lead until its lease ends. So the wait begins
+		// with a claim that has no holder. If the key is lost once more, that claim can't be confused with a later one.
 		c.revision = revision
-		_, failure := c.put(claim{Term: c.highest, Lease: max(c.longest, c.policy.Lease)})
+		_, failure := c.put(claim{Term: c.highestTerm, Lease: max(c.longestLease, c.policy.Lease)})
 		return nil, failure
 	}
-	if *now != c.seen || revision != c.revision {
-		c.observe(*now, revision)
-		signal(c.watch.refill) // it has missed something
+	if now := parseClaim(data); now != c.seen || revision != c.revision {
+		c.observe(now, revision)
+		signal(c.watch.refill) // the watch has missed a change
 	}
-	if c.vacant() > 0 {
+	if c.untilFree() > 0 {
 		return nil, nil
 	}
-	number := max(c.highest+1, uint64(time.Now().UnixMilli()))
+	number := max(c.highestTerm+1, uint64(time.Now().UnixMilli()))
 	sent, failure := c.put(claim{Holder: c.svc.id, Term: number, Lease: c.policy.Lease})
 	if failure != nil {
 		return nil, failure
 	}
-	t := &term{number: number}
-	t.Context, t.cancel = context.WithCancel(context.WithValue(parent, termKey{}, t))
-	t.resigned, t.resign = context.WithCancel(context.Background())
-	until := sent + c.policy.Valid
-	t.until.Store(int64(until))
-	t.lapse = time.AfterFunc(time.Hour, func() {
-		if !t.holds() { // else it was just extended
-			t.end()
-		}
-	})
-	t.lapse.Reset(until - clock())
+	t := newTerm(parent, number, sent+c.policy.Valid)
 	c.term.Store(t)
 	return t, nil
 }
 
-// hold leads until lead returns, or not at all if ctx has ended. Then, if the lease stands, it is released.
+func newTerm(parent context.Context, number uint64, until time.Duration) *term {
+	t := &term{number: number}
+	t.Context, t.cancel = context.WithCancel(context.WithValue(parent, termKey{}, t))
+	t.resigned, t.resign = context.WithCancel(context.Background())
+	t.until.Store(int64(until))
+	t.lapse = time.AfterFunc(time.Hour, func() { // Reset starts it, because end needs lapse
+		if !t.holds() { // otherwise the lease was extended at the last moment
+			t.end()
+		}
+	})
+	t.lapse.Reset(until - clock())
+	return t
+}
+
+// hold calls lead and renews the lease until lead returns. If ctx has ended already, it does not call lead. In the end it
+// releases the lease if that has not ended.
 func (c *candidate) hold(ctx context.Context, t *term, lead func(*term)) {
 	c.svc.log.Info("elected leader", "group", c.group, "term", t.number)
 	stop := make(chan struct{})
-	var renewing sync.WaitGroup
-	renewing.Go(func() { c.renew(t, stop) })
+	renewed := closedAfter(func() { c.renew(t, stop) })
 	defer func() { // also if lead panics
 		close(stop)
-		renewing.Wait()
+		<-renewed
 		released := t.holds()
 		t.end()
 		t.resign()
-		c.svc.changed()
-		if released = released && (!c.running.Load() || !c.svc.exclusiveBusy()); released { // else the lease runs out first
+		c.svc.statusChanged()
+		if c.started.Load() && c.svc.exclusiveBusy() { // handlers still run: the next leader has to wait until the lease ends
+			released = false
+		}
+		if released {
 			c.release(t)
 		}
-		c.svc.log.Info("leads no more", "group", c.group, "term", t.number, "released", released)
+		c.svc.log.Info("the leadership has ended", "group", c.group, "term", t.number, "released", released)
 	}()
 	if ctx.Err() == nil {
 		lead(t)
 	}
 }
 
-// renew renews the lease until stop is closed, it is lost, or the instance isn't well; then it runs out, unless it is released.
+// renew renews the lease until stop is closed, the lease is lost, or the instance is unhealthy. Then the lease ends by itself,
+// unless hold releases it.
 func (c *candidate) renew(t *term, stop <-chan struct{}) {
 	due := c.seen.Sent + c.policy.Renew
 	for {
 		select {
 		case <-time.After(due - clock()):
-		case <-c.nudge:
+		case <-c.healthChanged:
 		case <-stop:
 			return
 		}
-		if !t.holds() { // paused, perhaps
+		switch {
+		case !t.holds(): // the process may have been paused
 			t.end()
 			return
-		}
-		if c.svc.unhealthy.Load() {
+		case c.svc.unhealthy.Load():
 			t.resign()
 			return
 		}
@@ -434,7 +467,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 		case failure == nil && t.extend(sent+c.policy.Valid):
 			due = sent + c.policy.Renew
 		case !t.holds(), failure.Code == conflict.Code:
-			c.svc.log.Warn("leadership lost", "group", c.group, "term", t.number, "error", failure)
+			c.svc.log.Warn("the leadership was lost", "group", c.group, "term", t.number, "error", failure)
 			t.end()
 			return
 		default:
@@ -443,9 +476,9 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 	}
 }
 
-// release lets the next leader begin at once.
+// release marks the lease as released, so that the next leader can begin at once.
 func (c *candidate) release(t *term) {
-	for range 2 { // a renewal that was given up may have come in between
+	for range 2 { // a renewal that renew gave up may have been stored in between
 		_, failure := c.put(claim{Holder: c.svc.id, Term: t.number, Lease: c.policy.Lease, Released: true})
 		if failure == nil || failure.Code != conflict.Code || c.seen.Nonce != c.nonce {
 			return
@@ -453,11 +486,12 @@ func (c *candidate) release(t *term) {
 	}
 }
 
-// put replaces the claim that was seen last by one of this candidate, and returns when the claim that the key has now was sent. That
-// may be an earlier one that was stored without a confirmation. The failure is a conflict if the key has another claim.
+// put replaces the claim that was seen last by next, and returns when the claim that the key then holds was sent. That may be
+// before this call, because an earlier put of the same claim may have been stored without a confirmation. The failure is a
+// conflict if the key holds another claim.
 func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	next.Nonce, next.Sent = c.nonce, clock()
-	data, _ := json.Marshal(next)                                                // strings and numbers can't fail
+	data, _ := json.Marshal(next)                                                // can't fail, because it is strings and numbers
 	ctx, cancel := context.WithTimeout(context.Background(), 2*c.policy.Timeout) // one to store it, one to read it back
 	defer cancel()
 	x := &exchange{subject: leadersPrefix + c.key, data: data, until: next.Sent + c.policy.Timeout, on: c.conn()}
@@ -475,7 +509,8 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	return sent, nil
 }
 
-// conn returns the connection that was used last as long as it works, because it takes some time to notice one that hangs.
+// conn returns the connection that was used last, as long as it is up. put and take replace it when a request on it fails,
+// because it takes nats.go some time to notice that a connection hangs.
 func (c *candidate) conn() *conn {
 	if c.on == nil || !c.on.up.Load() {
 		c.on = c.svc.pick()
@@ -483,22 +518,8 @@ func (c *candidate) conn() *conn {
 	return c.on
 }
 
-// read returns the claim that the key has, nil if there is none.
-func (c *candidate) read() (now *claim, revision uint64, failure *Error) {
-	ctx, cancel := context.WithTimeout(context.Background(), c.policy.Timeout)
-	defer cancel()
-	data, revision, failure := c.svc.readKey(ctx, c.conn(), leadersBucket, c.key)
-	if failure != nil {
-		c.on = c.svc.pickOther(c.on)
-	}
-	if failure != nil || data == nil {
-		return nil, revision, failure
-	}
-	claim := parseClaim(data)
-	return &claim, revision, nil
-}
-
-// parseClaim returns the claim in the value of a key. One that is not from aegis is of somebody unknown.
+// parseClaim returns the claim in the value of a key. For a value that is not from aegis it returns a claim of an unknown
+// candidate.
 func parseClaim(data []byte) (c claim) {
 	if len(data) > 0 && (json.Unmarshal(data, &c) != nil || !c.valid()) {
 		c = claim{Nonce: "?"}
@@ -506,31 +527,26 @@ func parseClaim(data []byte) (c claim) {
 	return c
 }
 
-// hasExclusive tells whether there are any.
-func (s *Service) hasExclusive() bool {
+// exclusiveCandidate returns the candidate for the exclusive handlers, nil if there are none.
+func (s *Service) exclusiveCandidate() *candidate {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.exclusive != nil
+	return s.exclusive
 }
 
-// campaignForExclusive campaigns for the leadership of the service itself, until Stop, once exclusive handlers listen.
+// campaignForExclusive starts a campaign for the leadership of the service, which goes on until Stop. It has to be called after
+// exclusive handlers were opened. It does nothing if there are none, or if the campaign was started before.
 func (s *Service) campaignForExclusive(ctx context.Context) error {
-	s.mu.Lock()
-	c := s.exclusive
-	s.mu.Unlock()
-	if c == nil || c.running.Load() {
+	c := s.exclusiveCandidate()
+	if c == nil || c.started.Load() {
 		return nil
 	}
-	failure := s.patiently(ctx, func(ctx context.Context) *Error {
-		_, failure := s.openStream(ctx, s.leadersStream(), leadersPrefix+c.key)
-		return failure
-	})
-	if failure != nil {
+	if failure := c.openBucket(ctx); failure != nil {
 		return failure
 	}
 	s.probePublish(leadersPrefix+c.key, readSubject(leadersBucket))
-	s.leaderOf(ctx, s.name) // so that it can tell who leads, if that can be found out now
-	if c.running.CompareAndSwap(false, true) && c.enter() {
+	s.leaderOf(ctx, s.name) // so that notActive knows the leader from the start, if it can be known
+	if c.started.CompareAndSwap(false, true) && c.enter() {
 		go func() {
 			defer c.withdraw()
 			c.campaign(s.quitting, s.base, s.lead)
@@ -539,29 +555,30 @@ func (s *Service) campaignForExclusive(ctx context.Context) error {
 	return nil
 }
 
-// lead serves exclusively for a term: until the lease ends, or what has come is finished, since the instance stops or isn't well.
+// lead serves the exclusive handlers for a term. It returns when the lease ends. If the service stops or is unhealthy, it returns
+// when the messages that have arrived are handled.
 func (s *Service) lead(t *term) {
-	s.changed()
+	s.statusChanged()
 	select {
 	case <-t.Done():
 	case <-s.quitting.Done():
 	case <-t.resigned.Done():
 		s.shareAll()
-		_ = s.flush(t) // if that fails, a request may be turned away
+		_ = s.flush(t) // if this fails, a request that is on its way may be answered with ErrNotActive
 	}
-	for t.holds() && s.exclusiveBusy() { // if it isn't over, though its ctx may be, since Stop's time is up
+	for t.holds() && s.exclusiveBusy() { // t's ctx may have ended before the lease, because Stop's time is up
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// exclusiveBusy tells whether exclusive handlers run, or may still begin to.
+// exclusiveBusy reports whether exclusive handlers are running or may still be started.
 func (s *Service) exclusiveBusy() bool {
 	return slices.ContainsFunc(s.handlers(), func(e *endpoint) bool {
 		return e.lease != nil && !isClosed(e.finished) && (s.quitting.Err() != nil || e.busy())
 	})
 }
 
-// notActive is the answer of an instance that doesn't lead.
+// notActive returns the error with which an instance that does not lead answers.
 func (c *candidate) notActive() *Error {
 	e := notRun(newError(ErrNotActive, "instance %s of %s stands by", c.svc.id, c.svc.name))
 	e.Source = c.svc.name

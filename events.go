@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -14,23 +15,23 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file is durable events: publishing them (Publish, PublishBatch) and handling them (Subscribe).
+// This file has durable events: Publish and PublishBatch store them, and Subscribe handles them.
 
 // An Event is what a handler of [Subscribe] is called with.
 type Event[T any] struct {
-	// ID is the same however often the event is sent or delivered: what [IdempotencyKey] set, else a random one.
+	// ID is what [IdempotencyKey] set, else random. It stays the same however often the event is sent or delivered.
 	ID string
-	// Domain and Type are the tokens of its subject, events.<domain>.<type>.
+	// Domain and Type are the parts of the subject, events.<domain>.<type>.
 	Domain, Type string
-	// Version is that of [EventVersion], "" if none was set.
+	// Version is what [EventVersion] set, else "".
 	Version string
-	// Source is the service that published it, by its own account.
+	// Source is the service that published the event, as the sender claims; not authenticated.
 	Source string
-	// Time is when the server stored it first.
+	// Time is when the server first stored the event.
 	Time time.Time
-	// Sequence is its number in the stream. It rises, with gaps.
+	// Sequence is the event's number in the stream. It rises, with gaps.
 	Sequence uint64
-	// Attempt counts deliveries from 1. It is more than 1 after a failure, a crash, a lost acknowledgement, or a Stop that cut
+	// Attempt counts the deliveries from 1. It is more than 1 after an error, a crash, a lost acknowledgement, or a Stop that cut
 	// the handler short.
 	Attempt int
 	Data    T
@@ -39,31 +40,34 @@ type Event[T any] struct {
 const (
 	eventStream   = "AEGIS_EVENTS"
 	eventPrefix   = "events."
-	redrivePrefix = eventPrefix + "$redrive." // a consumer follows, which alone takes the event
+	redrivePrefix = eventPrefix + "$redrive." // the consumer that the event is for follows
 
-	headerID      = "Aegis-Id"      // of a command; of an event that was redriven or became a dead letter, like the next two
-	headerSubject = "Aegis-Subject" // the original one
-	headerTime    = "Aegis-Time"    // the original one, in RFC 3339
-	headerSource  = "Aegis-Source"  // the publishing service
-	headerVersion = "Aegis-Version" // of the event
+	headerID      = "Aegis-Id"      // of a command; like the next two also of a dead letter, and of an event that was redriven
+	headerSubject = "Aegis-Subject" // the original subject
+	headerTime    = "Aegis-Time"    // when the message was first stored, in RFC 3339
+	headerSource  = "Aegis-Source"  // the service that sent it
+	headerVersion = "Aegis-Version" // of an event
 	maxEventToken = 128             // characters
+	batchWindow   = 1024            // events of a batch that may wait for their confirmation; the server accepts up to 100,000
 )
 
 func (s *Service) eventStream() jetstream.StreamConfig {
 	return jetstream.StreamConfig{Name: eventStream, Subjects: []string{eventPrefix + ">"}, Replicas: s.cfg.replicas}
 }
 
-// Publish stores an event in the stream AEGIS_EVENTS, under events.<domain>.<eventType>, and returns when the server has
-// confirmed that; the stream is made if there is none. domain is [A-Za-z][A-Za-z0-9_-]*, eventType one or more of those,
-// separated by dots. It blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline.
+// Publish stores an event in the stream AEGIS_EVENTS, with the subject events.<domain>.<eventType>, and returns when the server
+// has confirmed that. It makes the stream if there is none. domain is [A-Za-z][A-Za-z0-9_-]*, at most 128 characters, and
+// eventType one or more of those, separated by dots. Publish blocks until ctx ends at most, or for [WithTimeout] if ctx has no
+// deadline.
 //
-// Every event has an id, so that one that is sent twice is stored once. Therefore an event whose confirmation is missing is
-// sent again as [Retry] does for an Idempotent call, by default up to 3 times in all; with [Sticky] until ctx ends.
+// Every event has an id, so that an event that is sent twice is stored once. Therefore an event that was not confirmed is sent
+// again, as [Retry] does for an [Idempotent] call: by default up to 3 times in all, with [Sticky] until ctx ends.
 //
-// Errors: [ErrInvalid] for a name or an option that is out of range, or an event that can't be encoded or comes within 2 KiB of
-// the server's max_payload (its dead letter has to fit too); [ErrUnavailable] if there is no connection or no JetStream;
-// [ErrTimeout], [ErrCanceled], [ErrClosed]; [ErrDenied] by the server's permissions; and what the stream refuses with, such as [ErrUnavailable] when it is full. Unless the
-// error's NotRun is set, the event may have been stored.
+// Errors: [ErrInvalid] for a name or an option that is out of range, and for an event that can't be encoded or is larger than the
+// server's max_payload less 2 KiB (so that it fits a dead letter); [ErrUnavailable] if there is no connection or no JetStream, or
+// if the stream refuses the event for now, because it is full for example; [ErrTimeout] and [ErrCanceled] when ctx ends;
+// [ErrClosed] after Stop; [ErrDenied] if the server's permissions do not allow it; and what else the stream refuses the event
+// with. Unless NotRun is set in the error, the event may have been stored.
 func Publish[T any](ctx context.Context, s *Service, domain, eventType string, data T, opts ...CallOption) error {
 	p, failure := s.newPublication(ctx, domain, eventType, opts)
 	if failure != nil {
@@ -76,14 +80,14 @@ func Publish[T any](ctx context.Context, s *Service, domain, eventType string, d
 	return failure.orNil()
 }
 
-// A publication is one event, or those of a batch, but for their payloads.
+// A publication is what Publish stores, except for the payload. The events of a batch share one.
 type publication struct {
 	s       *Service
 	cfg     *callConfig
 	name    string // <domain>.<type>
 	subject string
 	header  nats.Header
-	id      string
+	id      string // encode adds a suffix to it
 }
 
 func (s *Service) newPublication(ctx context.Context, domain, eventType string, opts []CallOption) (*publication, *Error) {
@@ -91,24 +95,22 @@ func (s *Service) newPublication(ctx context.Context, domain, eventType string, 
 	if failure != nil {
 		return nil, failure
 	}
-	p := &publication{s: s, cfg: cfg, name: domain + "." + eventType}
-	p.subject = eventPrefix + p.name
-	for token := range strings.SplitSeq(p.name, ".") {
-		if !isName(token, maxEventToken) || strings.Contains(domain, ".") {
-			return nil, notRun(newError(ErrInvalid, "event %q: want domain.type, each of a letter, then letters, digits, - and _", p.name))
-		}
+	name := domain + "." + eventType
+	malformed := func(token string) bool { return !isName(token, maxEventToken) }
+	if strings.Contains(domain, ".") || slices.ContainsFunc(strings.Split(name, "."), malformed) {
+		return nil, notRun(newError(ErrInvalid, "event %q: want domain.type, each of a letter, then letters, digits, - and _", name))
 	}
-	p.header = s.newHeader(ctx)
+	p := &publication{s: s, cfg: cfg, name: name, subject: eventPrefix + name, header: s.newHeader(ctx), id: rand.Text()}
 	if cfg.version != nil {
 		p.header[headerVersion] = []string{*cfg.version}
 	}
-	if p.id = rand.Text(); cfg.key != nil {
-		p.id = p.name + ":" + *cfg.key // events of other types may have the same key
+	if cfg.key != nil {
+		p.id = name + ":" + *cfg.key // events of other types may have the same key
 	}
 	return p, nil
 }
 
-// newHeader returns the headers of a message to be stored, as far as they come from ctx and the service. The caller may add to them.
+// newHeader returns a message's headers from ctx, and the service's name as its source. The caller may add to them.
 func (s *Service) newHeader(ctx context.Context) nats.Header {
 	header, correlation := headersFor(ctx)
 	header = withHeader(header, headerSource, s.name)
@@ -118,20 +120,22 @@ func (s *Service) newHeader(ctx context.Context) nats.Header {
 	return header
 }
 
-// completeHeader adds the content type of data if receivers could not detect it, and checks the size of the message.
+// completeHeader sets the content type of data if receivers can't detect it, and checks that the message, called what, is not too
+// large.
 func (s *Service) completeHeader(header nats.Header, data []byte, what string) *Error {
 	delete(header, headerContentType)
 	if label := contentType(s.cfg.codec, data); label != "" {
 		header[headerContentType] = []string{label}
 	}
 	if size, limit := messageSize(header, data), s.conns[0].limit.Load()-letterRoom; size > limit {
-		return notRun(newError(ErrInvalid, "%s has %d bytes with its headers, more than %d: the server's max_payload, less %d for what a dead letter adds",
-			what, size, limit, letterRoom))
+		return notRun(newError(ErrInvalid, "%s has %d bytes with its headers, more than %d: "+
+			"the server's max_payload, less %d for what a dead letter adds", what, size, limit, letterRoom))
 	}
 	return nil
 }
 
-// encode returns the payload of an event, of which value points to the data, and sets the event's headers. Its id ends in suffix.
+// encode returns the payload of the event whose data value points to, and sets the headers for it. suffix is added to the event's
+// id.
 func (p *publication) encode(value any, suffix string) ([]byte, *packer, *Error) {
 	data, buf, err := marshal(p.s.cfg.codec, value)
 	if err != nil {
@@ -141,11 +145,12 @@ func (p *publication) encode(value any, suffix string) ([]byte, *packer, *Error)
 	return data, buf, p.s.completeHeader(p.header, data, "the event "+p.name)
 }
 
-// PublishBatch publishes data in order, without waiting for the confirmation of one event before it sends the next, and returns
-// when each was confirmed or has failed. Without a deadline in ctx, it gives up when none was confirmed for [WithTimeout].
+// PublishBatch publishes data in order. It sends each event without waiting for the confirmation of the one before, and returns
+// when every event was confirmed or has failed. It blocks until ctx ends at most; if ctx has no deadline, it gives up when no
+// event was confirmed for [WithTimeout].
 //
-// Each failure is told: the error joins (see [errors.Join]) an [*Error] for every event that failed, with its position in
-// Details["index"]. Options, resending and errors are those of [Publish]; events that had to be sent again are not in order.
+// The error joins (see [errors.Join]) one [*Error] for each event that failed, with the position of the event in
+// Details["index"]. Options, resending and errors are those of [Publish]. Events that were sent again are stored out of order.
 func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType string, data []T, opts ...CallOption) error {
 	p, failure := s.newPublication(ctx, domain, eventType, opts)
 	if failure != nil {
@@ -156,16 +161,16 @@ func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType stri
 	return b.publish(ctx)
 }
 
-// A batch is events that are published one after the other.
+// A batch is several events that are published in order.
 type batch struct {
 	*publication
-	encode    func(i int) ([]byte, *packer, *Error)
-	failures  []*Error // by position
-	mayBeStored []bool   // by position: the event may have been stored
+	encode      func(i int) ([]byte, *packer, *Error)
+	failures    []*Error // by position
+	mayBeStored []bool   // by position
 }
 
-// publish stores one event like Publish, which finds out whether publishing works, and then all others at once. It repeats that with
-// the events that failed and may be sent again.
+// publish stores the first event as Publish does, because that shows whether publishing works, and then all others in a pipeline.
+// It repeats this with the events that failed and may be sent again.
 func (b *batch) publish(ctx context.Context) error {
 	todo := make([]int, len(b.failures))
 	for i := range todo {
@@ -198,18 +203,17 @@ func (b *batch) publish(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// setResult stores the result of an attempt at event i.
 func (b *batch) setResult(i int, failure *Error) {
 	b.failures[i] = failure
 	b.mayBeStored[i] = b.mayBeStored[i] || failure != nil && !failure.NotRun
 }
 
-// batchWindow is how many events of a batch may wait for their confirmation. (The server accepts up to 100,000.)
-const batchWindow = 1024
+// notConfirmed stands for the result of an event that was sent, until its confirmation comes. It is compared by identity.
+var notConfirmed = &Error{}
 
-// These stand for the failures of events in pipeline until their results are known. They are compared by identity.
-var notSent, notConfirmed = &Error{}, &Error{}
-
-// pipeline publishes the events todo on one connection, and returns those that may be sent again.
+// pipeline publishes the events todo on one connection, without waiting for each confirmation. It returns those that may be sent
+// again.
 func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	c := b.s.pick()
 	if len(todo) == 0 || c == nil {
@@ -221,17 +225,34 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	}
 	defer c.endSlot(sl)
 	sl.drops, sl.since = c.drops.Load(), clock()
-	timeout := b.cfg.policy().AttemptTimeout // since the last confirmation
+	timeout := b.cfg.policy().AttemptTimeout // counted from the last confirmation
 	sl.wakeAt(clock() + timeout)
 	prefix := sl.prefix + strconv.FormatUint(sl.calls, 36) + "." // the position of the event follows
-	unconfirmed := 0
-	var broken *Error // why it can't go on
-	receive := func() {
+	sent, unconfirmed := 0, 0
+	var broken *Error // why the pipeline can't go on
+	for broken == nil && (sent < len(todo) || unconfirmed > 0) {
+		if sent < len(todo) && unconfirmed < batchWindow && ctx.Err() == nil {
+			i := todo[sent]
+			sent++
+			data, buf, failure := b.encode(i)
+			if failure != nil {
+				b.setResult(i, failure)
+				continue
+			}
+			b.failures[i] = notConfirmed
+			unconfirmed++
+			m := &nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(i), Header: b.header, Data: data}
+			if err := c.nc.PublishMsg(m); err != nil {
+				broken = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
+			}
+			buf.release() // nats.go has copied it
+			continue
+		}
 		select {
 		case m := <-sl.answers:
 			if m == nil {
 				broken = b.s.answerLost(c, sl, b.subject)
-				return
+				continue
 			}
 			i, err := strconv.Atoi(strings.TrimPrefix(m.Subject, prefix))
 			if err == nil && i >= 0 && i < len(b.failures) && b.failures[i] == notConfirmed {
@@ -244,33 +265,10 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 			broken = asError(ctx.Err())
 		}
 	}
-	for _, i := range todo {
-		b.failures[i] = notSent
-	}
-	for sent := 0; broken == nil && (sent < len(todo) || unconfirmed > 0); {
-		if sent == len(todo) || unconfirmed == batchWindow || ctx.Err() != nil {
-			receive()
-			continue
-		}
-		i := todo[sent]
-		sent++
-		data, buf, failure := b.encode(i)
-		if failure == nil {
-			b.failures[i] = notConfirmed
-			unconfirmed++
-			if err := c.nc.PublishMsg(&nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(i), Header: b.header, Data: data}); err != nil {
-				broken = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
-			}
-			buf.release() // nats.go has copied it
-		} else {
-			b.setResult(i, failure)
-		}
-	}
-	for _, i := range todo {
-		switch b.failures[i] {
-		case notSent:
+	for n, i := range todo {
+		if n >= sent {
 			b.setResult(i, notRun(newError(broken, "not sent: %s", broken.Message)))
-		case notConfirmed:
+		} else if b.failures[i] == notConfirmed {
 			b.setResult(i, newError(broken, "not confirmed: %s", broken.Message))
 		}
 		if retryable(b.failures[i]) {
@@ -280,19 +278,26 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	return again
 }
 
-// Subscribe handles the events whose <domain>.<type> matches pattern, in which * stands for one token and a > at the end for
-// all that follow: payment.captured, payment.*, *.created, order.>. The subscription is durable: the server keeps its place in the
-// stream for the service as a whole, whose instances share the events, also while none of them runs.
+// Subscribe makes fn the handler of the events whose <domain>.<type> matches pattern. In a pattern, * stands for one token, and >
+// at the end for one or more: payment.captured, payment.*, *.created, order.>. The subscription is durable and belongs to the
+// service: its instances share the events, and the server keeps the position in the stream even while no instance runs.
 //
-// Each event is handled at least once. When fn returns nil, it is acknowledged. After an error or a panic it is delivered again
-// after a pause ([Backoff]), up to [Attempts] times in all; one whose handler died with its process, after 10 s. Then it is set
-// aside as a dead letter, as is at once what can't be decoded into T; see [Service.DeadLetters]. Events are handled
-// concurrently and in no order, unless [Concurrency] is 1. fn's ctx ends after [Deadline], or when Stop's time is up; what Stop
-// cuts short is given back without using up an attempt.
+// Each event is handled at least once. It is acknowledged when fn returns nil. After an error or a panic it is redelivered after
+// a pause ([Backoff]). An error at delivery number [Attempts] or later makes it a dead letter; see [Service.DeadLetters]. An
+// event that can't be decoded into T becomes one at once.
 //
-// Subscribe fails with [ErrInvalid] if the pattern or an option is out of range or there is a subscription of that name, with
-// [ErrClosed] after Stop. Once the service was started it fails, as [Service.Start] does before, with [ErrUnavailable] without
-// JetStream, and with [ErrInvalid] if the stream AEGIS_EVENTS or AEGIS_DEAD exists but can't be used.
+// An event whose handler died with its process is redelivered after 10 s, the ack wait. fn's ctx ends after [Deadline], or when
+// Stop's time is up, and an event whose handler Stop has cut short is redelivered. Such deliveries count as attempts. But an
+// event whose deliveries never came to an end is delivered up to three times beyond Attempts, before it becomes a dead letter
+// without another call of fn.
+//
+// Events are handled concurrently and in no order, unless [Concurrency] is 1. Subscribe does not block before [Service.Start];
+// after it, Subscribe also makes the consumer, for which it blocks for [WithTimeout] at most.
+//
+// Errors: [ErrInvalid] if pattern or an option is out of range, or if there is a subscription of that name; [ErrClosed] after
+// Stop. After Start, as otherwise from Start itself, also [ErrUnavailable] without JetStream or a connection; [ErrInvalid] if the
+// stream AEGIS_EVENTS or AEGIS_DEAD, or the consumer, exists but can't be used; [ErrDenied] if the server's permissions do not
+// allow it.
 func Subscribe[T any](s *Service, pattern string, fn func(context.Context, Event[T]) error, opts ...HandlerOption) error {
 	if fn == nil {
 		return newError(ErrInvalid, "events %q: the function is nil", pattern)
@@ -304,7 +309,8 @@ func Subscribe[T any](s *Service, pattern string, fn func(context.Context, Event
 			return nil, err
 		}
 		d := r.delivery
-		ev.ID, ev.Source, ev.Version, ev.Time, ev.Sequence, ev.Attempt = d.id, m.Source, m.Header.Get(headerVersion), d.time, d.sequence, d.attempt
+		ev.ID, ev.Time, ev.Sequence, ev.Attempt = d.id, d.time, d.sequence, d.attempt
+		ev.Source, ev.Version = m.Source, m.Header.Get(headerVersion)
 		ev.Domain, ev.Type, _ = strings.Cut(strings.TrimPrefix(m.Subject, eventPrefix), ".")
 		return nil, fn(ctx, ev)
 	}, opts)
@@ -323,22 +329,19 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 		return failure
 	}
 	e := &endpoint{kind: kindEvent, name: cmp.Or(deref(cfg.durable), pattern), subject: eventPrefix + pattern, run: run}
-	// The name of the consumer can't contain . * and >.
-	name := s.name + "~" + cmp.Or(deref(cfg.durable), strings.NewReplacer(".", "~", "*", "+", ">", "#").Replace(pattern))
+	allowed := strings.NewReplacer(".", "~", "*", "+", ">", "#") // a consumer's name can't contain . * and >
+	l := newLane(s.name+"~"+allowed.Replace(e.name), e.subject)
 	if cfg.broadcast {
-		name += "@" + s.id
+		l.config.Durable += "@" + s.id
+		l.config.InactiveThreshold = time.Hour // after which the server deletes the consumer of an instance that is gone
 	}
-	l := newLane(name, e.subject)
-	l.redrive = redrivePrefix + name
 	if !cfg.replays {
 		l.config.DeliverPolicy = jetstream.DeliverNewPolicy
-	}
-	if cfg.broadcast {
-		l.config.InactiveThreshold = time.Hour
 	}
 	if cfg.concurrency == 1 {
 		l.config.MaxAckPending = 1
 	}
+	l.redrive = redrivePrefix + l.config.Durable
 	e.source = &subscription{newFeed(e, cfg, s.eventStream(), l)}
 	return s.addEndpoint(e, cfg)
 }
@@ -351,10 +354,11 @@ func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
 	defer f.release()
 	d := f.delivery(m)
 	if d == nil {
-		f.svc.log.Warn("dropped a message that is not an event", "endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
+		f.svc.log.Warn("dropped a message that is not an event",
+			"endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
 		return
 	}
-	if consumer, ok := strings.CutPrefix(m.Subject, redrivePrefix); ok && consumer != f.lanes[0].config.Durable {
+	if strings.HasPrefix(m.Subject, redrivePrefix) && m.Subject != f.lanes[0].redrive { // it is for another consumer
 		f.acknowledge(m, ack)
 		return
 	}
@@ -363,7 +367,8 @@ func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
 	case f.svc.draining.Load() || !f.admit(r):
 		f.giveBack(m)
 	case d.attempt > f.cfg.attempts+tolerance:
-		failure := newError(ErrInternal, "delivered %d times and never finished: its handler crashed or hung, or its instance or an acknowledgement was lost", d.attempt-1)
+		failure := newError(ErrInternal, "delivered %d times and never finished: "+
+			"its handler crashed or hung, or its instance or an acknowledgement was lost", d.attempt-1)
 		f.meter.ended(r.msg.Source, failure)
 		f.deadLetter(r, failure, d.attempt-1)
 	default:
@@ -371,7 +376,7 @@ func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
 	}
 }
 
-// done acknowledges an event that was handled, or sees to one that could not be handled.
+// done acknowledges an event that was handled. One that was not is redelivered, or becomes a dead letter.
 func (f *subscription) done(r *request, _ []byte, failure *Error) {
 	switch {
 	case failure == nil:

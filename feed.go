@@ -1,10 +1,10 @@
 package aegis
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,22 +16,22 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has the feed, which brings stored messages to an endpoint: it makes the consumers, asks them for messages, keeps what
-// is being handled from being redelivered, and acknowledges.
+// This file has the feed, which brings stored messages to an endpoint: it makes the consumers, asks them for messages,
+// acknowledges these, and keeps the server from redelivering a message while it is being handled.
 
 const (
-	maxAckPending = 1 << 16 // messages of a consumer that are being handled, or wait for their next attempt
-	maxWaiting    = 1 << 12 // requests to a consumer, from all instances
+	maxAckPending = 1 << 16 // messages of a consumer that are being handled or wait for their next attempt, in all instances
+	maxWaiting    = 1 << 12 // pull requests that wait at a consumer, from all instances
 
-	fetchTick    = 250 * time.Millisecond // between looks at the connection
-	fetchExpiry  = time.Second            // of a request
-	fetchSlack   = time.Second            // for the server to report that it has expired
-	fetchSession = 15 * time.Second       // after which the consumers are looked at again
+	fetchTick    = 250 * time.Millisecond // between checks of the connection; also the shortest bound of a pause after a failure
+	fetchExpiry  = time.Second            // after which the server ends a pull request
+	fetchSlack   = time.Second            // for the server's report of that to arrive
+	fetchSession = 15 * time.Second       // after which fetch checks the consumers again
 
-	pendingTimeout = 250 * time.Millisecond
-	pendingAge     = time.Second // after which the server is asked again
+	pendingTimeout = 250 * time.Millisecond // for asking the server how many messages wait
+	pendingAge     = time.Second            // after which it is asked again
 
-	tolerance = 3 // deliveries beyond Attempts that may have ended without a result
+	tolerance = 3 // how many deliveries beyond Attempts there may be, because some may have ended without a result
 )
 
 // The ways to acknowledge a delivery.
@@ -47,35 +47,37 @@ const (
 type feed struct {
 	*endpoint
 	cfg     *handlerConfig
-	stream  jetstream.StreamConfig // to be made if there is none
+	stream  jetstream.StreamConfig // used to make the stream if it does not exist
 	lanes   []*lane                // the most urgent first
-	claimed atomic.Int64           // messages asked for, waiting in the queue, or being handled
-	starts  int                    // messages brought since a lane was asked out of turn, or all lanes were empty
-	ackWait atomic.Int64           // the shortest of all consumers
-	active  atomic.Bool            // see share
-	failed  atomic.Bool            // a request has failed
+	claimed atomic.Int64           // how many messages are asked for, wait in the queue, or are being handled
+	starts  int                    // messages brought since the lanes were asked in reverse order, or were all empty
+	ackWait atomic.Int64           // the shortest ack wait of the consumers
+	active  atomic.Bool            // whether to ask for messages; see share
+	failed  atomic.Bool            // whether a pull request has failed since fetch looked last
 	wake    chan struct{}          // tells fetch that it can ask for more, or that active has changed
 	inspect func()                 // called at intervals while messages may be handled, unless it is nil
 
 	counting sync.Mutex    // guards counted, and pending of the lanes
-	counted  time.Duration // when the server was asked for that
+	counted  time.Duration // when the server was last asked for pending, by the clock
 
-	fetching sync.WaitGroup     // fetch, and the requests to parked lanes
+	fetching sync.WaitGroup     // counts fetch, and the requests to parked lanes
 	mu       sync.Mutex         // guards the rest
-	drained  bool               // drain was called
+	drained  bool               // whether drain was called
 	cancel   context.CancelFunc // ends fetch
 }
 
-// A lane is one of a feed's consumers. The fields from most to floor belong to openConsumer and fetch.
+// A lane is one of a feed's consumers. The fields from opened to floor belong to openConsumer and fetch, which don't run at the
+// same time.
 type lane struct {
 	config  jetstream.ConsumerConfig
-	redrive string // a subject besides the one in config, "" for none
-	opened  bool   // the consumer exists, or did
-	most    int64  // messages that may be asked for at once
-	expiry  time.Duration
-	floor   uint64      // all messages up to this sequence are finished
-	parked  atomic.Bool // the consumer was found empty, and was asked for its next message
-	pending int64       // messages that wait, as far as is known
+	redrive string        // the subject of redriven dead letters, besides the one in config; "" for none
+	opened  bool          // whether the consumer exists, or did before somebody deleted it
+	most    int64         // messages that may be asked for at once
+	expiry  time.Duration // of a pull request
+	ackWait time.Duration // of the consumer
+	floor   uint64        // all messages up to this stream sequence are acknowledged
+	parked  atomic.Bool   // whether the consumer was empty, and is asked for its next message only
+	pending int64         // messages that waited when the server was asked last
 }
 
 func newLane(consumer, subject string) *lane {
@@ -95,19 +97,16 @@ func newFeed(e *endpoint, cfg *handlerConfig, stream jetstream.StreamConfig, lan
 	return &feed{endpoint: e, cfg: cfg, stream: stream, lanes: lanes, wake: make(chan struct{}, 1)}
 }
 
-// open makes the consumers and begins to fetch.
+// open makes the consumers, and the stream for dead letters, and starts fetch.
 func (f *feed) open(ctx context.Context) error {
-	failure := f.svc.patiently(ctx, func(ctx context.Context) *Error {
-		failure := f.openConsumers(ctx)
-		if failure == nil {
-			_, failure = f.svc.openStream(ctx, f.svc.deadStream(), f.letters())
-		}
-		return failure
-	})
+	failure := f.openConsumers(ctx)
+	if failure == nil {
+		_, failure = f.svc.openStreamPatiently(ctx, f.svc.deadStream(), f.letters())
+	}
 	if failure != nil {
 		return failure
 	}
-	for _, l := range f.lanes {
+	for _, l := range f.lanes { // the caller of open calls checkDenials afterwards
 		f.svc.probePublish("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, "$JS.ACK."+f.stream.Name+"."+l.config.Durable)
 	}
 	f.svc.probePublish(f.letters())
@@ -122,7 +121,7 @@ func (f *feed) open(ctx context.Context) error {
 	return nil
 }
 
-// share begins or ends the asking. What was asked for already still comes.
+// share begins or ends asking for messages. Those that were asked for already still come.
 func (f *feed) share(on bool) error {
 	if f.active.Swap(on) != on {
 		signal(f.wake)
@@ -130,60 +129,69 @@ func (f *feed) share(on bool) error {
 	return nil
 }
 
-// openConsumers makes the consumers that do not exist, and learns what the operator may have changed in the others.
+// openConsumers makes the consumers that do not exist. Of the others it learns the settings, which the operator may have changed.
 func (f *feed) openConsumers(ctx context.Context) *Error {
-	var shortest time.Duration
+	var subjects []string
 	for _, l := range f.lanes {
-		stream, failure := f.svc.openStream(ctx, f.stream, l.config.FilterSubjects[0])
-		if failure != nil {
-			return failure
-		}
-		ackWait, failure := f.openConsumer(ctx, stream, l)
-		if failure != nil {
-			return failure
-		}
-		shortest = min(ackWait, cmp.Or(shortest, ackWait))
+		subjects = append(subjects, l.config.FilterSubjects[0])
 	}
-	f.ackWait.Store(int64(shortest))
-	return nil
+	stream, failure := f.svc.openStreamPatiently(ctx, f.stream, subjects...)
+	shortest := time.Duration(math.MaxInt64)
+	for _, l := range f.lanes {
+		if failure == nil {
+			failure = f.svc.patiently(ctx, func(ctx context.Context) *Error { return f.openConsumer(ctx, stream, l) })
+			shortest = min(shortest, l.ackWait)
+		}
+	}
+	if failure == nil {
+		f.ackWait.Store(int64(shortest))
+	}
+	return failure
 }
 
-func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lane) (ackWait time.Duration, failure *Error) {
+// openConsumer makes the consumer of one lane, or learns its settings. It changes a consumer that exists only if that does not
+// keep the order as the handler's Concurrency wants it, or lacks the subject of redriven dead letters.
+func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lane) *Error {
 	begin, config := clock(), l.config
 	subject := config.FilterSubjects[0]
 	if l.redrive != "" && takes(stream, l.redrive) && !covers(subject, l.redrive) {
 		config.FilterSubjects = append(slices.Clone(config.FilterSubjects), l.redrive)
 	}
 	what := "the consumer " + config.Durable + " of " + f.stream.Name
-	consumer, err := stream.Consumer(ctx, config.Durable)
+	js, failure := f.svc.jetStream()
+	if failure != nil {
+		return failure
+	}
+	consumer, err := js.Consumer(ctx, f.stream.Name, config.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
 		if l.opened { // somebody has deleted it
-			if stream.CachedInfo().State.LastSeq < l.floor { // together with the stream
-				l.floor = 0
+			if stream.CachedInfo().State.LastSeq < l.floor {
+				l.floor = 0 // the stream is a new one
 			}
 			f.svc.log.Warn("the consumer was deleted and is made again", "endpoint", f.name, "consumer", config.Durable, "after", l.floor)
 			if f.stream.Retention == jetstream.LimitsPolicy {
 				config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, l.floor+1
 			}
 		}
-		if consumer, err = stream.CreateConsumer(ctx, config); errors.Is(err, jetstream.ErrConsumerExists) { // another instance was faster
-			consumer, err = stream.Consumer(ctx, config.Durable)
+		if consumer, err = js.CreateConsumer(ctx, f.stream.Name, config); errors.Is(err, jetstream.ErrConsumerExists) {
+			// Another instance was faster.
+			consumer, err = js.Consumer(ctx, f.stream.Name, config.Durable)
 		}
 	}
 	if err != nil {
-		return 0, f.svc.jetStreamError(begin, err, what)
+		return f.svc.jetStreamError(begin, err, what)
 	}
 	info := consumer.CachedInfo()
 	have := info.Config
 	filters := append(have.FilterSubjects, have.FilterSubject)
 	if !slices.Contains(filters, subject) || have.AckPolicy != jetstream.AckExplicitPolicy || have.MaxDeliver > 0 {
-		return 0, notRun(newError(ErrInvalid, "%s, which exists, is not one for %s with explicit acknowledgement and max_deliver -1: delete it, or choose another name by Durable", what, subject))
+		return notRun(newError(ErrInvalid, "%s, which exists, is not one for %s with explicit acknowledgement and max_deliver -1: delete it, or choose another name by Durable", what, subject))
 	}
 	ordered, redriven := config.MaxAckPending == 1, slices.ContainsFunc(filters, func(p string) bool { return covers(p, l.redrive) })
 	if ordered != (have.MaxAckPending == 1) || len(config.FilterSubjects) > 1 && !redriven {
 		have.MaxAckPending, have.FilterSubject, have.FilterSubjects = config.MaxAckPending, "", config.FilterSubjects
-		if _, err := stream.UpdateConsumer(ctx, have); err != nil {
-			return 0, f.svc.jetStreamError(begin, err, what)
+		if _, err := js.UpdateConsumer(ctx, f.stream.Name, have); err != nil {
+			return f.svc.jetStreamError(begin, err, what)
 		}
 	}
 	l.floor = info.AckFloor.Stream
@@ -194,11 +202,12 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 	if have.MaxRequestExpires > 0 {
 		l.expiry = min(l.expiry, have.MaxRequestExpires)
 	}
-	l.opened = true
-	return have.AckWait, nil
+	l.opened, l.ackWait = true, have.AckWait
+	return nil
 }
 
-// fetch asks for messages until ctx ends.
+// fetch asks for messages until ctx ends. It waits for wake when it may not ask, and when all lanes are parked. After a failure,
+// and at each fetchSession, it checks the consumers.
 func (f *feed) fetch(ctx context.Context) {
 	looked, trouble := clock(), 0
 	for ctx.Err() == nil {
@@ -207,7 +216,7 @@ func (f *feed) fetch(ctx context.Context) {
 		if more && f.worthAsking(free) {
 			more = f.ask(ctx, free)
 		} else if more {
-			sleep(ctx, time.Millisecond) // until more is free, or the queue is empty
+			sleep(ctx, time.Millisecond) // then worthAsking may report true
 		}
 		failed := f.failed.Swap(false)
 		if failed {
@@ -233,17 +242,19 @@ func (f *feed) fetch(ctx context.Context) {
 	}
 }
 
-// worthAsking reports whether to ask for more: not for each single message as long as others wait to be handled.
+// worthAsking reports whether to ask for more, if free is the number of messages that may be asked for. As long as messages wait
+// in the queue, fetch does not ask for single ones, but for an eighth of the limit or more.
 func (f *feed) worthAsking(free int64) bool {
 	return free > 0 && (free >= int64(f.limit)/8 || len(f.queue) == 0)
 }
 
-// ask asks for what can be handled, and reports whether there may be more at once. With several lanes it asks each for what is
-// there now, the most urgent first, until one has something; those that are empty are parked. One start in 16 goes to the other
-// end, so that nothing waits forever.
+// ask asks for up to free messages, and reports whether more may be there at once. A single lane is asked for what is there and
+// for what comes before the request expires. Of several lanes, the most urgent first, each is asked only for what is there now,
+// until one has something. A lane that has nothing is parked: a request for its next message waits there. After 15 messages the
+// lanes are asked once in reverse order, so that one start in 16 goes to the least urgent and nothing waits forever.
 func (f *feed) ask(ctx context.Context, free int64) bool {
 	bring := func(l *lane, now bool) (came int) {
-		f.claimed.Add(free)
+		f.claimed.Add(free) // before the messages come; what has not come is subtracted afterwards
 		f.request(ctx, l, l.pull(free, now), func(m *nats.Msg) {
 			came++
 			f.queue <- m
@@ -283,8 +294,8 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 	return false
 }
 
-// accept takes a command from a parked lane, which is not claimed yet. It gives it back if there is no room for it, or if
-// something more urgent may be waiting.
+// accept takes a command from a parked lane. The command does not count in claimed yet. accept gives it back if there is no room
+// for it, or if something more urgent may be waiting, because a more urgent lane is not parked any more.
 func (f *feed) accept(from *lane, m *nats.Msg) {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
 	if f.claimed.Add(1) > int64(f.limit) || urgent {
@@ -295,15 +306,15 @@ func (f *feed) accept(from *lane, m *nats.Msg) {
 	f.queue <- m
 }
 
-// A pullRequest asks a consumer for messages: with NoWait for those that are there now, else also for those that come before it
-// expires.
+// A pullRequest asks a consumer for messages: with NoWait for those that are there now, otherwise also for those that come before
+// the request expires.
 type pullRequest struct {
 	Batch   int64         `json:"batch"`
 	Expires time.Duration `json:"expires,omitempty"`
 	NoWait  bool          `json:"no_wait,omitempty"`
 }
 
-// pull returns the request for up to n messages of a lane.
+// pull returns the request for up to n messages of a lane, and only for those that are there if now is true.
 func (l *lane) pull(n int64, now bool) pullRequest {
 	ask := pullRequest{Batch: min(n, l.most), NoWait: now}
 	if !now {
@@ -312,9 +323,9 @@ func (l *lane) pull(n int64, now bool) pullRequest {
 	return ask
 }
 
-// request asks a lane for messages, and passes them to take until no more will come.
+// request asks a lane for messages, and passes them to take. It returns when no more will come.
 func (f *feed) request(ctx context.Context, l *lane, ask pullRequest, take func(*nats.Msg)) {
-	data, _ := json.Marshal(ask) // numbers can't fail
+	data, _ := json.Marshal(ask) // can't fail: numbers and a boolean only
 	c := f.svc.pick()
 	if c == nil {
 		f.failed.Store(true)
@@ -337,19 +348,19 @@ func (f *feed) request(ctx context.Context, l *lane, ask pullRequest, take func(
 			case m.Reply != "" || status == "":
 				n--
 				take(m)
-			case status == "404", status == "408", m.Header.Get("Nats-Pending-Messages") != "": // no more messages, or it has expired
-				return
+			case status == "404", status == "408", m.Header.Get("Nats-Pending-Messages") != "":
+				return // there are no more messages, or the request has expired
 			default:
 				err = errors.New(status + " " + m.Header.Get("Description"))
 				f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", err)
 			}
 		case <-tick.C:
-			if c.drops.Load() != drops || clock() > end { // not every request that is lost is reported
+			if c.drops.Load() != drops || clock() > end { // a request may also be lost while the connection is up
 				err = nats.ErrDisconnected
 			}
 		case <-drain:
 			// In a cluster, servers farther away go on sending for a moment after an unsubscribe, and each event lost by that
-			// would use up an attempt. So the request has to expire there.
+			// would use up an attempt. So there the loop goes on until the request expires.
 			if drain = nil; c.nc.ConnectedClusterName() == "" {
 				_ = sub.Drain() // fails only on a closed connection
 				_ = c.flush(f.svc.base)
@@ -367,7 +378,7 @@ func (f *feed) request(ctx context.Context, l *lane, ask pullRequest, take func(
 	}
 }
 
-// drain asks for no more, and waits until what was asked for has come or will not come.
+// drain asks for no more messages, and waits until those that were asked for have come or will not come.
 func (f *feed) drain(context.Context) {
 	f.mu.Lock()
 	f.drained = true
@@ -378,22 +389,24 @@ func (f *feed) drain(context.Context) {
 	f.fetching.Wait()
 }
 
-// release frees the place of a message that has been handled.
+// release subtracts a message that has been handled from claimed, and wakes fetch if it is worth asking for more.
 func (f *feed) release() {
 	if f.worthAsking(int64(f.limit) - f.claimed.Add(-1)) {
 		signal(f.wake)
 	}
 }
 
-// acknowledge acknowledges a delivery in one of the ways. If that is lost, the message is delivered again after its ack wait.
+// acknowledge tells the server how the delivery of m has ended: ack, nak, and so on. If the acknowledgement is lost, the message
+// is redelivered after its ack wait.
 func (f *feed) acknowledge(m *nats.Msg, how string) { f.svc.notify(m.Reply, []byte(how)) }
 
+// nakAfter returns the acknowledgement that makes the server redeliver a message after a pause.
 func nakAfter(pause time.Duration) string {
 	return nak + ` {"delay":` + strconv.FormatInt(int64(pause), 10) + "}"
 }
 
-// giveBack returns a message to the server because this instance is not to handle it now. If another one leads, it waits until
-// what this instance has asked for has expired.
+// giveBack returns a message to the server because this instance is not to handle it now. If another instance leads, the message
+// is redelivered after fetchExpiry, because until then this instance may still get what it has asked for.
 func (f *feed) giveBack(m *nats.Msg) {
 	how := nak
 	if f.lease != nil && f.svc.quitting.Err() == nil {
@@ -402,22 +415,23 @@ func (f *feed) giveBack(m *nats.Msg) {
 	f.acknowledge(m, how)
 }
 
-// retry has a message delivered again after a pause.
+// retry makes the server redeliver a message after a pause, because an attempt at it failed.
 func (f *feed) retry(r *request, failure *Error) {
 	pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
 	f.logger(r).Warn("an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
 	f.acknowledge(r.in, nakAfter(pause))
 }
 
-// keepAlive extends the ack wait of messages whose handling takes long, until their deadline, lest the server deliver them again.
-// At the end it removes a consumer that nobody will come back to.
+// keepAlive extends the ack wait of messages that take long to handle, so that the server does not redeliver them before their
+// deadline. It returns when the endpoint is finished. Then it deletes the consumer of a Broadcast subscription without WithID,
+// because no other instance will ever use that.
 func (f *feed) keepAlive() {
 	for {
 		third := time.Duration(f.ackWait.Load()) / 3
 		select {
 		case <-time.After(third):
 		case <-f.finished:
-			if f.cfg.broadcast && f.svc.cfg.id == nil { // if this is denied or lost, the server does it an hour later
+			if f.cfg.broadcast && f.svc.cfg.id == nil { // if this is lost, the server does it after an hour
 				f.svc.notify("$JS.API.CONSUMER.DELETE."+f.stream.Name+"."+f.lanes[0].config.Durable, nil)
 			}
 			return
@@ -454,11 +468,11 @@ func (f *feed) pending() (n int64) {
 // A delivery is what is known about a stored message besides its payload.
 type delivery struct {
 	id       string
-	subject  string // the original one
+	subject  string // to which the message was first sent, even if it was redriven
 	consumer string
-	time     time.Time
-	sequence uint64
-	attempt  int
+	time     time.Time // when the message was first stored
+	sequence uint64    // in the stream
+	attempt  int       // 1 for the first delivery
 }
 
 // delivery reads what the server says about m. It returns nil if m is not a message for this feed.
@@ -475,12 +489,13 @@ func (f *feed) delivery(m *nats.Msg) *delivery {
 		sequence: meta.Sequence.Stream,
 		attempt:  int(meta.NumDelivered),
 	}
-	if strings.HasPrefix(m.Subject, redrivePrefix) {
+	if strings.HasPrefix(m.Subject, redrivePrefix) { // the headers say where the message came from
 		d.subject, d.id = m.Header.Get(headerSubject), m.Header.Get(headerID)
 		if t, err := time.Parse(time.RFC3339Nano, m.Header.Get(headerTime)); err == nil {
 			d.time = t
 		}
 	}
+	// Publish puts <domain>.<type>: before an idempotency key, because events of other types may have the same key.
 	d.id = strings.TrimPrefix(d.id, strings.TrimPrefix(d.subject, eventPrefix)+":")
 	if d.id == "" {
 		d.id = strconv.FormatUint(d.sequence, 10)
@@ -488,6 +503,7 @@ func (f *feed) delivery(m *nats.Msg) *delivery {
 	return d
 }
 
+// newRequest returns the request for the delivery d of m.
 func (f *feed) newRequest(m *nats.Msg, d *delivery, arrived time.Time) *request {
 	r := &request{
 		svc:      f.svc,
@@ -503,8 +519,8 @@ func (f *feed) newRequest(m *nats.Msg, d *delivery, arrived time.Time) *request 
 	return r
 }
 
-// retryUntilStopped tries until it succeeds. It reports false if Stop's time is up before. The message stays with this instance
-// meanwhile.
+// retryUntilStopped calls try until that succeeds. It reports false if Stop's time is up before. Meanwhile keepAlive keeps the
+// message with this instance.
 func (f *feed) retryUntilStopped(r *request, problem string, try func(ctx context.Context) *Error) bool {
 	for n := 1; ; n++ {
 		ctx, cancel := context.WithTimeout(f.svc.base, 5*time.Second)

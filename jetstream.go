@@ -18,12 +18,12 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file uses JetStream for the rest: it makes and checks streams and buckets, stores messages, reads keys and writes them by
-// compare-and-swap, and keeps local copies of keys (watch).
+// This file has what aegis does with JetStream besides the feed: it makes and checks streams and buckets, stores messages, reads
+// keys and writes them by compare-and-swap, and keeps local copies of keys (watch).
 
 // openStream returns the stream for a subject. It makes the stream if there is none. A stream that exists belongs to its
 // operator: it is used as it is, or refused.
-func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, subject string) (jetstream.Stream, *Error) {
+func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (jetstream.Stream, *Error) {
 	begin := clock()
 	js, failure := s.jetStream()
 	if failure != nil {
@@ -33,7 +33,7 @@ func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, s
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		stream, err = js.CreateStream(ctx, want)
 		if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // another instance was faster
-			if stream, err = js.Stream(ctx, want.Name); errors.Is(err, jetstream.ErrStreamNotFound) { // a cluster takes a moment
+			if stream, err = js.Stream(ctx, want.Name); errors.Is(err, jetstream.ErrStreamNotFound) { // the cluster has not finished
 				return nil, newError(ErrTimeout, "the stream %s is being made by another instance", want.Name)
 			}
 		}
@@ -56,8 +56,11 @@ func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, s
 		fix = "set allow_msg_ttl"
 	case want.SubjectDeleteMarkerTTL > 0 && have.SubjectDeleteMarkerTTL == 0:
 		fix = "set subject_delete_marker_ttl, such as 1h, so that other instances learn what has expired"
-	case !takes(stream, subject):
-		fix = "it does not take " + subject + ": add " + want.Subjects[0] + " to its subjects"
+	}
+	for _, subject := range subjects {
+		if !takes(stream, subject) {
+			fix = cmp.Or(fix, "it does not take "+subject+": add "+want.Subjects[0]+" to its subjects")
+		}
 	}
 	if fix != "" {
 		return nil, notRun(newError(ErrInvalid, "the stream %s, which exists, can't be used: %s", want.Name, fix))
@@ -65,11 +68,21 @@ func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, s
 	return stream, nil
 }
 
+// openStreamPatiently calls openStream until that fails with anything but ErrTimeout or succeeds; see patiently.
+func (s *Service) openStreamPatiently(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (stream jetstream.Stream, failure *Error) {
+	failure = s.patiently(ctx, func(ctx context.Context) (failure *Error) {
+		stream, failure = s.openStream(ctx, want, subjects...)
+		return failure
+	})
+	return stream, failure
+}
+
 // takes reports whether all subjects of a pattern go to the stream.
 func takes(stream jetstream.Stream, subject string) bool {
 	return slices.ContainsFunc(stream.CachedInfo().Config.Subjects, func(p string) bool { return covers(p, subject) })
 }
 
+// jetStream returns the JetStream API of a connection that is up.
 func (s *Service) jetStream() (jetstream.JetStream, *Error) {
 	if c := s.pick(); c != nil {
 		return c.js, nil
@@ -77,9 +90,10 @@ func (s *Service) jetStream() (jetstream.JetStream, *Error) {
 	return nil, s.disconnectedError()
 }
 
-const apiTimeout = 2 * time.Second // of a question to JetStream, before it is asked again
+const apiTimeout = 2 * time.Second // for an answer from JetStream, before it is asked again
 
-// patiently asks JetStream something, and asks again as long as a cluster has no leader: until ctx ends, or for WithTimeout.
+// patiently calls ask until that fails with anything but ErrTimeout or succeeds, because a cluster that is electing a leader does
+// not answer for a while. It gives up when ctx ends or, if ctx has no deadline, after WithTimeout.
 func (s *Service) patiently(ctx context.Context, ask func(ctx context.Context) *Error) *Error {
 	ctx, cancel := withDeadline(ctx, s.cfg.timeout)
 	defer cancel()
@@ -93,7 +107,7 @@ func (s *Service) patiently(ctx context.Context, ask func(ctx context.Context) *
 	}
 }
 
-// askJetStream asks something with the jetstream package, as patiently does.
+// askJetStream calls ask like patiently, for a function that uses the jetstream package. what is the subject of the error text.
 func (s *Service) askJetStream(ctx context.Context, what string, ask func(context.Context, jetstream.JetStream) error) *Error {
 	return s.patiently(ctx, func(ctx context.Context) *Error {
 		begin := clock()
@@ -111,12 +125,13 @@ func (s *Service) askJetStream(ctx context.Context, what string, ask func(contex
 const (
 	noSuitablePeers         = 10005 // from a cluster that is not complete
 	temporarilyUnavailable  = 10008 // from a cluster without a leader
-	wrongSequence           = 10071
-	wrongSequenceReplicated = 10164
+	wrongSequence           = 10071 // a compare-and-swap came too late
+	wrongSequenceReplicated = 10164 // the same, from a replicated stream
 	inProcess               = 10158 // a message with the same id is being stored
 )
 
-// jetStreamError returns the Error for an error of the JetStream API about something that was asked at the time begin.
+// jetStreamError returns the Error for an error of the jetstream package, about a question that was asked at the time begin. It
+// is an ErrTimeout if patiently has to ask again.
 func (s *Service) jetStreamError(begin time.Duration, err error, what string) *Error {
 	var api *jetstream.APIError
 	switch {
@@ -127,7 +142,7 @@ func (s *Service) jetStreamError(begin time.Duration, err error, what string) *E
 	case errors.As(err, &api):
 		return notRun(newError(kindOf(strconv.Itoa(api.Code)), "%s: %s (%d)", what, api.Description, api.ErrorCode))
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):
-		// Neither a question that the permissions deny nor one whose answer they deny gets an answer.
+		// The cause may be permissions that deny the question or its answer, because the server does not answer then.
 		denied := s.denials.since(begin, toPublish+"$JS.>", toSubscribe+s.conns[0].nc.Opts.InboxPrefix+".>")
 		return cmp.Or(denied, newError(ErrTimeout, "%s: no answer from JetStream: %v", what, err))
 	case errors.Is(err, context.Canceled):
@@ -136,6 +151,7 @@ func (s *Service) jetStreamError(begin time.Duration, err error, what string) *E
 	return newError(ErrUnavailable, "%s: %v", what, err)
 }
 
+// noJetStreamError returns the error for a server or an account without JetStream.
 func noJetStreamError(what string) *Error {
 	return notRun(newError(ErrUnavailable, "%s: no JetStream: run nats-server with -js, and enable it for the account", what))
 }
@@ -149,7 +165,8 @@ func (s *Service) storeWithRetries(ctx context.Context, x *exchange, stream jets
 	return failure
 }
 
-// store sends x once, to be stored in a stream, and returns its sequence. It makes the stream if there are no responders.
+// store makes one attempt to store x in a stream, and returns its sequence. If there are no responders, it makes the stream and
+// sends x again.
 func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.StreamConfig) (sequence uint64, failure *Error) {
 	answer, failure := s.request(ctx, x)
 	if failure == errNoResponders {
@@ -172,11 +189,12 @@ func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.Strea
 	return 0, failure
 }
 
+// errNoStream returns the error for a message that got no responders, because no stream has its subject.
 func errNoStream(subject string) *Error {
 	return notRun(newError(ErrUnavailable, "no stream takes %s at present", subject))
 }
 
-// parsePubAck reads the answer to what was to be stored: its sequence, or why it was not stored.
+// parsePubAck reads the stream's answer to a message that was to be stored: its sequence, or the reason why it was not stored.
 func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 	var ack struct {
 		jetstream.PubAck
@@ -201,7 +219,7 @@ func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 
 // Key-value buckets.
 
-// bucket returns the configuration of a bucket's stream.
+// bucket returns the configuration of the stream that is the key-value bucket called name.
 func (s *Service) bucket(name string) jetstream.StreamConfig {
 	return jetstream.StreamConfig{
 		Name:              "KV_" + name,
@@ -215,8 +233,9 @@ func (s *Service) bucket(name string) jetstream.StreamConfig {
 	}
 }
 
-// readKey asks the leader of a bucket for the latest value of a key, nil if there is none. It uses the connection c if that is
-// not nil. It waits until ctx ends, but at most for WithTimeout.
+// readKey asks the leader of a bucket's stream for the latest value of a key. The value is nil if the key has none; the revision
+// is then that of the deletion, or 0. readKey uses the connection c if that is not nil. It waits until ctx ends, but at most for
+// WithTimeout.
 func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (value []byte, revision uint64, failure *Error) {
 	ask, _ := json.Marshal(map[string]string{"last_by_subj": "$KV." + bucket + "." + key}) // a string can't fail
 	x := &exchange{subject: readSubject(bucket), data: ask, on: c}
@@ -249,22 +268,23 @@ func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (val
 	return got.Message.Data, got.Message.Sequence, nil
 }
 
+// readSubject returns the subject of requests for the values of a bucket.
 func readSubject(bucket string) string { return "$JS.API.STREAM.MSG.GET.KV_" + bucket }
 
 // conflict is the kind of the error for a compare-and-swap that came too late.
 var conflict = &Error{Code: "CONFLICT"}
 
-// compareAndSwap stores x, the new value of a bucket's key, if revision is the key's latest; 0 means that it has none. If that is not
-// confirmed, it reads the key back: the same value means success. It returns the value and the revision that the key has then, as far
-// as they are known. The failure is a conflict if the key has another value. If x is for a certain connection and that did not answer,
-// x.on is replaced by another one.
+// compareAndSwap stores x, the new value of a bucket's key, if revision is the key's latest; revision 0 means that the key has
+// none. If that is not confirmed, it reads the key back: the value of x there means success. It returns the value and the
+// revision that the key has in the end, as far as they are known. The failure is a conflict if another instance has changed the
+// key. If x is for a certain connection and got no answer there, x.on is replaced by another connection.
 func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstream.StreamConfig, revision uint64) (now []byte, at uint64, failure *Error) {
 	x.header = withHeader(x.header, jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(revision, 10))
 	at, failure = s.store(ctx, x, bucket)
 	switch {
 	case failure == nil:
 		return x.data, at, nil
-	case failure.Code == conflict.Code:
+	case failure.Code == conflict.Code: // perhaps because an earlier attempt to store x has succeeded
 	case failure.NotRun:
 		return nil, 0, failure
 	case x.on != nil:
@@ -287,19 +307,19 @@ func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstr
 	return now, at, failure
 }
 
-// A watch is a local copy of some keys of a bucket. It survives reconnects: then a new copy is filled, which replaces the old one
-// when it is complete.
+// A watch is a local copy of some keys of a bucket. It survives reconnects: after one, it fills a new copy, which replaces the
+// old one when it is complete.
 type watch[T any] struct {
 	svc            *Service
 	bucket, filter string
-	valid          func(key string, v *T) bool // other entries are left out
+	valid          func(key string, v *T) bool // entries for which it reports false are left out
 	version        atomic.Uint64               // counts changes
-	ready          atomic.Bool                 // the copy was complete once
-	refill         chan struct{}               // makes it fill a new copy
+	ready          atomic.Bool                 // whether the copy was ever complete
+	refill         chan struct{}               // a signal makes follow return, and so a new copy be filled
 
 	mu      sync.Mutex // guards the rest
 	entries map[string]entry[T]
-	failure *Error        // of the latest attempt to fill the copy
+	failure *Error        // of the latest attempt to fill the copy; nil if that succeeded
 	changed chan struct{} // closed and replaced at each change
 }
 
@@ -307,10 +327,10 @@ type entry[T any] struct {
 	value    T
 	revision uint64
 	created  time.Time     // by the server's clock
-	seen     time.Duration // by the clock
+	seen     time.Duration // when this watch first got the revision, by the clock
 }
 
-const watchSilence = 15 * time.Second // after which a copy is filled anew; heartbeats and renewals are more frequent
+const watchSilence = 15 * time.Second // without any change, after which a copy is filled anew; heartbeats are more frequent
 
 // newWatch starts a watch of the keys that match filter, which goes on until the service is stopped.
 func newWatch[T any](s *Service, bucket, filter string, valid func(string, *T) bool) *watch[T] {
@@ -321,12 +341,12 @@ func newWatch[T any](s *Service, bucket, filter string, valid func(string, *T) b
 			begin, longest := clock(), time.Second
 			if failure := w.follow(s.base); failure != nil {
 				w.fail(failure)
-				if failure.Code == ErrDenied.Code { // each denial is logged, by the server too, so it should rarely ask
+				if failure.Code == ErrDenied.Code { // it asks rarely, because each denial is logged, by the server too
 					longest = time.Minute
 					trouble++
 				}
 			}
-			if clock()-begin > apiTimeout+time.Second || s.pick() == nil { // it went well, or there is no connection
+			if clock()-begin > apiTimeout+time.Second || s.pick() == nil { // it went well, or no connection is up
 				trouble = 1
 			}
 			sleep(s.base, backoff(trouble, fetchTick, longest))
@@ -345,9 +365,9 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 		return w.svc.disconnectedError()
 	}
 	begin, drops := clock(), c.drops.Load()
-	ctx, cancel := context.WithCancel(ctx) // ends the watcher
+	ctx, cancel := context.WithCancel(ctx) // its end also ends the watcher
 	defer cancel()
-	late := time.AfterFunc(apiTimeout, cancel)
+	late := time.AfterFunc(apiTimeout, cancel) // not a timeout of ctx, because the watcher goes on with ctx
 	kv, err := c.js.KeyValue(ctx, w.bucket)
 	var watcher jetstream.KeyWatcher
 	if err == nil {
@@ -364,14 +384,14 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	}
 	defer func() {
 		cancel()
-		go func() { // the watcher may be blocked because nobody receives from it; it ends when it notices the cancel
+		go func() { // receives until the watcher notices that ctx has ended, because it may be blocked in a send
 			for range watcher.Updates() {
 			}
 		}()
 	}()
 	fresh := map[string]entry[T]{} // nil once the copy is complete
 	heard := clock()
-	var refill chan struct{}
+	var refill chan struct{} // w.refill once the copy is complete
 	tick := time.NewTicker(fetchTick)
 	defer tick.Stop()
 	for {
@@ -399,7 +419,7 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	}
 }
 
-// apply notes a change, in fresh until that is nil.
+// apply puts a change into the copy: into fresh, or into w.entries if fresh is nil because the copy is complete.
 func (w *watch[T]) apply(fresh map[string]entry[T], e jetstream.KeyValueEntry) {
 	now := entry[T]{revision: e.Revision(), created: e.Created(), seen: clock()}
 	gone := e.Operation() != jetstream.KeyValuePut
@@ -423,7 +443,7 @@ func (w *watch[T]) apply(fresh map[string]entry[T], e jetstream.KeyValueEntry) {
 	}
 }
 
-// fill replaces the copy by a new one.
+// fill replaces the copy by a new one. A revision that both have keeps the time at which it was first seen.
 func (w *watch[T]) fill(fresh map[string]entry[T]) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -438,13 +458,14 @@ func (w *watch[T]) fill(fresh map[string]entry[T]) {
 	w.changedLocked()
 }
 
+// changedLocked tells those who wait that something has changed.
 func (w *watch[T]) changedLocked() {
 	w.version.Add(1)
 	close(w.changed)
 	w.changed = make(chan struct{})
 }
 
-// fail notes why the copy can't be filled.
+// fail notes why the copy can't be filled. The old copy stays.
 func (w *watch[T]) fail(failure *Error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -472,7 +493,8 @@ func (w *watch[T]) all() []entry[T] {
 	return slices.Collect(maps.Values(w.entries))
 }
 
-// wait waits until the copy was complete once, and fails if that can't be.
+// wait waits until the copy has been complete once. It fails when ctx ends or, if ctx has no deadline, after WithTimeout, and
+// when the copy can't be filled for a reason other than a timeout.
 func (w *watch[T]) wait(ctx context.Context) *Error {
 	if w.svc.base.Err() != nil {
 		return notRun(w.svc.closedError())

@@ -18,9 +18,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has the sender's side of commands: SendCommand, and the Job, which follows a command, waits for its outcome, or cancels it.
+// This file has the sender's side of commands: SendCommand, and the Job, which follows a command, waits for its outcome, or
+// cancels it.
 
-// A Priority says which of the commands that wait comes first.
+// A Priority says which of the waiting commands starts first.
 type Priority int
 
 const (
@@ -30,21 +31,22 @@ const (
 	Critical
 )
 
-// levels has the priorities, the most urgent first. suffixes has the ends of their subjects.
+// levels has the priorities, the most urgent first. suffixes has what each adds to a command's subject.
 var (
 	levels   = []Priority{Critical, High, Normal, Low}
 	suffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".low"}
 )
 
-// SendCommand sends a command, which one instance of the service executes. It returns when the server has stored the command, which
-// then is queued until an instance takes it, even if none runs.
+// SendCommand sends a command, which one instance of the service executes. It returns when the server has stored the command. The
+// command is then queued until an instance takes it, even if none runs now.
 //
-// With [IdempotencyKey], a command that is sent again, from anywhere, is executed once: the Job follows the execution that there is,
-// or has its outcome, which is kept for a day. Without a key, each send is a command of its own. [AtPriority], [Retry] and [Sticky]
-// apply. What is sent again because its confirmation is missing is the same command.
+// With [IdempotencyKey], a command that is sent again, from anywhere, is executed once: the Job follows the existing execution,
+// or has its outcome, which is kept for a day. Without a key, each SendCommand is a command of its own. [AtPriority], [Retry] and
+// [Sticky] apply. A command that is sent again because its confirmation is missing is still the same command.
 //
-// Errors: [ErrInvalid] for a name or an option that is out of range, for data that can't be encoded or is too large, and for a key
-// that was used with other data; [ErrUnimplemented] if instances of the service run and none handles the command; those of [Publish].
+// Errors: [ErrInvalid] for a name or an option that is out of range, for data that can't be encoded or is too large, and for a
+// key that was used with other data; [ErrUnimplemented] if instances of the service run and none handles the command; those of
+// [Publish].
 func SendCommand[T, R any](ctx context.Context, s *Service, service, command string, data T, opts ...CallOption) (*Job[R], error) {
 	cfg, failure := newCallConfig(kindCommand, opts)
 	if failure := cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
@@ -69,7 +71,8 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 		return failure
 	}
 	if len(copyHeader(header)) < len(header) {
-		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q", service, command, slices.Collect(maps.Keys(header))))
+		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q",
+			service, command, slices.Collect(maps.Keys(header))))
 	}
 	if s.unhandled(ctx, service, subject) {
 		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
@@ -87,22 +90,24 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	case now.State != queued:
 		return nil
 	}
-	// The record is new, or its sender may have come no further than this.
+	// The record is new, or the one who made it may have stopped before queueing the command.
 	failure = s.queueCommand(ctx, subject+suffixes[now.Priority], key, revision, header, data, buf, cfg)
-	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again: let its record expire
+	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again, so let its record expire
 		rec.State = canceled
 		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
 	}
 	return failure
 }
 
-// queueCommand publishes the message that makes a worker look at a record of that revision.
-func (s *Service) queueCommand(ctx context.Context, subject, key string, revision uint64, header nats.Header, data []byte, buf *packer, cfg *callConfig) *Error {
+// queueCommand publishes the message that makes a worker look at the record, which has this revision.
+func (s *Service) queueCommand(
+	ctx context.Context, subject, key string, revision uint64, header nats.Header, data []byte, buf *packer, cfg *callConfig,
+) *Error {
 	header = withHeader(header, jetstream.MsgIDHeader, key+"@"+strconv.FormatUint(revision, 10))
 	return s.storeWithRetries(ctx, &exchange{subject: subject, header: header, data: data}, s.commandStream(), cfg, buf)
 }
 
-// digest returns the same text for equal data, in whatever order its encoder has put the keys of a map.
+// digest returns the same text for equal data, whatever the codec and the order of the keys of a map.
 func digest(h nats.Header, data []byte) string {
 	canonical := data
 	if c, err := codecFor(h, data, JSON); err == nil && (c == JSON || c == MsgPack) {
@@ -130,26 +135,29 @@ type Job[R any] struct {
 	service, command string
 }
 
-// Attach returns the Job of a command that was sent before, perhaps by another process. It does not check that the command exists;
-// the methods of the Job do, and fail with [ErrNotFound].
+// Attach returns the Job of a command that was sent before, perhaps by another process. It does not check that the command
+// exists; the methods of the Job do, and fail with [ErrNotFound].
 func Attach[R any](s *Service, service, command, id string) *Job[R] {
 	return &Job[R]{ID: id, svc: s, service: service, command: command}
 }
 
-// Updates yields the command's present state and then each change, and ends with the final state. If changes follow each other fast,
-// some of them may be left out, but never the last one. An error ends it: that of ctx, or [ErrNotFound] if the command does not exist
-// or its outcome is not kept any more.
+// Updates yields the command's present state and then each change, and ends with the final state. If changes follow each other
+// fast, some of them may be left out, but never the last one. An error ends Updates: [ErrTimeout] or [ErrCanceled] when ctx ends,
+// [ErrNotFound] if the command does not exist or its outcome is not kept any more, or [ErrClosed] after Stop.
 func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 	return func(yield func(Progress, error) bool) {
-		if failure := j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record) bool { return yield(rec.progress(), nil) }); failure != nil {
+		show := func(rec *record) bool { return yield(rec.progress(), nil) }
+		if failure := j.svc.follow(ctx, j.service, j.command, j.ID, show); failure != nil {
 			yield(Progress{}, failure)
 		}
 	}
 }
 
-// Wait waits until the command is completed and returns its result. If the command failed, the error is the handler's; if it was
-// cancelled, [ErrCanceled]. Wait blocks until then, or until ctx ends. It fails with [ErrNotFound] if the command does not exist or
-// its outcome is not kept any more.
+// Wait waits until the command is completed and returns its result. It blocks until then, or until ctx ends.
+//
+// Errors: the handler's if the command failed; [ErrCanceled] if it was cancelled; [ErrInternal] if the result can't be decoded
+// into R; [ErrNotFound] if the command does not exist or its outcome is not kept any more; [ErrTimeout] or [ErrCanceled] when ctx
+// ends; [ErrClosed] after Stop.
 func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	var last *record
 	failure := j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record) bool {
@@ -174,9 +182,11 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	return result, nil
 }
 
-// Cancel cancels the command and returns when that is certain. A queued command then never runs. If the command runs, the ctx of its
-// handler ends, and the handler's result is ignored. A command that has ended is left alone: the error is [ErrInvalid], unless it was
-// cancelled. Other errors: [ErrNotFound], and those of [Publish].
+// Cancel cancels the command and returns when the server has stored that. A command that waits then never runs. If the command
+// runs, the ctx of its handler ends, and the handler's result is ignored. Cancelling a command again has no effect.
+//
+// Errors: [ErrInvalid] if the command has completed or failed; [ErrNotFound] if it does not exist or its outcome is not kept any
+// more; and those of [Publish].
 func (j *Job[R]) Cancel(ctx context.Context) error {
 	return j.svc.cancelCommand(ctx, j.service, j.command, j.ID).orNil()
 }
@@ -194,21 +204,21 @@ func (s *Service) cancelCommand(ctx context.Context, service, command, id string
 		case rec.State == canceled:
 			return nil
 		case rec.final():
-			return notRun(newError(ErrInvalid, "the command %s of %s.%s is %s: it is too late to cancel it", id, service, command, rec.State))
+			return notRun(newError(ErrInvalid, "too late to cancel the command %s of %s.%s: it is %s", id, service, command, rec.State))
 		case ctx.Err() != nil:
 			return asError(ctx.Err())
 		}
 		next := *rec
 		next.State = canceled
 		if rec, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure == nil {
-			s.notify(cancelSubject(service), []byte(commandPrefix+key)) // if that is lost, the worker notices at its next write
+			s.notify(cancelSubject(service), []byte(commandPrefix+key)) // if that is lost, the worker notices at its next check or write
 			return nil
 		}
 	}
 	return failure
 }
 
-// follow passes the present record to each, and then every record that replaces it, until the record is final or each returns false.
+// follow passes the present record to each, and then the records that replace it, until one is final or each returns false.
 func (s *Service) follow(ctx context.Context, service, command, id string, each func(*record) bool) *Error {
 	if failure := checkNames(service, kindCommand, command); failure != nil {
 		return failure
@@ -234,7 +244,7 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 	}
 }
 
-// followOnce shows the records of a key until there are no more to show. It fails when the connection is lost.
+// followOnce passes the records of a key to show until that reports false. It fails when the connection is lost.
 func (s *Service) followOnce(ctx context.Context, key string, show func(*record, uint64) (more bool)) *Error {
 	c := s.pick()
 	if c == nil {
@@ -246,8 +256,8 @@ func (s *Service) followOnce(ctx context.Context, key string, show func(*record,
 	}
 	defer c.endSlot(sl)
 	sl.drops, sl.since = c.drops.Load(), clock()
-	for interval := time.Second; ; interval = followInterval { // it reads the record at intervals, in case an update was lost
-		rec, revision, failure := s.readRecord(ctx, c, key) // on the same connection, so that the server knows the slot's subscription
+	for interval := time.Second; ; interval = followInterval { // the record is read at intervals, in case an update was lost
+		rec, revision, failure := s.readRecord(ctx, c, key) // on c, so that the server has the slot's subscription before
 		switch {
 		case failure != nil:
 			return failure

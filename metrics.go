@@ -326,10 +326,10 @@ func (s *Service) writeMetrics(w io.Writer) {
 		"Requests, events, commands and calls that came to an end, by error code, which is empty for success.")
 	durations := family("aegis_request_duration_seconds", "histogram", "How long handlers ran, and calls took.")
 	inFlight := family("aegis_in_flight", "gauge", "Handlers that run, and calls that wait for their answer.")
-	pending := family("aegis_pending", "gauge", "What waits for a handler, in the instance and in the stream.")
-	shed := family("aegis_shed_total", "counter", "Requests that were refused as OVERLOADED.")
-	expired := family("aegis_expired_total", "counter", "Requests that were not run since their caller had given up.")
-	dead := family("aegis_dead_letters_total", "counter", "Events and commands that were set aside.")
+	pending := family("aegis_pending", "gauge", "Messages that wait for a handler, in the instance and in the stream.")
+	shed := family("aegis_shed_total", "counter", "Requests that were rejected as OVERLOADED.")
+	expired := family("aegis_expired_total", "counter", "Requests that were not run because their caller had given up.")
+	dead := family("aegis_dead_letters_total", "counter", "Events and commands that became dead letters.")
 	readings := s.readings()
 	for _, r := range readings {
 		endpoint := []string{"kind", r.Kind, "endpoint", r.Name}
@@ -354,9 +354,9 @@ func (s *Service) writeMetrics(w io.Writer) {
 		dead("", float64(r.DeadLetters), endpoint...)
 	}
 	st, oneIf := s.stats(readings), map[bool]float64{true: 1}
-	family("aegis_connections", "gauge", "Connections of the pool that stand.")("", float64(st.Connected))
+	family("aegis_connections", "gauge", "Connections of the pool that are up.")("", float64(st.Connected))
 	family("aegis_reconnects_total", "counter", "Connections that were lost and made again.")("", float64(st.Reconnects))
-	breakers := family("aegis_breaker_open", "gauge", "1 while calls to the service are refused by the circuit breaker.")
+	breakers := family("aegis_breaker_open", "gauge", "1 while the circuit breaker refuses calls to the service.")
 	for _, service := range slices.Sorted(maps.Keys(st.Breakers)) {
 		breakers("", oneIf[st.Breakers[service] == open], "target", service)
 	}
@@ -392,6 +392,9 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 	ctx, cancel := withDeadline(ctx, s.cfg.timeout)
 	defer cancel()
 	sl, failure := c.newSlot(c.newInbox(), 1<<16) // large, because all instances answer at once
+	if failure == errDropped {
+		failure = s.disconnectedError()
+	}
 	if failure != nil {
 		return nil, failure
 	}

@@ -17,8 +17,9 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file has all settings: of a service, of a handler, and of a call. An option only sets. For each of the three there is one
-// constructor, which applies the options to the defaults, and one check, which names the first setting that is invalid.
+// This file has all settings: of a service, of a handler, and of a call. An option stores its value unchecked. For each of the
+// three there is one constructor, which applies the options to the defaults, and one check method, which returns an error for the
+// first setting that is invalid.
 
 // Settings of a service.
 
@@ -27,7 +28,7 @@ type Option func(*config)
 
 type config struct {
 	urls         []string
-	urlsFrom     string // the setting that urls come from
+	urlsFrom     string // where urls come from, for error texts
 	nats         []nats.Option
 	pool         int
 	id           *string // nil if WithID was not given
@@ -125,7 +126,7 @@ const (
 	maxConcurrency          = 1 << 20
 )
 
-var versionPattern = regexp.MustCompile(`^(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}$`) // what nats micro accepts
+var versionPattern = regexp.MustCompile(`^(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}$`) // the versions x.y.z that nats micro accepts
 
 func newConfig(opts []Option) (*config, *Error) {
 	c := &config{
@@ -180,20 +181,21 @@ func (c *config) check() *Error {
 	return ok.failure
 }
 
-// checks keeps the error for the first setting that is not as it should be.
+// checks keeps the error for the first setting that is invalid.
 type checks struct{ failure *Error }
 
+// want notes an error, with the text of format and args, if ok is false and no earlier want has noted one.
 func (c *checks) want(ok bool, format string, args ...any) {
 	if !ok && c.failure == nil {
 		c.failure = notRun(newError(ErrInvalid, format, args...))
 	}
 }
 
-// A BreakerPolicy says when a circuit breaker refuses calls to a service without trying: after so many Failures in a row, for
-// Cooldown. Then one call is let through as a probe, and its result decides whether others may follow. A failure is a call that
-// no handler answered: no instance, no answer in time, overloaded, stopping. An error that a handler returns is an answer.
-// NOT_ACTIVE, the caller's own cancellation and a lost connection count neither way. Fields that are 0 have their defaults;
-// negative ones are invalid.
+// A BreakerPolicy says when a circuit breaker refuses calls to a service without sending them: after Failures failed calls in a
+// row, for the time of Cooldown. Then one call is let through as a probe, and its result decides whether others may follow. A
+// call counts as failed if no handler answered it: there was no instance, no answer in time, or the instance was overloaded or
+// stopping. An error that a handler returns is an answer, and counts as a success. NOT_ACTIVE, the caller's own cancellation and
+// a lost connection count neither as failures nor as successes. Fields that are 0 have their defaults; negative ones are invalid.
 type BreakerPolicy struct {
 	Failures int           // default 5
 	Cooldown time.Duration // default 5 s
@@ -205,7 +207,7 @@ type BreakerPolicy struct {
 type HandlerOption func(*handlerConfig)
 
 type handlerConfig struct {
-	kind               string // of messages
+	kind               string // of the messages that it handles
 	concurrency        int
 	attempts           int
 	backoff, maxPause  time.Duration
@@ -213,7 +215,7 @@ type handlerConfig struct {
 	durable            *string // nil if Durable was not given
 	broadcast, replays bool
 	exclusive          bool
-	misplaced          string // an option that this kind of handler can't have, such as Attempts(3)
+	misplaced          string // the error text for an option that this kind of handler can't have; "" if there is none
 }
 
 // Concurrency sets how many messages the handler works on at once in each instance, 1 to 1,048,576. The default is the service's
@@ -228,9 +230,9 @@ func Attempts(n int) HandlerOption {
 	return only(stored, fmt.Sprintf("Attempts(%d)", n), func(c *handlerConfig) { c.attempts = n })
 }
 
-// Backoff sets the pause after a failed attempt at an event or a command. It is random between 0 and first, doubled after each
-// further attempt, and at most max. Both must be positive, and first at most max. The default is
-// Backoff(500*time.Millisecond, time.Minute).
+// Backoff sets the pause after a failed attempt at an event or a command. The pause is random, between 0 and a bound. The bound
+// is first after the first attempt, and doubles with each further one, up to max. Both must be positive, and first at most max.
+// The default is Backoff(500*time.Millisecond, time.Minute).
 func Backoff(first, max time.Duration) HandlerOption {
 	return only(stored, fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) { c.backoff, c.maxPause = first, max })
 }
@@ -271,7 +273,8 @@ func FromStart() HandlerOption {
 // the next leader then.
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
-// only returns an option that only handlers of these kinds of messages can have.
+// only returns an option that only handlers of some kinds of messages can have; for others it sets misplaced. kinds names them in
+// words that contain their kind constants, as "events and commands" contains kindEvent. option is the option's text.
 func only(kinds, option string, set func(*handlerConfig)) HandlerOption {
 	return func(c *handlerConfig) {
 		if set(c); !strings.Contains(kinds, c.kind) {
@@ -280,7 +283,9 @@ func only(kinds, option string, set func(*handlerConfig)) HandlerOption {
 	}
 }
 
-const stored = "events and commands" // the kinds with attempts and deadlines of their own; requests have their caller's
+// stored names the kinds of messages that a stream keeps, so that they have Attempts and a Deadline. A request has its caller's
+// deadline.
+const stored = "events and commands"
 
 func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerConfig, *Error) {
 	c := &handlerConfig{
@@ -318,9 +323,9 @@ func (c *handlerConfig) check() *Error {
 type CallOption func(*callConfig)
 
 type callConfig struct {
-	kind               string // of messages
+	kind               string // of the message that is sent
 	sticky, idempotent bool
-	retry              *RetryPolicy // these are nil if their option was not given
+	retry              *RetryPolicy // this and the fields below are nil if their option was not given (but see callConfigs)
 	instance           *string
 	strategy           *Strategy
 	version, key       *string
@@ -343,9 +348,9 @@ type RetryPolicy struct {
 func Retry(p RetryPolicy) CallOption { return func(c *callConfig) { c.retry = &p } }
 
 // Sticky addresses a call to the instance that leads a service with [Exclusive] handlers. A call that did not reach a handler is
-// sent again as with [Retry], but until ctx ends: through a failover or a restart of the service, for example. The pauses are 10
-// ms at first and 200 ms at most, unless Retry sets others. A call that may have run fails if its leader dies, unless it is
-// [Idempotent] too.
+// sent again as with [Retry], but until ctx ends: through a failover or a restart of the service, for example. Backoff is 10 ms
+// and MaxBackoff 200 ms, unless Retry sets others. A call that may have run fails if its leader dies, unless it is [Idempotent]
+// too.
 func Sticky() CallOption { return func(c *callConfig) { c.sticky = true } }
 
 // Idempotent states that it does no harm if the handler runs twice. The call is then also sent again when its answer is missing:
@@ -361,7 +366,7 @@ type Strategy int
 const (
 	RoundRobin  Strategy = iota // each instance in turn
 	Random                      // any instance
-	LeastLoaded                 // of two random instances the one with fewer running handlers and fewer calls from here
+	LeastLoaded                 // of two random instances the one with fewer running handlers and calls from here
 )
 
 // Balance addresses a call to an instance that the strategy chooses; by default NATS chooses one at random. Instances that are
@@ -386,7 +391,8 @@ func AtPriority(p Priority) CallOption { return func(c *callConfig) { c.priority
 
 const maxIDLength = 256 // bytes of an idempotency key
 
-// callConfigs are those without any option. Events and commands are idempotent because they have an id.
+// callConfigs has the settings of a call without options, by the kind of its message. Nobody changes them. Sending an event or a
+// command is idempotent, because a duplicate is recognized by its id.
 var callConfigs = map[string]*callConfig{
 	kindRPC:     {kind: kindRPC},
 	kindEvent:   {kind: kindEvent, idempotent: true},
@@ -433,7 +439,7 @@ func (c *callConfig) check() *Error {
 	return ok.failure
 }
 
-// policy returns the retry policy that the options amount to.
+// policy returns the retry policy that follows from Retry, Sticky and Idempotent.
 func (c *callConfig) policy() RetryPolicy {
 	p := RetryPolicy{Attempts: 1}
 	switch {

@@ -21,22 +21,27 @@ import (
 	"github.com/nats-io/nats.go/micro"
 )
 
-// This file is how services find out about each other. Each running instance has an entry in the bucket aegis_registry, which it
-// refreshes with each heartbeat and which expires after three (Instance). Whoever calls a service keeps a local copy of the entries
-// (Discover, Watch), from which it chooses (Balance). At the end are the $SRV subjects of NATS services.
+// This file has the registry, by which services find each other. Each running instance has an entry in the bucket aegis_registry.
+// It refreshes the entry with each heartbeat, and the entry expires after three heartbeats. A service that calls another one
+// keeps a local copy of the other's entries (Discover, Watch), from which Balance chooses an instance. At the end of the file are
+// the health checks, the heartbeats, and the answers on the $SRV subjects of NATS services.
 
-// An Instance is what a running instance of a service tells about itself. Maps and slices in it are shared, and must not be changed.
+// An Instance is the registry entry of a running instance of a service, as the instance claims; not authenticated. Its maps and
+// slices are shared and must not be changed.
 type Instance struct {
-	Service  string            `json:"service"`
-	ID       string            `json:"id"`
-	Version  string            `json:"version"`
-	Status   string            `json:"status"` // ACTIVE; STANDBY: another one leads; UNHEALTHY: a health check fails; STOPPING
+	Service string `json:"service"`
+	ID      string `json:"id"`
+	Version string `json:"version"`
+
+	// Status is ACTIVE, STANDBY if the instance has exclusive handlers and does not lead, UNHEALTHY if a health check fails, or
+	// STOPPING.
+	Status   string            `json:"status"`
 	Metadata map[string]string `json:"metadata,omitempty"`
 
-	Endpoints []Endpoint `json:"endpoints,omitempty"` // by Kind, then Name
-	Load      int        `json:"load"`                // handlers running when it was written
+	Endpoints []Endpoint `json:"endpoints,omitempty"` // sorted by Kind, then by Name
+	Load      int        `json:"load"`                // the number of running handlers when the entry was written
 	Started   time.Time  `json:"started"`
-	Seen      time.Time  `json:"-"` // when the server stored it
+	Seen      time.Time  `json:"-"` // when the server stored the entry
 }
 
 // An Endpoint is a handler of an [Instance].
@@ -47,227 +52,216 @@ type Endpoint struct {
 	Exclusive bool   `json:"exclusive,omitempty"`
 }
 
-// The states of an instance.
 const (
 	statusActive    = "ACTIVE"
 	statusStandby   = "STANDBY"
 	statusUnhealthy = "UNHEALTHY"
 	statusStopping  = "STOPPING"
-)
 
-const (
 	registryBucket = "aegis_registry"
 	registryPrefix = "$KV." + registryBucket + "."
-	markerTTL      = time.Hour // of what tells that an entry expired
+	markerTTL      = time.Hour   // how long the marker of an entry that was deleted or has expired stays in the bucket
+	explainTimeout = time.Second // of finding out the reason for a failure
 )
 
-func (s *Service) registryStream() jetstream.StreamConfig {
-	config := s.bucket(registryBucket)
-	config.AllowMsgTTL, config.SubjectDeleteMarkerTTL = true, markerTTL
-	return config
+// A directory is the local copy of a service's entries.
+type directory struct {
+	*watch[Instance]
+	latest atomic.Pointer[snapshot] // nil before the first
 }
 
-// Discover lists the instances of a service, by id; none if there is no such service. The first call for a service asks the server,
-// until ctx ends or for [WithTimeout]. Later ones answer from a copy that is kept up to date; while there is no connection, it stays
-// as it is. Errors: [ErrInvalid] for a name that is out of range, [ErrUnavailable] without connection or JetStream at first,
-// [ErrDenied] by the server's permissions, [ErrTimeout], [ErrCanceled], [ErrClosed].
+// A snapshot is what the entries of a directory say at one version of it. It is not changed, apart from its counters, which the
+// next snapshot takes over.
+type snapshot struct {
+	version   uint64
+	instances []Instance               // sorted by id
+	routes    map[string]*route        // by subject
+	inFlight  map[string]*atomic.Int64 // calls from this process to each instance, by id
+}
+
+// A route has the instances that handle what is sent to a subject.
+type route struct {
+	exclusive bool
+	targets   []target       // those that Balance may choose
+	turn      *atomic.Uint32 // counts the choices by RoundRobin
+}
+
+// A target is an instance to which a call may be sent.
+type target struct {
+	subject  string // on which only this instance listens
+	load     int
+	inFlight *atomic.Int64 // see snapshot
+}
+
+// A healthCheck is a check that was given to WithHealthCheck.
+type healthCheck struct {
+	name    string
+	fn      func(context.Context) error
+	running atomic.Bool
+	failure atomic.Pointer[Error] // nil while the check succeeds
+}
+
+// Discover returns the instances of a service, sorted by id. The list is empty if the service has no instances. The first call
+// for a service asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls answer from
+// a local copy that is kept up to date; while there is no connection, the copy stays as it is.
+//
+// Errors: [ErrInvalid] for a service name that is out of range; [ErrUnavailable] if the first call finds no connection or no
+// JetStream; [ErrDenied] if the server's permissions do not allow it; [ErrTimeout] or [ErrCanceled] if the first call is not
+// answered before ctx ends; [ErrClosed] after Stop.
 func (s *Service) Discover(ctx context.Context, service string) ([]Instance, error) {
 	d, failure := s.discover(ctx, service)
 	if failure != nil {
 		return nil, failure
 	}
-	return slices.Clone(d.view().instances), nil
+	return slices.Clone(d.snapshot().instances), nil
 }
 
-// Watch yields the instances of a service as [Service.Discover] lists them, then again whenever one comes or goes, or its status,
-// metadata, or endpoints change. It ends when ctx ends; or with an error, of Discover's, if it can't begin or the service is stopped.
+// Watch yields the instances of a service as [Service.Discover] returns them. It yields them again whenever an instance comes or
+// goes, or when an instance's status, metadata or endpoints change. The loop ends when ctx ends. It ends with an error, one of
+// Discover's, if the first list can't be had or this service is stopped.
 func (s *Service) Watch(ctx context.Context, service string) iter.Seq2[[]Instance, error] {
 	return func(yield func([]Instance, error) bool) {
-		d, failure := s.discover(ctx, service)
-		if failure != nil {
-			yield(nil, failure)
-			return
-		}
-		var last []Instance
-		for first := true; ; first = false {
+		var last []Instance // nil before the first list
+		for {
+			d, failure := s.discover(ctx, service)
+			if failure != nil {
+				yield(nil, failure)
+				return
+			}
 			changed := d.nextChange()
-			now := d.view().instances
-			if (first || !slices.EqualFunc(last, now, sameButSeen)) && !yield(slices.Clone(now), nil) {
+			now := d.snapshot().instances
+			if (last == nil || !slices.EqualFunc(last, now, equalIgnoringHeartbeat)) && !yield(slices.Clone(now), nil) {
 				return
 			}
 			last = now
 			select {
 			case <-changed:
+			case <-s.base.Done(): // discover returns the error
 			case <-ctx.Done():
-				return
-			case <-s.base.Done():
-				yield(nil, s.closedError())
 				return
 			}
 		}
 	}
 }
 
-// sameButSeen tells that a and b differ in nothing but what each heartbeat changes.
-func sameButSeen(a, b Instance) bool {
+// equalIgnoringHeartbeat reports whether a and b differ only in what every heartbeat changes.
+func equalIgnoringHeartbeat(a, b Instance) bool {
 	a.Load, a.Seen = b.Load, b.Seen
 	return reflect.DeepEqual(a, b)
 }
 
-// discover is the directory of a service, filled.
+// discover returns the directory of a service after it has been filled.
 func (s *Service) discover(ctx context.Context, service string) (*directory, *Error) {
 	if !isName(service, maxService) {
 		return nil, notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
 	}
 	d := s.directories.get(service, func() *directory {
-		d := &directory{watch: newWatch(s, registryBucket, service+".*", func(key string, i *Instance) bool {
+		return &directory{watch: newWatch(s, registryBucket, service+".*", func(key string, i *Instance) bool {
 			return i.Service == service && i.Service+"."+i.ID == key && isToken(i.ID, maxInstance)
 		})}
-		d.latest.Store(&view{version: ^uint64(0)}) // none yet
-		return d
 	})
 	return d, d.wait(ctx)
 }
 
-// A directory is the local copy of a service's entries, and what follows from them.
-type directory struct {
-	*watch[Instance]
-	latest atomic.Pointer[view]
-}
-
-// A view is what a directory shows at a moment.
-type view struct {
-	version   uint64 // of the watch
-	instances []Instance
-	served    map[string]*served       // by subject
-	calls     map[string]*atomic.Int64 // from here, running, by instance
-}
-
-// served is what listens on a subject.
-type served struct {
-	exclusive bool
-	by        []peer         // those that may be chosen
-	turn      *atomic.Uint32 // of RoundRobin
-}
-
-// A peer is an instance that may be called.
-type peer struct {
-	subject string
-	load    int
-	calls   *atomic.Int64 // see view
-}
-
-// view is made anew after each change, when somebody looks.
-func (d *directory) view() *view {
-	last := d.latest.Load()
-	version := d.version.Load()
-	if last.version == version {
+// snapshot returns the latest snapshot. It makes a new one if the directory has changed.
+func (d *directory) snapshot() *snapshot {
+	last, version := d.latest.Load(), d.version.Load()
+	if last != nil && last.version == version {
 		return last
 	}
-	v := &view{version: version, instances: []Instance{}, served: map[string]*served{}, calls: map[string]*atomic.Int64{}}
+	last = cmp.Or(last, &snapshot{})
+	now := &snapshot{version: version, instances: []Instance{}, routes: map[string]*route{}, inFlight: map[string]*atomic.Int64{}}
 	for _, e := range d.all() {
 		e.value.Seen = e.created
-		v.instances = append(v.instances, e.value)
+		now.instances = append(now.instances, e.value)
 	}
-	slices.SortFunc(v.instances, func(a, b Instance) int { return cmp.Compare(a.ID, b.ID) })
-	for _, i := range v.instances {
-		v.calls[i.ID] = cmp.Or(last.calls[i.ID], &atomic.Int64{})
+	slices.SortFunc(now.instances, func(a, b Instance) int { return cmp.Compare(a.ID, b.ID) })
+	for _, i := range now.instances {
+		now.inFlight[i.ID] = cmp.Or(last.inFlight[i.ID], &atomic.Int64{})
 		for _, e := range i.Endpoints {
-			sv := v.served[e.Subject]
-			if sv == nil {
-				sv = &served{turn: &atomic.Uint32{}}
-				if old := last.served[e.Subject]; old != nil {
-					sv.turn = old.turn
-				}
-				v.served[e.Subject] = sv
+			r := now.routes[e.Subject]
+			if r == nil {
+				old := cmp.Or(last.routes[e.Subject], &route{turn: &atomic.Uint32{}})
+				r = &route{turn: old.turn}
+				now.routes[e.Subject] = r
 			}
-			sv.exclusive = sv.exclusive || e.Exclusive
+			r.exclusive = r.exclusive || e.Exclusive
 			if i.Status != statusUnhealthy && i.Status != statusStopping {
-				sv.by = append(sv.by, peer{e.Subject + "." + i.ID, i.Load, v.calls[i.ID]})
+				r.targets = append(r.targets, target{e.Subject + "." + i.ID, i.Load, now.inFlight[i.ID]})
 			}
 		}
 	}
-	d.latest.Store(v)
-	return v
+	d.latest.Store(now)
+	return now
 }
 
-// choose is the place of the peer that a call goes to.
-func (sv *served) choose(by []peer, strategy Strategy) int {
-	switch strategy {
-	case RoundRobin:
-		return int(sv.turn.Add(1) % uint32(len(by)))
-	case LeastLoaded:
-		i := rand.IntN(len(by))
-		j := (i + 1 + rand.IntN(max(len(by)-1, 1))) % len(by) // another one, if there is
-		if a, b := by[i], by[j]; a.calls.Load()+int64(a.load) > b.calls.Load()+int64(b.load) {
-			return j
-		}
-		return i
-	}
-	return rand.IntN(len(by))
-}
-
-// requestAny sends a call to an instance chosen by a strategy, and to the next one if that doesn't listen any more.
+// requestAny sends a call to an instance that the strategy chooses. If that instance no longer listens, it tries the next one.
 func (s *Service) requestAny(ctx context.Context, x *exchange, service string, strategy Strategy) (*nats.Msg, *Error) {
 	d, failure := s.discover(ctx, service)
 	if failure != nil {
 		return nil, notRun(failure)
 	}
 	shared := x.subject
-	defer func() { x.subject = shared }()
-	sv := d.view().served[shared]
-	if sv == nil || sv.exclusive {
-		return s.request(ctx, x) // the leader alone listens
-	}
-	for by := sv.by; len(by) > 0; {
-		i := sv.choose(by, strategy)
-		p := by[i]
-		x.subject = p.subject
-		p.calls.Add(1)
+	r := cmp.Or(d.snapshot().routes[shared], &route{})
+	for targets := r.targets; len(targets) > 0 && !r.exclusive; {
+		i := r.choose(targets, strategy)
+		x.subject = targets[i].subject
+		targets[i].inFlight.Add(1)
 		answer, failure := s.request(ctx, x)
-		p.calls.Add(-1)
+		targets[i].inFlight.Add(-1)
+		x.subject = shared
 		if failure != errNoResponders {
 			return answer, failure
 		}
-		by = slices.Delete(slices.Clone(by), i, i+1)
+		targets = slices.Delete(slices.Clone(targets), i, i+1)
 	}
-	x.subject = shared
-	return s.request(ctx, x)
+	return s.request(ctx, x) // if the handler is exclusive, only the leader listens on the shared subject
 }
 
-const explainTimeout = time.Second
+// choose returns the index of the target that a call goes to.
+func (r *route) choose(targets []target, strategy Strategy) int {
+	n := len(targets)
+	i := rand.IntN(n)
+	switch strategy {
+	case RoundRobin:
+		return int(r.turn.Add(1) % uint32(n))
+	case LeastLoaded:
+		j := (i + 1 + rand.IntN(max(n-1, 1))) % n // another target, if there is one
+		if a, b := targets[i], targets[j]; a.inFlight.Load()+int64(a.load) > b.inFlight.Load()+int64(b.load) {
+			return j
+		}
+	}
+	return i
+}
 
-// explainNoResponders returns the error of a call that found no responders: why nobody has subscribed to the subject of x, or to that
-// subject of an instance.
+// explainNoResponders returns the error of a call that found no responders. The error says why nobody has subscribed to the
+// subject of x or, if an instance is given, to that instance's own subject.
 func (s *Service) explainNoResponders(ctx context.Context, x *exchange, service, instance string) *Error {
-	who, where := service, x.subject
+	who, asked, subject := service, service, x.subject
 	if instance != "" {
-		who, where = "instance "+instance+" of "+service, x.subject+"."+instance
+		who, asked, subject = "instance "+instance+" of "+service, service+"."+instance, x.subject+"."+instance
 	}
-	info, failure := s.info(ctx, service, instance)
-	switch {
-	case failure == errNoResponders:
-		return notRun(newError(ErrUnavailable, "no responders on %s: %s is not running", where, who))
-	case failure != nil:
-		return notRun(newError(ErrUnavailable, "no responders on %s, and the reason is unknown: %s", where, failure.Message))
+	kind, reason := ErrUnavailable, who+" is starting or stopping, or has crashed"
+	info, failure := s.info(ctx, asked)
+	if failure == errNoResponders {
+		reason = who + " is not running"
+	} else if failure != nil {
+		reason = "the reason is unknown: " + failure.Message
+	} else if i := slices.IndexFunc(info.Endpoints, func(e micro.EndpointInfo) bool { return e.Subject == x.subject }); i < 0 {
+		kind, reason = ErrUnimplemented, info.ID+" (version "+info.Version+") has no handler for this subject"
+	} else if instance == "" && info.Endpoints[i].Metadata["exclusive"] != "" {
+		kind, reason = ErrNotActive, "no instance of "+service+" leads at present"
 	}
-	i := slices.IndexFunc(info.Endpoints, func(e micro.EndpointInfo) bool { return e.Subject == x.subject })
-	switch {
-	case i < 0:
-		return notRun(newError(ErrUnimplemented, "%s (version %s) has no handler for %s", info.ID, info.Version, x.subject))
-	case info.Endpoints[i].Metadata["exclusive"] != "" && instance == "":
-		return notRun(newError(ErrNotActive, "no responders on %s: no instance of %s leads at present", x.subject, service))
-	}
-	return notRun(newError(ErrUnavailable, "no responders on %s: %s is starting or stopping, or has crashed", where, who))
+	return notRun(newError(kind, "no responders on %s: %s", subject, reason))
 }
 
-// unhandled reports whether instances of a service run and none of them handles the command with this subject. It is false if that
-// can't be found out. Only of a service that runs does it begin a copy of the registry.
+// unhandled reports whether instances of a service are running and none of them handles the command with this subject. It reports
+// false if it can't find out. It starts a copy of the service's entries only if the service is running.
 func (s *Service) unhandled(ctx context.Context, service, subject string) bool {
 	ctx, cancel := context.WithTimeout(ctx, explainTimeout)
 	defer cancel()
 	if s.directories.all()[service] == nil {
-		if _, failure := s.info(ctx, service, ""); failure != nil {
+		if _, failure := s.info(ctx, service); failure != nil {
 			return false
 		}
 	}
@@ -275,17 +269,14 @@ func (s *Service) unhandled(ctx context.Context, service, subject string) bool {
 	if failure != nil {
 		return false
 	}
-	v := d.view()
-	return len(v.instances) > 0 && v.served[subject] == nil
+	now := d.snapshot()
+	return len(now.instances) > 0 && now.routes[subject] == nil
 }
 
-// info asks an instance of a service about itself, or any instance if none is given. For a minute it does not ask again what was
-// denied, because each denial is logged, here and by the server.
-func (s *Service) info(ctx context.Context, service, instance string) (*micro.Info, *Error) {
-	x := &exchange{subject: "$SRV.INFO." + service}
-	if instance != "" {
-		x.subject += "." + instance
-	}
+// info asks any instance of a service, or the one in "<service>.<instance>", for its $SRV.INFO. If that was denied, it does not
+// ask again for a minute, because both this service and the server log each denial.
+func (s *Service) info(ctx context.Context, asked string) (*micro.Info, *Error) {
+	x := &exchange{subject: "$SRV.INFO." + asked}
 	if denied := s.denials.since(clock()-time.Minute, toPublish+x.subject); denied != nil {
 		return nil, denied
 	}
@@ -300,24 +291,18 @@ func (s *Service) info(ctx context.Context, service, instance string) (*micro.In
 	return info, nil
 }
 
-// A healthCheck is one of WithHealthCheck.
-type healthCheck struct {
-	name    string
-	fn      func(context.Context) error
-	running atomic.Bool
-	failure atomic.Pointer[Error] // nil while it succeeds
-}
-
-// checkHealth begins all checks but those that still run, which fail. The channel is closed when all are through.
+// checkHealth starts all health checks. A check that is still running from an earlier time counts as failed at once, and is not
+// started again. The channel is closed when all checks that were started have returned.
 func (s *Service) checkHealth() <-chan struct{} {
 	var all sync.WaitGroup
 	for _, h := range s.cfg.healthChecks {
 		if !h.running.CompareAndSwap(false, true) {
-			h.failure.Store(newError(ErrTimeout, "it has not returned for %v", s.cfg.heartbeat))
+			h.failure.Store(newError(ErrTimeout, "the check has not returned within %v", s.cfg.heartbeat))
 			s.updateHealth()
 			continue
 		}
-		run := func() {
+		all.Add(1)
+		started := s.startTask(func() {
 			defer all.Done()
 			defer s.updateHealth()
 			defer h.running.Store(false)
@@ -329,91 +314,92 @@ func (s *Service) checkHealth() <-chan struct{} {
 			ctx, cancel := context.WithTimeout(s.base, s.cfg.heartbeat)
 			defer cancel()
 			h.failure.Store(asError(h.fn(ctx)))
-		}
-		all.Add(1)
-		if !s.startTask(run) {
+		})
+		if !started {
 			all.Done()
 		}
 	}
 	return closedAfter(all.Wait)
 }
 
-// updateHealth notes whether the instance is well, and what follows from that.
+// updateHealth derives the health of the instance from its checks. If the health has changed, it tells those who depend on it.
 func (s *Service) updateHealth() {
 	s.healthMu.Lock()
 	defer s.healthMu.Unlock()
 	unhealthy := false
 	for _, h := range s.cfg.healthChecks {
-		if failure := h.failure.Load(); failure != nil {
-			unhealthy = true
-			if !s.unhealthy.Load() {
-				s.log.Warn("a health check fails", "check", h.name, "error", failure)
-			}
+		failure := h.failure.Load()
+		unhealthy = unhealthy || failure != nil
+		if failure != nil && !s.unhealthy.Load() {
+			s.log.Warn("the instance is unhealthy: a health check fails", "check", h.name, "error", failure)
 		}
 	}
 	if s.unhealthy.Swap(unhealthy) == unhealthy {
 		return
 	}
 	if !unhealthy {
-		s.log.Info("all health checks succeed again")
+		s.log.Info("the instance is healthy again: all health checks succeed")
 	}
 	s.mu.Lock()
 	for c := range s.candidates {
-		signal(c.nudge)
+		signal(c.healthChanged)
 	}
 	s.mu.Unlock()
-	s.changed()
+	s.statusChanged()
 }
 
-// changed is called when the instance has become a leader or none, or well or unwell.
-func (s *Service) changed() {
+// statusChanged has to be called after the instance has become healthy or unhealthy, or has won or lost the leadership. The
+// endpoints and the registry entry follow the change.
+func (s *Service) statusChanged() {
 	s.shareAll()
 	signal(s.entryChanged)
 }
 
-// instance is this one's entry.
+// instance returns what the entry of this instance has to say now.
 func (s *Service) instance() Instance {
 	i := Instance{
-		Service: s.name, ID: s.id, Version: s.cfg.version, Status: statusActive, Metadata: s.cfg.metadata,
-		Endpoints: []Endpoint{},
-		Started:   s.since,
+		Service: s.name, ID: s.id, Version: s.cfg.version, Status: statusActive, Metadata: s.cfg.metadata, Started: s.since,
 	}
-	exclusive := false
 	for _, e := range s.handlers() {
-		exclusive = exclusive || e.lease != nil
 		i.Endpoints = append(i.Endpoints, Endpoint{e.kind, e.name, e.subject, e.lease != nil})
 		i.Load += int(e.meter.inFlight.Load())
 	}
-	slices.SortFunc(i.Endpoints, func(a, b Endpoint) int {
-		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name))
-	})
+	slices.SortFunc(i.Endpoints, func(a, b Endpoint) int { return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name)) })
 	switch {
 	case s.quitting.Err() != nil:
 		i.Status = statusStopping
 	case s.unhealthy.Load():
 		i.Status = statusUnhealthy
-	case exclusive && !s.IsLeader():
+	case slices.ContainsFunc(i.Endpoints, func(e Endpoint) bool { return e.Exclusive }) && !s.IsLeader():
 		i.Status = statusStandby
 	}
 	return i
 }
 
-// writeEntry writes the entry, and announces it to those that listen.
+func (s *Service) registryStream() jetstream.StreamConfig {
+	config := s.bucket(registryBucket)
+	config.AllowMsgTTL, config.SubjectDeleteMarkerTTL = true, markerTTL
+	return config
+}
+
+// writeEntry writes the entry of this instance, or deletes it if verb is "unregister". It also publishes the instance on
+// service.<name>.<verb>, for whoever listens there.
 func (s *Service) writeEntry(ctx context.Context, verb string) *Error {
-	data, _ := json.Marshal(s.instance()) // it can't fail: what a user put in is strings
+	data, _ := json.Marshal(s.instance()) // can't fail, because what the user has set in it is strings
 	x := &exchange{subject: registryPrefix + s.name + "." + s.id, data: data, header: nats.Header{}}
 	ttl := 3 * s.cfg.heartbeat
-	if verb == "unregister" { // the entry gives way to a marker, which goes too
+	if verb == "unregister" { // a marker replaces the entry, and expires too
 		x.data, ttl = nil, markerTTL
 		x.header["KV-Operation"], x.header["Nats-Rollup"] = []string{"PURGE"}, []string{"sub"}
 	}
 	x.header[jetstream.MsgTTLHeader] = []string{strconv.Itoa(int(ttl / time.Second))}
 	_, failure := s.store(ctx, x.within(ctx, min(s.cfg.timeout, s.cfg.heartbeat)), s.registryStream())
-	s.notify("service."+s.name+"."+verb, data) // whom it may concern
+	s.notify("service."+s.name+"."+verb, data)
 	return failure
 }
 
-// register enters the instance into the registry, and keeps it there until leave. Without JetStream it does without.
+// register writes the entry of this instance and starts the heartbeats, which go on until deregister. If there is no JetStream,
+// or the server can't be reached, only the heartbeats go on trying, and register returns nil.
 func (s *Service) register(ctx context.Context) *Error {
 	s.mu.Lock()
 	if s.state == stopping {
@@ -436,53 +422,52 @@ func (s *Service) register(ctx context.Context) *Error {
 		s.heartbeating.Done()
 		return failure
 	}
-	go func() {
-		defer s.heartbeating.Done()
-		s.beat(failure)
-	}()
+	go s.sendHeartbeats(failure)
 	return nil
 }
 
-// beat refreshes the entry with each heartbeat, and when it changes.
-func (s *Service) beat(failure *Error) {
+// sendHeartbeats writes the entry with each heartbeat, and when it changes, until deregister. It starts with the failure of the
+// first write, which register has made.
+func (s *Service) sendHeartbeats(failure *Error) {
+	defer s.heartbeating.Done()
 	tick := time.NewTicker(s.cfg.heartbeat)
 	defer tick.Stop()
-	for troubled := false; ; {
-		var again <-chan time.Time
-		if failure != nil && !troubled {
-			s.log.Warn("the registry can't be reached: others don't see this instance as it is", "error", failure)
+	for failing := false; ; failure = s.writeEntry(s.base, "heartbeat") {
+		if failure != nil && !failing {
+			s.log.Warn("the registry entry can't be written: other services see an old state of this instance, or none", "error", failure)
 		}
-		if troubled = failure != nil; troubled && failure.Code == ErrTimeout.Code {
-			again = time.After(time.Second)
+		failing = failure != nil
+		var retry <-chan time.Time
+		if failing && failure.Code == ErrTimeout.Code {
+			retry = time.After(time.Second)
 		}
 		select {
 		case <-tick.C:
 			s.checkHealth()
 		case <-s.entryChanged:
-		case <-again:
+		case <-retry:
 		case <-s.registered.Done():
 			return
 		}
-		failure = s.writeEntry(s.base, "heartbeat")
 	}
 }
 
-// deregister takes the entry out of the registry, if it may be there, after what beat may be writing.
+// deregister ends the heartbeats and deletes the entry of this instance, if there may be one. If that fails, the entry expires.
 func (s *Service) deregister(ctx context.Context) {
 	s.mu.Lock()
 	known := s.mayBeKnown
 	s.mu.Unlock()
 	s.unregister()
 	select {
-	case <-closedAfter(s.heartbeating.Wait): // at the latest when base ends
+	case <-closedAfter(s.heartbeating.Wait): // a heartbeat may be in flight; it ends with base at the latest
 	case <-ctx.Done():
 	}
 	if known {
-		_ = s.writeEntry(ctx, "unregister") // else it expires
+		_ = s.writeEntry(ctx, "unregister")
 	}
 }
 
-// answerSurvey answers $SRV.PING, $SRV.INFO and $SRV.STATS, so that `nats micro` shows the instance.
+// answerSurvey answers $SRV.PING, $SRV.INFO and $SRV.STATS, so that the nats tool (nats micro) shows the instance.
 func (s *Service) answerSurvey(m *nats.Msg) {
 	if m.Reply == "" {
 		return
@@ -496,11 +481,12 @@ func (s *Service) answerSurvey(m *nats.Msg) {
 	case micro.InfoVerb.String():
 		info := micro.Info{ServiceIdentity: identity, Type: micro.InfoResponseType, Endpoints: []micro.EndpointInfo{}}
 		for _, e := range s.instance().Endpoints {
-			about := map[string]string{"kind": e.Kind, "name": e.Name}
+			md := map[string]string{"kind": e.Kind, "name": e.Name}
 			if e.Exclusive {
-				about["exclusive"] = "true"
+				md["exclusive"] = "true"
 			}
-			info.Endpoints = append(info.Endpoints, micro.EndpointInfo{Name: microName(e.Name), Subject: e.Subject, QueueGroup: s.name, Metadata: about})
+			endpoint := micro.EndpointInfo{Name: microName(e.Name), Subject: e.Subject, QueueGroup: s.name, Metadata: md}
+			info.Endpoints = append(info.Endpoints, endpoint)
 		}
 		answer = info
 	case micro.StatsVerb.String():
@@ -508,9 +494,9 @@ func (s *Service) answerSurvey(m *nats.Msg) {
 	default:
 		return
 	}
-	data, _ := json.Marshal(answer) // strings and numbers: it can't fail
+	data, _ := json.Marshal(answer) // can't fail, because it is strings and numbers
 	err := m.Respond(data)
-	if st, ok := answer.(micro.Stats); ok && errors.Is(err, nats.ErrMaxPayload) { // tell at least the usual
+	if st, ok := answer.(micro.Stats); ok && errors.Is(err, nats.ErrMaxPayload) { // answer at least what every NATS service does
 		for _, e := range st.Endpoints {
 			e.Data = nil
 		}
@@ -518,29 +504,29 @@ func (s *Service) answerSurvey(m *nats.Msg) {
 		err = m.Respond(data)
 	}
 	if err != nil {
-		s.log.Warn("an answer was lost", "endpoint", m.Subject, "error", err)
+		s.log.Warn("the answer to a request for $SRV could not be sent", "subject", m.Subject, "error", err)
 	}
 }
 
+// microStats returns the answer to $SRV.STATS. The statistics that only aegis has are in the Data of each endpoint.
 func (s *Service) microStats(identity micro.ServiceIdentity) micro.Stats {
-	st := micro.Stats{ServiceIdentity: identity, Type: micro.StatsResponseType, Started: s.since.UTC(), Endpoints: []*micro.EndpointStats{}}
+	st := micro.Stats{ServiceIdentity: identity, Type: micro.StatsResponseType, Started: s.since.UTC()}
+	st.Endpoints = []*micro.EndpointStats{} // not null in JSON
 	for _, r := range s.readings() {
 		if r.Kind == kindCall {
 			continue
 		}
 		e := &micro.EndpointStats{
 			Name: microName(r.Name), Subject: r.subject, QueueGroup: s.name,
-			NumRequests: int(r.Requests), NumErrors: int(r.Errors),
+			NumRequests: int(r.Requests), NumErrors: int(r.Errors), LastError: deref(r.last),
 			ProcessingTime: r.sum, AverageProcessingTime: r.sum / time.Duration(max(r.handled, 1)),
 		}
-		if r.last != nil {
-			e.LastError = *r.last
-		}
-		e.Data, _ = json.Marshal(r) // strings and numbers: it can't fail
+		e.Data, _ = json.Marshal(r) // can't fail, because it is strings and numbers
 		st.Endpoints = append(st.Endpoints, e)
 	}
 	return st
 }
 
-// microName is a name in which no .*> are: order.* is order-ANY.
-func microName(name string) string { return strings.NewReplacer(".", "-", "*", "ANY", ">", "ALL").Replace(name) }
+// microName returns a name without the characters . * and >, which endpoints of NATS services can't have: order.* becomes
+// order-ANY.
+var microName = strings.NewReplacer(".", "-", "*", "ANY", ">", "ALL").Replace

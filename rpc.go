@@ -13,17 +13,17 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file is typed RPC: a handler's side (Handle), a caller's side (Call), and the circuit breaker.
+// This file has typed RPC: the handler's side (Handle), the caller's side (Call), and the circuit breaker.
 
 // Handle serves a method: fn is called with each request's value, on a goroutine of the library, several at once up to the
-// handler's [Concurrency]. method is [A-Za-z][A-Za-z0-9_]*. It may be added before or after Start; after it, Handle returns
-// once the servers know it.
+// handler's [Concurrency]. method is a letter, then letters, digits and _, at most 128. Handle may be called before or after
+// Start; after Start, Handle returns once the servers know the method.
 //
-// An [*Error] that fn returns, also one wrapped by %w, arrives at the caller with its code; any other error as [ErrInternal]
-// with its message, like a panic. A payload that can't be decoded into Req is answered with [ErrInvalid]. fn's ctx ends with
-// the caller's deadline; a request whose caller has given up while it waited is dropped.
+// An [*Error] that fn returns, also one wrapped by %w, arrives at the caller with its code. Any other error, and a panic, arrives
+// as [ErrInternal] with its message. A payload that can't be decoded into Req is answered with [ErrInvalid]. fn's ctx ends with
+// the caller's deadline. A request whose caller has given up before a handler was free is dropped.
 //
-// Handle fails with [ErrInvalid] if the name or an option is out of range or the method has a handler already, with
+// Handle fails with [ErrInvalid] if the name or an option is out of range or the method has a handler already, and with
 // [ErrClosed] after Stop.
 func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, Req) (Resp, error), opts ...HandlerOption) error {
 	if fn == nil {
@@ -65,7 +65,8 @@ func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) e
 	return s.addEndpoint(e, cfg)
 }
 
-// requests is the source of RPC requests: the method's subject, which the instances of the service share, and the instance's own.
+// requests is the source of an endpoint's RPC requests. They come by two subjects: the method's, which the instances of the
+// service share, and the method's subject for this instance.
 type requests struct {
 	*endpoint
 
@@ -74,17 +75,19 @@ type requests struct {
 	drained     bool
 }
 
+// open subscribes to the subject for this instance.
 func (q *requests) open(context.Context) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.subscribeLocked(&q.own, q.subject+"."+q.svc.id)
 }
 
+// share subscribes to the shared subject, or ends these subscriptions.
 func (q *requests) share(on bool) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch {
-	case len(q.own) == 0: // it is not open yet
+	case len(q.own) == 0: // open was not called yet
 	case on && len(q.shared) == 0 && !q.drained:
 		return q.subscribeLocked(&q.shared, q.subject)
 	case !on:
@@ -108,8 +111,8 @@ func (q *requests) subscribeLocked(subs *[]*nats.Subscription, subject string) e
 	return nil
 }
 
-// endLocked ends subscriptions, after what the server has sent already. One whose connection is down would only come back with
-// it.
+// endLocked ends subscriptions. Messages that the server has sent already still reach the queue. If a connection is down, there
+// are none, and its subscription ends at once, because otherwise it would come back with the connection.
 func (q *requests) endLocked(subs []*nats.Subscription) {
 	for i, sub := range subs {
 		if q.svc.conns[i].up.Load() {
@@ -120,6 +123,7 @@ func (q *requests) endLocked(subs []*nats.Subscription) {
 	}
 }
 
+// drain ends all subscriptions and waits until everything that the server sent before is in the queue.
 func (q *requests) drain(ctx context.Context) {
 	q.mu.Lock()
 	q.drained = true
@@ -132,13 +136,14 @@ func (q *requests) drain(ctx context.Context) {
 		if c.flush(ctx) != nil {
 			for _, subs := range [][]*nats.Subscription{own, shared} {
 				if i < len(subs) {
-					_ = subs[i].Unsubscribe() // or it would come back with the connection; fails only on a closed one
+					_ = subs[i].Unsubscribe() // otherwise it would come back with the connection; this fails only on a closed one
 				}
 			}
 		}
 	}
 }
 
+// pending returns 0, because the server keeps no requests.
 func (q *requests) pending() int64 { return 0 }
 
 // serve handles one request and answers it.
@@ -182,15 +187,16 @@ func (q *requests) refuse(m *nats.Msg, from string, failure *Error) {
 	q.answer(m, nil, nil, failure)
 }
 
-// done answers what a handler has handled.
+// done answers a request that a handler has handled.
 func (q *requests) done(r *request, data []byte, failure *Error) {
 	q.answer(r.in, r.codec, data, failure)
-	if len(q.svc.cfg.middleware) == 0 { // else it may have kept the data
+	if len(q.svc.cfg.middleware) == 0 { // otherwise middleware may have kept the data, which is in r.packer
 		r.packer.release()
 	}
 }
 
-// answer answers m with data, or with a failure, in the codec c, which is nil if the request was not decoded.
+// answer answers m with data, or with a failure, in the codec c. If c is nil, because the request was not decoded, a failure is
+// encoded in the format that the request seems to have.
 func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	if m.Reply == "" {
 		return
@@ -222,8 +228,8 @@ func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	}
 }
 
-// send publishes the answer to m on the connection that m came by, because others may not know the caller's inbox yet. If that
-// connection is gone, any other will do.
+// send publishes the answer to m on the connection that m came by, because the servers of others may not know the caller's inbox
+// yet. If that connection is lost, send uses any other.
 func (q *requests) send(m, out *nats.Msg) error {
 	err := m.RespondMsg(out)
 	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionClosed) {
@@ -235,14 +241,14 @@ func (q *requests) send(m, out *nats.Msg) error {
 }
 
 // Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The
-// time that is left travels along and bounds the handler's ctx; when ctx is cancelled, so is the handler's.
+// time that is left is sent with the request and bounds the handler's ctx. When ctx is cancelled, so is the handler's.
 //
 // The error is an [*Error]: the handler's, or one of these. [ErrInvalid]: a name, option or header is out of range, the request
 // can't be encoded or is larger than the server's max_payload. [ErrUnavailable]: no connection, no instance, or the connection
 // was lost while waiting. [ErrUnimplemented]: the service has no such method. [ErrNotActive], [ErrFenced]: see [Exclusive].
 // [ErrTimeout], [ErrCanceled]: ctx ended. [ErrOverloaded]: the handler is at its limit. [ErrCircuitOpen]: see [WithBreaker].
 // [ErrInternal]: the handler failed, or its answer can't be decoded. [ErrDenied]: the server's permissions don't allow the call,
-// or to hear its answer. [ErrClosed]: s was stopped. All but those of ctx come at once.
+// or to hear its answer. [ErrClosed]: s was stopped. A failure is returned as soon as it is known, before ctx ends.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
 	var resp, zero Resp
 	data, buf, err := marshal(s.cfg.codec, &req)
@@ -295,7 +301,8 @@ func (s *Service) call(ctx context.Context, service, method string, data []byte,
 	return nil
 }
 
-// attempt sends the call once. again reports whether the caller's options allow another attempt after this failure.
+// attempt sends the call once, if the circuit breaker lets it through. again reports whether the caller's options allow another
+// attempt after this failure.
 func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service string, cfg *callConfig) (answer *nats.Msg, failure *Error, again bool) {
 	probe, left := b.admit()
 	if left > 0 {
@@ -326,13 +333,14 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 		b.report(probe, bad)
 	case answered || noResponders:
 		b.report(probe, good)
-	default: // it says nothing about the service
+	default: // the failure says nothing about the service
 		b.report(probe, inconclusive)
 	}
 	return nil, failure, unreached || missing && cfg.idempotent
 }
 
-// address sends the call once, to one instance if the options ask for that; then it returns the instance's id.
+// address sends the call once, to the subject that the options ask for. If that is the subject of the instance of ToInstance or,
+// for Sticky, of the leader, it returns that instance's id, else "".
 func (s *Service) address(ctx context.Context, x *exchange, service string, cfg *callConfig) (answer *nats.Msg, instance string, failure *Error) {
 	instance = deref(cfg.instance)
 	if instance == "" && cfg.sticky {
@@ -344,7 +352,7 @@ func (s *Service) address(ctx context.Context, x *exchange, service string, cfg 
 		to.subject += "." + instance
 		answer, failure = s.request(ctx, &to)
 		x.reply, x.sent = to.reply, to.sent
-		if failure == errNoResponders && cfg.instance == nil { // it was the leader; another one may lead now
+		if failure == errNoResponders && cfg.instance == nil { // the leader is gone, and another instance may lead now
 			answer, failure = s.request(ctx, x)
 			instance = ""
 		}
@@ -362,8 +370,8 @@ type breaker struct {
 
 	mu       sync.Mutex // guards the rest
 	failures int        // in a row
-	until    time.Time  // the end of the cooldown; zero while closed
-	probing  bool
+	until    time.Time  // the end of the cooldown; zero while the breaker is closed
+	probing  bool       // whether a probe is under way
 }
 
 // A verdict is what the end of a call says about the service.
@@ -383,8 +391,9 @@ func (s *Service) breaker(service string) *breaker {
 	return s.breakers.get(service, func() *breaker { return &breaker{policy: s.cfg.breaker} })
 }
 
-const closed, open = "closed", "open"
+const closed, open = "closed", "open" // states of a breaker, as Stats shows them
 
+// state returns the state of the breaker, as Stats shows it.
 func (b *breaker) state() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -397,7 +406,7 @@ func (b *breaker) state() string {
 	return "half-open"
 }
 
-// admit reports whether a call may go out, perhaps as a probe, or returns how long the cooldown still lasts.
+// admit returns 0 if a call may go out, and whether it is the probe. Otherwise it returns how long the call has to wait.
 func (b *breaker) admit() (probe bool, wait time.Duration) {
 	if b == nil {
 		return false, 0
@@ -417,7 +426,7 @@ func (b *breaker) admit() (probe bool, wait time.Duration) {
 	return true, 0
 }
 
-// report counts how a call ended that admit let through.
+// report takes the result of a call that admit let through.
 func (b *breaker) report(probe bool, v verdict) {
 	if b == nil {
 		return
@@ -427,7 +436,7 @@ func (b *breaker) report(probe bool, v verdict) {
 	if probe {
 		b.probing = false
 	} else if !b.until.IsZero() {
-		return // sent before it opened
+		return // the call was sent before the breaker opened
 	}
 	switch v {
 	case good:
