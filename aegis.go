@@ -325,6 +325,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		s.campaigns.Wait() // a candidate that leads releases its term when the exclusive handlers are finished
 	})
 	var late, lost error
+	leaving := ctx // a variable of its own, because finish may still use ctx
 	select {
 	case <-finished:
 	case <-ctx.Done():
@@ -345,11 +346,11 @@ func (s *Service) Stop(ctx context.Context) error {
 			}
 		}
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), cancelGrace)
+		leaving, cancel = context.WithTimeout(context.WithoutCancel(ctx), cancelGrace)
 		defer cancel()
 	}
-	s.deregister(ctx)
-	if failure := s.flush(ctx); failure != nil {
+	s.deregister(leaving)
+	if failure := s.flush(leaving); failure != nil {
 		lost = newError(failure, "Stop: %s; answers may be lost, and the server ends the subscriptions with the connection", failure.Message)
 	}
 	return errors.Join(late, lost)

@@ -256,7 +256,7 @@ type run struct {
 }
 
 func (src *commandSource) open(ctx context.Context) error {
-	if _, failure := src.svc.openStreamPatiently(ctx, src.svc.recordStream(), recordPrefix+">"); failure != nil {
+	if _, failure := src.svc.openStream(ctx, src.svc.recordStream(), recordPrefix+">"); failure != nil {
 		return failure
 	}
 	src.svc.probePublish(recordPrefix+recordKey(src.svc.name, src.name, "probe"), readSubject(recordBucket))

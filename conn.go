@@ -343,8 +343,8 @@ func isNoResponders(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get(
 func (s *Service) answerLost(c *conn, sl *slot, subject string) *Error {
 	noAnswers := s.denials.since(sl.since, toSubscribe+sl.sub.Subject)
 	if noAnswers != nil {
-		noAnswers.NotRun = false  // the message itself may have arrived
-		sl.missed = maxMissed - 1 // so that release ends the slot
+		noAnswers.NotRun = false // the message itself may have arrived
+		sl.refused = true
 	}
 	if denied := cmp.Or(s.denials.since(sl.since, toPublish+subject), noAnswers); denied != nil {
 		return denied
@@ -422,6 +422,7 @@ type slot struct {
 	answers chan *nats.Msg
 	alarm   *time.Timer // wakes the caller when its time is up
 	missed  int         // how many calls ended without an answer; late answers may still come and fill the channel
+	refused bool        // the server has denied the subscription
 	calls   uint64      // the number of the latest call
 
 	// Of the present call:
@@ -506,7 +507,7 @@ func (c *conn) release(sl *slot, answered bool) {
 	if !answered {
 		sl.missed++
 	}
-	if sl.missed == maxMissed {
+	if sl.missed >= maxMissed || sl.refused {
 		c.endSlot(sl)
 		return
 	}

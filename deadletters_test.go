@@ -206,14 +206,14 @@ func TestEventThatKillsItsProcessBecomesDeadLetter(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	publisher := newService(t, srv, "shop")
-	runs := 0
+	var attempts []int // of the runs, by the event's own count
 	for n := 0; ; n++ {
 		p := startProcess(t, "events", srv)
 		if n == 0 {
 			if line, _ := p.line(t); line != "ready" {
 				t.Fatal(line)
 			}
-			shortenAckWait(t, srv, "AEGIS_EVENTS", time.Second)
+			shortenAckWait(t, srv, "AEGIS_EVENTS", 2*time.Second)
 			publish(t, publisher, "order", "created", "EXIT")
 		}
 		var lines []string
@@ -228,8 +228,12 @@ func TestEventThatKillsItsProcessBecomesDeadLetter(t *testing.T) {
 			return dead || len(deadLetters(t, publisher)) > 0
 		})
 		for _, line := range lines {
-			if strings.HasPrefix(line, "EXIT") {
-				runs++
+			if text, ok := strings.CutPrefix(line, "EXIT "); ok {
+				attempt, err := strconv.Atoi(text)
+				if err != nil {
+					t.Fatal(line)
+				}
+				attempts = append(attempts, attempt)
 			}
 		}
 		if !dead {
@@ -241,9 +245,13 @@ func TestEventThatKillsItsProcessBecomesDeadLetter(t *testing.T) {
 		}
 	}
 	letters := deadLetters(t, publisher)
-	if runs != 5 || len(letters) != 1 || letters[0].Attempts != 5 || // 2 attempts, and 3 more that may end without a result
-		!strings.Contains(letters[0].Reason, "never finished") {
-		t.Errorf("got %d runs, dead letters %+v", runs, letters)
+	// There are 2 attempts, and 3 more deliveries that may end without a result. On a busy machine the ack wait may be over before a
+	// delivery is run, so that the run is missing; but none comes after the fifth delivery, and none comes twice.
+	if slices.Max(attempts) > 5 || slices.Max(attempts) <= 2 || !slices.IsSorted(attempts) || len(slices.Compact(slices.Clone(attempts))) != len(attempts) {
+		t.Errorf("the event was run at the attempts %v", attempts)
+	}
+	if len(letters) != 1 || letters[0].Attempts != 5 || !strings.Contains(letters[0].Reason, "never finished") {
+		t.Errorf("got the dead letters %+v", letters)
 	}
 }
 

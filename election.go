@@ -180,7 +180,7 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 		return stopped
 	}
 	defer c.withdraw()
-	failure := c.openBucket(ctx)
+	_, failure := s.openStream(ctx, s.leadersStream(), leadersPrefix+c.key)
 	if failure != nil && failure.Code != ErrTimeout.Code && failure.Code != ErrCanceled.Code && s.pick() != nil {
 		return failure
 	} // otherwise the server may come back while c campaigns
@@ -276,14 +276,6 @@ func (s *Service) leadersStream() jetstream.StreamConfig {
 	config := s.bucket(leadersBucket)
 	config.FirstSeq = uint64(time.Now().UnixMilli()) // so that no revision occurs twice, even if the bucket is lost
 	return config
-}
-
-// openBucket makes the bucket of the leases if there is none.
-func (c *candidate) openBucket(ctx context.Context) *Error {
-	return c.svc.patiently(ctx, func(ctx context.Context) *Error {
-		_, failure := c.svc.openStream(ctx, c.svc.leadersStream(), leadersPrefix+c.key)
-		return failure
-	})
 }
 
 // enter has to be called before campaign. It makes Stop wait for withdraw. It reports false if the service was stopped already.
@@ -541,7 +533,7 @@ func (s *Service) campaignForExclusive(ctx context.Context) error {
 	if c == nil || c.started.Load() {
 		return nil
 	}
-	if failure := c.openBucket(ctx); failure != nil {
+	if _, failure := s.openStream(ctx, s.leadersStream(), leadersPrefix+c.key); failure != nil {
 		return failure
 	}
 	s.probePublish(leadersPrefix+c.key, readSubject(leadersBucket))

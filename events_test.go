@@ -187,13 +187,11 @@ func TestInstancesShareEventsUnlessBroadcast(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	st, err := manage(t, srv).Stream(t.Context(), "AEGIS_EVENTS")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if n := st.CachedInfo().State.Consumers; n != 1 { // only the shared consumer remains
-		t.Errorf("%d consumers are left", n)
-	}
+	js := manage(t, srv)
+	eventually(t, "only the shared consumer is left", func() bool {
+		st, err := js.Stream(t.Context(), "AEGIS_EVENTS")
+		return err == nil && st.CachedInfo().State.Consumers == 1
+	})
 }
 
 func TestSubscriptionIsDurable(t *testing.T) {

@@ -101,7 +101,7 @@ func newFeed(e *endpoint, cfg *handlerConfig, stream jetstream.StreamConfig, lan
 func (f *feed) open(ctx context.Context) error {
 	failure := f.openConsumers(ctx)
 	if failure == nil {
-		_, failure = f.svc.openStreamPatiently(ctx, f.svc.deadStream(), f.letters())
+		_, failure = f.svc.openStream(ctx, f.svc.deadStream(), f.letters())
 	}
 	if failure != nil {
 		return failure
@@ -135,7 +135,7 @@ func (f *feed) openConsumers(ctx context.Context) *Error {
 	for _, l := range f.lanes {
 		subjects = append(subjects, l.config.FilterSubjects[0])
 	}
-	stream, failure := f.svc.openStreamPatiently(ctx, f.stream, subjects...)
+	stream, failure := f.svc.openStream(ctx, f.stream, subjects...)
 	shortest := time.Duration(math.MaxInt64)
 	for _, l := range f.lanes {
 		if failure == nil {

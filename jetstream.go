@@ -21,9 +21,18 @@ import (
 // This file has what aegis does with JetStream besides the feed: it makes and checks streams and buckets, stores messages, reads
 // keys and writes them by compare-and-swap, and keeps local copies of keys (watch).
 
-// openStream returns the stream for a subject. It makes the stream if there is none. A stream that exists belongs to its
+// openStream returns the stream for some subjects. It makes the stream if there is none. A stream that exists belongs to its
 // operator: it is used as it is, or refused.
-func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (jetstream.Stream, *Error) {
+func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (stream jetstream.Stream, failure *Error) {
+	failure = s.patiently(ctx, func(ctx context.Context) (failure *Error) {
+		stream, failure = s.openStreamOnce(ctx, want, subjects...)
+		return failure
+	})
+	return stream, failure
+}
+
+// openStreamOnce asks each of the questions that this takes once, until ctx ends.
+func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (jetstream.Stream, *Error) {
 	begin := clock()
 	js, failure := s.jetStream()
 	if failure != nil {
@@ -66,15 +75,6 @@ func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, s
 		return nil, notRun(newError(ErrInvalid, "the stream %s, which exists, can't be used: %s", want.Name, fix))
 	}
 	return stream, nil
-}
-
-// openStreamPatiently calls openStream until that fails with anything but ErrTimeout or succeeds; see patiently.
-func (s *Service) openStreamPatiently(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (stream jetstream.Stream, failure *Error) {
-	failure = s.patiently(ctx, func(ctx context.Context) (failure *Error) {
-		stream, failure = s.openStream(ctx, want, subjects...)
-		return failure
-	})
-	return stream, failure
 }
 
 // takes reports whether all subjects of a pattern go to the stream.
@@ -172,7 +172,7 @@ func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.Strea
 	if failure == errNoResponders {
 		within, cancel := context.WithTimeout(ctx, x.until-clock())
 		defer cancel()
-		if _, failure = s.openStream(within, stream, x.subject); failure != nil {
+		if _, failure = s.openStreamOnce(within, stream, x.subject); failure != nil {
 			if failure.Code == ErrTimeout.Code {
 				failure = newError(ErrUnavailable, "no stream takes %s at present: %s", x.subject, failure.Message)
 			}

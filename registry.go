@@ -412,12 +412,10 @@ func (s *Service) register(ctx context.Context) *Error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.registered, cancel)()
-	failure := s.patiently(ctx, func(ctx context.Context) *Error {
-		if _, failure := s.openStream(ctx, s.registryStream(), registryPrefix+">"); failure != nil {
-			return failure
-		}
-		return s.writeEntry(ctx, "register")
-	})
+	_, failure := s.openStream(ctx, s.registryStream(), registryPrefix+">")
+	if failure == nil {
+		failure = s.patiently(ctx, func(ctx context.Context) *Error { return s.writeEntry(ctx, "register") })
+	}
 	if failure != nil && failure.Code != ErrUnavailable.Code {
 		s.heartbeating.Done()
 		return failure
