@@ -286,7 +286,7 @@ func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
 	}
 	defer src.runs.Delete(x.key)
 	notice := commandPrefix + x.key
-	src.svc.cancels.add(notice, func() { src.helpers.Go(func() { x.check() }) })
+	src.svc.cancels.add(notice, func() { src.goHelper(func() { x.check() }) })
 	defer src.svc.cancels.remove(notice)
 	if x.claim() {
 		src.dispatch(x.r)
@@ -384,7 +384,7 @@ func (x *run) whyLost() *Error {
 // checkRuns checks all runs, in case the notice of a cancellation was lost. It does not block.
 func (src *commandSource) checkRuns() {
 	if src.checking.CompareAndSwap(false, true) {
-		src.helpers.Go(func() {
+		src.goHelper(func() {
 			defer src.checking.Store(false)
 			src.runs.Range(func(_, x any) bool { return x.(*run).check() })
 		})
@@ -424,7 +424,7 @@ func (x *run) report(p Progress) *Error {
 		return cmp.Or(x.whyLost(), newError(ErrInvalid, "Progress: the handler has returned"))
 	}
 	if x.reported.Swap(&p) == nil {
-		x.src.helpers.Go(x.writeProgress)
+		x.src.goHelper(x.writeProgress)
 	}
 	return nil
 }

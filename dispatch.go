@@ -82,6 +82,7 @@ type endpoint struct {
 	mu       sync.Mutex // guards the rest
 	workers  map[*worker]bool
 	shedding bool // whether shed runs
+	opened   bool
 }
 
 // A worker is a goroutine that handles one message after another.
@@ -155,10 +156,14 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 // open starts the first worker and then the source.
 func (e *endpoint) open(ctx context.Context) error {
 	e.mu.Lock()
-	if !isClosed(e.stopping) {
+	opened := e.opened
+	if e.opened = true; !opened && !isClosed(e.stopping) {
 		e.startWorkerLocked()
 	}
 	e.mu.Unlock()
+	if opened { // by a Start that runs at the same time as addEndpoint, or by that
+		return nil
+	}
 	if err := e.source.open(ctx); err != nil {
 		return err
 	}
@@ -189,8 +194,19 @@ func (e *endpoint) finish(ctx context.Context) {
 	close(e.stopping)
 	e.mu.Unlock()
 	e.crew.Wait()
+	e.mu.Lock()
 	close(e.finished)
+	e.mu.Unlock()
 	e.helpers.Wait()
+}
+
+// goHelper runs fn on a goroutine that finish waits for, unless finish has come so far already.
+func (e *endpoint) goHelper(fn func()) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !isClosed(e.finished) {
+		e.helpers.Go(fn)
+	}
 }
 
 // startWorkerLocked starts a worker, which counts as idle at once. At the limit it makes sure that shed runs instead. The caller
@@ -209,7 +225,7 @@ func (e *endpoint) startWorkerLocked() {
 
 // work handles messages until there are enough other idle workers, or no more messages will come.
 func (e *endpoint) work(w *worker) {
-	left := false // whether this goroutine has left the loop
+	left := false
 	defer func() {
 		if !left { // the handler has called runtime.Goexit
 			w.msg.Store(nil)
@@ -218,9 +234,9 @@ func (e *endpoint) work(w *worker) {
 		}
 	}()
 	for {
-		j, ok := e.take()
-		if !ok {
-			break
+		var j job
+		if j, left = e.take(w); left {
+			return
 		}
 		if e.idle.Add(-1) == 0 {
 			e.mu.Lock()
@@ -237,40 +253,47 @@ func (e *endpoint) work(w *worker) {
 		w.msg.Store(nil)
 		e.idle.Add(1)
 	}
-	left = true
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	delete(e.workers, w)
 }
 
-// take waits for the next message. It reports false if the worker is to leave, and then no longer counts the worker as idle.
-func (e *endpoint) take() (j job, ok bool) {
+// take waits for the next message for w. It reports whether w has left instead.
+func (e *endpoint) take(w *worker) (j job, left bool) {
 	for {
 		noMore := isClosed(e.stopping) // then a message that is not there now will not come
 		select {
 		case j := <-e.waiting:
-			return j, true
+			return j, false
 		default:
 		}
 		select {
 		case m := <-e.queue:
-			return job{msg: m}, true
+			return job{msg: m}, false
 		default:
 		}
-		for idle := e.idle.Load(); noMore || int(idle) > e.linger; idle = e.idle.Load() {
-			if e.idle.CompareAndSwap(idle, idle-1) { // so that at least linger stay if several leave at once
-				return job{}, false
-			}
+		if (noMore || int(e.idle.Load()) > e.linger) && e.leave(w, noMore) {
+			return job{}, true
 		}
 		signal(e.calm)
 		select {
 		case m := <-e.queue:
-			return job{msg: m}, true
+			return job{msg: m}, false
 		case j := <-e.waiting:
-			return j, true
+			return j, false
 		case <-e.stopping:
 		}
 	}
+}
+
+// leave removes w if there are enough other idle workers, or if no more messages will come and none is left. It reports whether it
+// did. It holds mu, so that startWorkerLocked finds every worker either idle or gone, and shed finds one that takes what it put down.
+func (e *endpoint) leave(w *worker, noMore bool) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if noMore && len(e.queue)+len(e.waiting) > 0 || !noMore && int(e.idle.Load()) <= e.linger {
+		return false
+	}
+	e.idle.Add(-1)
+	delete(e.workers, w)
+	return true
 }
 
 // shed keeps up to limit messages waiting and rejects the rest, until a worker is idle.
@@ -290,7 +313,7 @@ func (e *endpoint) shed() {
 		e.mu.Lock()
 		if e.idle.Load() > 0 || isClosed(e.stopping) {
 			e.shedding = false
-			if len(e.waiting) > 0 { // the last worker may have left before shed put them there
+			if len(e.waiting) > 0 && len(e.workers) < e.limit { // workers may have left before shed put it there
 				e.startWorkerLocked()
 			}
 			e.mu.Unlock()

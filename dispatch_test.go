@@ -547,3 +547,36 @@ func TestTracePropagation(t *testing.T) {
 		t.Errorf("got %q\nwant %q", got, want)
 	}
 }
+
+// A handler that is added while Start runs the health checks is opened once, so that Stop finds nothing twice.
+func TestHandlerAddedDuringStart(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	checking, release := make(chan struct{}), make(chan struct{})
+	svc := newService(t, srv, "risk", aegis.WithHealthCheck("slow", func(context.Context) error {
+		close(checking)
+		<-release
+		return nil
+	}))
+	started := make(chan error, 1)
+	go func() { started <- svc.Start(t.Context()) }()
+	<-checking
+	handle(t, svc, "echo", echo)
+	var got journal[int]
+	subscribe(t, svc, "order.*", into(&got))
+	close(release)
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	client := newService(t, srv, "shop")
+	if r, err := call[string, string](client, "risk", "echo", "x"); r != "x" || err != nil {
+		t.Errorf("got %q, %v", r, err)
+	}
+	publish(t, client, "order", "created", 1)
+	got.wait(t, 1)
+	promptly(t, func() {
+		if err := svc.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
+}

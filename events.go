@@ -219,7 +219,7 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	if len(todo) == 0 || c == nil {
 		return todo
 	}
-	sl, failure := c.newSlot(c.newInbox()+".", batchWindow)
+	sl, failure := c.newSlot(c.newInbox()+".", batchWindow+1) // one for what wakes it
 	if failure != nil {
 		return todo
 	}

@@ -676,3 +676,35 @@ func TestNoEventIsLostWhenStreamLeaderStops(t *testing.T) {
 		}
 	}
 }
+
+// In a cluster, what an instance has asked for still comes after Stop has begun. If there is no time for these events any more, they
+// go to the next instance, and their deliveries here are few.
+func TestStopWithoutTimeInCluster(t *testing.T) {
+	t.Parallel()
+	servers := startCluster(t, 3)
+	publisher := newService(t, servers[0], "shop")
+	publish(t, publisher, "price", "changed", 0) // makes the stream
+	first := newService(t, servers[1], "risk")
+	subscribe(t, first, "order.*", into(&journal[int]{}))
+	start(t, first)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	stopped := make(chan error, 1)
+	go func() { stopped <- first.Stop(ctx) }()
+	<-ctx.Done()
+	for i := range 3 {
+		publish(t, publisher, "order", "created", i)
+	}
+	<-stopped // with or without an error: no handler ran
+	second := newService(t, servers[2], "risk")
+	var attempts journal[int]
+	subscribe(t, second, "order.*", func(_ context.Context, e aegis.Event[int]) error { attempts.add(e.Attempt); return nil })
+	start(t, second)
+	attempts.wait(t, 3)
+	if most := slices.Max(attempts.all()); most > 3 {
+		t.Errorf("an event was delivered %d times", most)
+	}
+	if letters := deadLetters(t, second); len(letters) > 0 {
+		t.Errorf("dead letters: %+v", letters)
+	}
+}

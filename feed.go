@@ -46,16 +46,17 @@ const (
 // handled at once and no more, so that what was delivered is being handled, and the rest waits in the server.
 type feed struct {
 	*endpoint
-	cfg     *handlerConfig
-	stream  jetstream.StreamConfig // used to make the stream if it does not exist
-	lanes   []*lane                // the most urgent first
-	claimed atomic.Int64           // how many messages are asked for, wait in the queue, or are being handled
-	starts  int                    // messages brought since the lanes were asked in reverse order, or were all empty
-	ackWait atomic.Int64           // the shortest ack wait of the consumers
-	active  atomic.Bool            // whether to ask for messages; see share
-	failed  atomic.Bool            // whether a pull request has failed since fetch looked last
-	wake    chan struct{}          // tells fetch that it can ask for more, or that active has changed
-	inspect func()                 // called at intervals while messages may be handled, unless it is nil
+	cfg      *handlerConfig
+	stream   jetstream.StreamConfig // used to make the stream if it does not exist
+	lanes    []*lane                // the most urgent first
+	claimed  atomic.Int64           // how many messages are asked for, wait in the queue, or are being handled
+	requests atomic.Int32           // to the consumers, that have not come to their end
+	starts   int                    // messages brought since the lanes were asked in reverse order, or were all empty
+	ackWait  atomic.Int64           // the shortest ack wait of the consumers
+	active   atomic.Bool            // whether to ask for messages; see share
+	failed   atomic.Bool            // whether a pull request has failed since fetch looked last
+	wake     chan struct{}          // tells fetch that it can ask for more, or that active has changed
+	inspect  func()                 // called at intervals while messages may be handled, unless it is nil
 
 	counting sync.Mutex    // guards counted, and pending of the lanes
 	counted  time.Duration // when the server was last asked for pending, by the clock
@@ -117,7 +118,7 @@ func (f *feed) open(ctx context.Context) error {
 	}
 	ctx, f.cancel = context.WithCancel(f.svc.base)
 	f.fetching.Go(func() { f.fetch(ctx) })
-	f.helpers.Go(f.keepAlive)
+	f.goHelper(f.keepAlive)
 	return nil
 }
 
@@ -253,17 +254,16 @@ func (f *feed) worthAsking(free int64) bool {
 // until one has something. A lane that has nothing is parked: a request for its next message waits there. After 15 messages the
 // lanes are asked once in reverse order, so that one start in 16 goes to the least urgent and nothing waits forever.
 func (f *feed) ask(ctx context.Context, free int64) bool {
-	bring := func(l *lane, now bool) (came int) {
-		f.claimed.Add(free) // before the messages come; what has not come is subtracted afterwards
-		f.request(ctx, l, l.pull(free, now), func(m *nats.Msg) {
+	bring := func(l *lane, n int64, now bool) (came int) {
+		f.request(ctx, l, l.pull(n, now), func(m *nats.Msg) {
 			came++
 			f.queue <- m
 		})
-		f.claimed.Add(int64(came) - free)
+		f.claimed.Add(int64(came) - n)
 		return came
 	}
 	if len(f.lanes) == 1 {
-		bring(f.lanes[0], false)
+		bring(f.lanes[0], f.claim(free), false)
 		return true
 	}
 	lanes, reverse := f.lanes, f.starts >= 15
@@ -276,7 +276,11 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 		if l.parked.Load() {
 			continue
 		}
-		if came := bring(l, true); came > 0 {
+		n := f.claim(free)
+		if n == 0 { // a command from a parked lane has taken the place
+			return false
+		}
+		if came := bring(l, n, true); came > 0 {
 			if f.starts += came; reverse {
 				f.starts = 0
 			}
@@ -298,12 +302,24 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 // for it, or if something more urgent may be waiting, because a more urgent lane is not parked any more.
 func (f *feed) accept(from *lane, m *nats.Msg) {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
-	if f.claimed.Add(1) > int64(f.limit) || urgent {
+	if urgent || f.claim(1) == 0 {
 		f.acknowledge(m, nak)
-		f.release()
 		return
 	}
 	f.queue <- m
+}
+
+// claim adds up to n to claimed, as many as the limit allows, and returns how many.
+func (f *feed) claim(n int64) int64 {
+	for {
+		claimed := f.claimed.Load()
+		if n = min(n, int64(f.limit)-claimed); n <= 0 {
+			return 0
+		}
+		if f.claimed.CompareAndSwap(claimed, claimed+n) {
+			return n
+		}
+	}
 }
 
 // A pullRequest asks a consumer for messages: with NoWait for those that are there now, otherwise also for those that come before
@@ -340,8 +356,11 @@ func (f *feed) request(ctx context.Context, l *lane, ask pullRequest, take func(
 	}
 	tick := time.NewTicker(fetchTick)
 	defer tick.Stop()
+	f.requests.Add(1)
+	defer f.requests.Add(-1)
 	drain := ctx.Done()
-	for n := ask.Batch; err == nil && n > 0; {
+	n, drained := ask.Batch, false
+	for err == nil && n > 0 && !drained {
 		select {
 		case m := <-msgs:
 			switch status := m.Header.Get("Status"); {
@@ -361,16 +380,18 @@ func (f *feed) request(ctx context.Context, l *lane, ask pullRequest, take func(
 		case <-drain:
 			// In a cluster, servers farther away go on sending for a moment after an unsubscribe, and each event lost by that
 			// would use up an attempt. So there the loop goes on until the request expires.
-			if drain = nil; c.nc.ConnectedClusterName() == "" {
-				_ = sub.Drain() // fails only on a closed connection
-				_ = c.flush(f.svc.base)
-				for len(msgs) > 0 {
-					if m := <-msgs; m.Reply != "" {
-						take(m)
-					}
-				}
-				return
-			}
+			drain, drained = nil, c.nc.ConnectedClusterName() == ""
+		}
+	}
+	if n == 0 {
+		return
+	}
+	// The request has not come to its end, but what is under way can still be had.
+	_ = sub.Drain()                   // sub is nil, or the connection closed, if that fails
+	_ = c.flush(context.Background()) // fails at once if the connection is down
+	for len(msgs) > 0 {
+		if m := <-msgs; m.Reply != "" {
+			take(m)
 		}
 	}
 	if err != nil {
@@ -405,11 +426,11 @@ func nakAfter(pause time.Duration) string {
 	return nak + ` {"delay":` + strconv.FormatInt(int64(pause), 10) + "}"
 }
 
-// giveBack returns a message to the server because this instance is not to handle it now. If another instance leads, the message
-// is redelivered after fetchExpiry, because until then this instance may still get what it has asked for.
+// giveBack returns a message to the server because this instance is not to handle it now. As long as a request of this instance may
+// bring the message right back, it is redelivered after fetchExpiry only.
 func (f *feed) giveBack(m *nats.Msg) {
 	how := nak
-	if f.lease != nil && f.svc.quitting.Err() == nil {
+	if f.requests.Load() > 0 {
 		how = nakAfter(fetchExpiry)
 	}
 	f.acknowledge(m, how)

@@ -298,6 +298,7 @@ func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstr
 		if x.on != nil {
 			x.on = s.pickOther(x.on)
 		}
+		unread.NotRun = failure.NotRun // x may have been stored even if the reading did not begin
 		return nil, 0, unread
 	case bytes.Equal(now, x.data):
 		return now, at, nil
