@@ -104,30 +104,30 @@ type Service struct {
 	leading     atomic.Int32          // how many functions of Lead are running
 	campaigns   sync.WaitGroup        // counts the candidates that campaign
 
-	since        time.Time       // when the service was made
-	unhealthy    atomic.Bool     // whether a health check fails
-	healthMu     sync.Mutex      // held by updateHealth
-	entryChanged chan struct{}   // tells heartbeats to write the registry entry now
-	registered   context.Context // ends when heartbeats has to return
-	unregister   context.CancelFunc
-	heartbeating sync.WaitGroup // counts the goroutine of heartbeats
+	since         time.Time       // when the service was made
+	unhealthy     atomic.Bool     // whether a health check fails
+	healthMu      sync.Mutex      // held by updateHealth
+	entryChanged  chan struct{}   // tells heartbeats to write the registry entry now
+	heartbeatCtx  context.Context // ends when heartbeats has to return
+	endHeartbeats context.CancelFunc
+	heartbeating  sync.WaitGroup // counts the goroutine of heartbeats
 
-	quitting  context.Context // ends when Stop begins
-	quit      context.CancelFunc
-	base      context.Context // the parent of every handler's ctx; ends when Stop's time is up
-	cancel    context.CancelFunc
-	tasks     sync.WaitGroup // counts the goroutines that end when base does
-	ready     atomic.Bool    // whether Start has succeeded
-	draining  atomic.Bool    // set when Stop's time is up: messages that no handler has begun are refused or given back
-	returning atomic.Int32   // commands that are being queued again
-	done      chan struct{}  // closed at the end of Stop
+	quitting   context.Context // ends when Stop begins
+	quit       context.CancelFunc
+	base       context.Context // the parent of every handler's ctx; ends when Stop's time is up
+	cancel     context.CancelFunc
+	tasks      sync.WaitGroup // counts the goroutines that end when base does
+	ready      atomic.Bool    // whether Start has succeeded
+	draining   atomic.Bool    // set when Stop's time is up: messages that no handler has begun are refused or given back
+	requeueing atomic.Int32   // commands that are being queued again
+	done       chan struct{}  // closed at the end of Stop
 
-	mu         sync.Mutex // guards the rest
-	state      state
-	endpoints  map[string]*endpoint // by kind and name
-	candidates map[*candidate]bool
-	mayBeKnown bool                 // whether the registry may have an entry of this instance
-	own        []*nats.Subscription // subscriptions that belong to no endpoint; Stop ends them when it begins
+	mu              sync.Mutex // guards the rest
+	state           state
+	endpoints       map[string]*endpoint // by kind and name
+	candidates      map[*candidate]bool
+	mayBeRegistered bool                 // whether the registry may have an entry of this instance
+	internalSubs    []*nats.Subscription // subscriptions that belong to no endpoint; Stop ends them when it begins
 }
 
 type state int
@@ -168,7 +168,7 @@ func New(name string, opts ...Option) (*Service, error) {
 	s.cancels.cancel = map[string]context.CancelFunc{}
 	s.quitting, s.quit = context.WithCancel(context.Background())
 	s.base, s.cancel = context.WithCancel(context.Background())
-	s.registered, s.unregister = context.WithCancel(context.Background())
+	s.heartbeatCtx, s.endHeartbeats = context.WithCancel(context.Background())
 	for range cfg.pool {
 		c, err := s.connect()
 		if err != nil {
@@ -215,7 +215,7 @@ func (s *Service) Start(ctx context.Context) error {
 		s.checkHealth() // a check that still runs has failed
 	case <-ctx.Done():
 	}
-	for _, e := range s.handlers() {
+	for _, e := range s.allEndpoints() {
 		if err := e.open(ctx); err != nil {
 			return err
 		}
@@ -256,7 +256,7 @@ func (s *Service) subscribeOwn() error {
 				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
 			}
 			if subject != cancelSubject(s.name) { // that one stays, because Stop waits for handlers, which may be cancelled
-				s.own = append(s.own, sub)
+				s.internalSubs = append(s.internalSubs, sub)
 			}
 		}
 	}
@@ -306,7 +306,7 @@ func (s *Service) Stop(ctx context.Context) error {
 	}
 	s.state = stopping
 	endpoints := slices.Collect(maps.Values(s.endpoints))
-	own := s.own
+	own := s.internalSubs
 	s.mu.Unlock()
 
 	defer close(s.done)
@@ -341,7 +341,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		select {
 		case <-finished:
 		case <-time.After(cancelGrace):
-			for end := clock() + returnTimeout; s.returning.Load() > 0 && clock() < end; {
+			for end := clock() + returnTimeout; s.requeueing.Load() > 0 && clock() < end; {
 				time.Sleep(time.Millisecond)
 			}
 		}
@@ -366,7 +366,7 @@ func (s *Service) close() {
 		closing.Go(c.nc.Close)
 	}
 	s.quit()
-	s.unregister()
+	s.endHeartbeats()
 	closed := closedAfter(func() {
 		closing.Wait()
 		s.heartbeating.Wait()
@@ -389,8 +389,8 @@ func (s *Service) startTask(fn func()) bool {
 	return true
 }
 
-// handlers returns the endpoints of all handlers.
-func (s *Service) handlers() []*endpoint {
+// allEndpoints returns the endpoints of all allEndpoints.
+func (s *Service) allEndpoints() []*endpoint {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Collect(maps.Values(s.endpoints))

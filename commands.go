@@ -266,18 +266,15 @@ func (src *commandSource) open(ctx context.Context) error {
 // serve handles one command.
 func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
 	defer src.release()
-	d, id := src.delivery(m), m.Header.Get(headerID)
-	if d == nil || id == "" {
-		src.svc.log.Warn("dropped a message that is not a command",
-			"endpoint", src.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
+	r := src.newRequest(m, arrived)
+	if r == nil {
 		src.acknowledge(m, ackTerminate)
 		return
 	}
-	d.id = id
-	x := &run{src: src, key: recordKey(src.svc.name, src.name, id), r: src.newRequest(m, d, arrived)}
+	x := &run{src: src, key: recordKey(src.svc.name, src.name, r.delivery.id), r: r}
 	x.reporting, x.endReports = context.WithCancelCause(context.Background())
-	x.r.run = x
-	if src.svc.draining.Load() || !src.admit(x.r) {
+	r.run = x
+	if src.svc.draining.Load() || !src.admit(r) {
 		src.giveBack(m)
 		return
 	}
@@ -301,7 +298,7 @@ func (x *run) claim() bool {
 	ctx, cancel := context.WithTimeout(src.svc.base, recordTimeout)
 	defer cancel()
 	rec, revision, failure := src.svc.readRecord(ctx, nil, x.key)
-	for failure == nil || failure.Code == conflict.Code {
+	for failure == nil || failure.Code == errConflict.Code {
 		if rec == nil || rec.final() || rec.Wake != 0 && rec.Wake != sequence && rec.State != queued { // over, or has another message
 			src.acknowledge(x.r.in, ack)
 			return false
@@ -354,7 +351,7 @@ func (x *run) write(ctx context.Context, within time.Duration) *Error {
 		case failure == nil:
 			x.revision = revision
 			return nil
-		case failure.Code != conflict.Code:
+		case failure.Code != errConflict.Code:
 			return failure
 		case now == nil || now.Owner != x.src.owner || now.State == canceled:
 			return x.lost(now)
@@ -497,8 +494,8 @@ func (x *run) conclude(how string) {
 
 // requeue queues the command again. If it was claimed, the attempt does not count.
 func (x *run) requeue() {
-	x.src.svc.returning.Add(1)
-	defer x.src.svc.returning.Add(-1)
+	x.src.svc.requeueing.Add(1)
+	defer x.src.svc.requeueing.Add(-1)
 	x.rec.State = queued
 	if x.fence.Load() > 0 {
 		x.rec.Attempt--
@@ -541,7 +538,7 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 		return notRun(newError(ErrInvalid, "Redrive: the command %s is %s, and only one that failed is queued again", id, rec.State))
 	}
 	switch {
-	case failure != nil && failure.Code == conflict.Code:
+	case failure != nil && failure.Code == errConflict.Code:
 		return notRun(newError(ErrUnavailable, "Redrive: somebody else has just changed the command %s: try again", id))
 	case failure != nil:
 		return failure

@@ -35,16 +35,16 @@ type conn struct {
 	drops        atomic.Uint32 // how often the connection was lost
 	reconnects   atomic.Uint32
 	lastReported atomic.Pointer[error] // the latest error that nats.go has passed to AsyncErrorCB
-	limit        atomic.Int64          // the server's max_payload
+	maxPayload   atomic.Int64          // the server's max_payload
 
 	sendMu  sync.Mutex // guards the next two
 	pending []outgoing // messages that the goroutine which added the first of them will publish
 	spare   []outgoing // the empty slice that pending becomes next, so that no new one is allocated
 
-	inboxes atomic.Uint64 // how many newInbox has made
-	slotsMu sync.Mutex    // guards the rest
-	slots   map[*slot]bool
-	free    []*slot // the slots without a call; the one used last is at the end
+	inboxCount atomic.Uint64 // how many newInbox has made
+	slotsMu    sync.Mutex    // guards the rest
+	slots      map[*slot]bool
+	free       []*slot // the slots without a call; the one used last is at the end
 }
 
 const maxSlots = 8192 // calls that may wait for their answers on one connection
@@ -115,7 +115,7 @@ func (s *Service) connect() (*conn, error) {
 	}
 	c.nc = nc
 	c.js, _ = jetstream.New(nc) // without options it can't fail
-	c.limit.Store(nc.MaxPayload())
+	c.maxPayload.Store(nc.MaxPayload())
 	c.inbox = opts.InboxPrefix + "." + rand.Text()[:connectionToken] + "."
 	return c, nil
 }
@@ -133,7 +133,7 @@ func redacted(urls []string) string {
 
 // connected is called when the connection is made, for the first time or again.
 func (c *conn) connected(nc *nats.Conn) {
-	c.limit.Store(nc.MaxPayload())
+	c.maxPayload.Store(nc.MaxPayload())
 	c.up.Store(true)
 }
 
@@ -271,7 +271,7 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 		sl, failure := c.slot()
 		if failure == nil {
 			sl.since = begin
-			answer, failure = s.exchange(ctx, c, sl, x)
+			answer, failure = s.roundTrip(ctx, c, sl, x)
 			c.release(sl, failure == nil)
 		}
 		switch {
@@ -284,8 +284,8 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 	return nil, s.disconnectedError()
 }
 
-// exchange sends x on c and waits for its answer in the slot. It returns errDropped if c was lost before anything was written.
-func (s *Service) exchange(ctx context.Context, c *conn, sl *slot, x *exchange) (*nats.Msg, *Error) {
+// roundTrip sends x on c and waits for its answer in the slot. It returns errDropped if c was lost before anything was written.
+func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange) (*nats.Msg, *Error) {
 	sl.calls += 1 + mrand.Uint64N(1<<20) // a random step, so that nobody can guess the next number from the last
 	var buf [256]byte
 	b := append(buf[:0], sl.prefix...)
@@ -497,7 +497,7 @@ func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
 }
 
 // newInbox returns a reply subject that nobody else uses.
-func (c *conn) newInbox() string { return c.inbox + strconv.FormatUint(c.inboxes.Add(1), 10) }
+func (c *conn) newInbox() string { return c.inbox + strconv.FormatUint(c.inboxCount.Add(1), 10) }
 
 const maxMissed = 8 // a slot is ended after that many calls without an answer
 
@@ -543,7 +543,7 @@ type outgoing struct {
 // The error is that of m if its goroutine came first, and nil otherwise. Then m can fail only because the connection is lost, and
 // the waiting caller learns that from its slot.
 func (c *conn) publish(m outgoing) (err error) {
-	if !m.surelyFits(c.limit.Load()) {
+	if !m.surelyFits(c.maxPayload.Load()) {
 		return c.write(m)
 	}
 	c.sendMu.Lock()

@@ -179,17 +179,21 @@ func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 	}
 	x := exchange{subject: f.letters(), header: copyHeader(r.in.Header), data: r.in.Data}
 	maps.Copy(x.header, own)
-	if messageSize(x.header, x.data)+64 > f.svc.conns[0].limit.Load() { // it is not from Publish, which leaves room
+	if messageSize(x.header, x.data)+64 > f.svc.conns[0].maxPayload.Load() { // it is not from Publish, which leaves room
 		x.header, x.data = own, nil
 		reason = fmt.Sprintf("(too large to be copied, see sequence %d of %s) %s", d.sequence, f.stream.Name, own[headerReason][0])
 		own[headerReason] = []string{reason}
 	}
-	if !f.retryUntilStopped(r, "a dead letter can't be stored", func(context.Context) *Error {
-		ctx := context.Background() // so that Stop does not cut short what may have been sent
+	ctx := context.Background() // so that Stop does not cut short what may have been sent
+	for n := 1; ; n++ {         // meanwhile keepAlive keeps the message with this instance
 		_, failure := f.svc.store(ctx, x.within(ctx, 5*time.Second), f.svc.deadStream())
-		return failure
-	}) {
-		return false
+		if failure == nil {
+			break
+		}
+		f.logger(r).Error("a dead letter can't be stored", "error", failure)
+		if !sleep(f.svc.base, backoff(n, fetchTick, 5*time.Second)) {
+			return false
+		}
 	}
 	f.meter.dead.Add(1)
 	f.logger(r).Error("stored a dead letter", "error", failure, "attempts", attempts)

@@ -64,20 +64,20 @@ type endpoint struct {
 	kind, name, subject string
 	run                 HandlerFunc
 	limit               int   // how many workers there may be
-	linger              int   // how many idle workers stay
+	maxIdle             int   // how many idle workers stay
 	reserve             int64 // bytes of the server's max_payload that an answer must leave free
 
-	queue    chan *nats.Msg
-	waiting  chan job        // what shed keeps waiting; workers take from it before they take from queue
-	reject   func(*nats.Msg) // refuses a message beyond the limit; nil if the source never brings more than may run
-	stopping chan struct{}   // closed when no more messages will come
-	finished chan struct{}   // closed when all messages are handled
-	calm     chan struct{}   // tells shed that a worker is idle
-	meter    *meter
+	queue      chan *nats.Msg
+	waiting    chan job        // what shed keeps waiting; workers take from it before they take from queue
+	reject     func(*nats.Msg) // refuses a message beyond the limit; nil if the source never brings more than may run
+	stopping   chan struct{}   // closed when no more messages will come
+	finished   chan struct{}   // closed when all messages are handled
+	workerIdle chan struct{}   // tells shed that a worker is idle
+	meter      *meter
 
-	idle    atomic.Int32   // how many workers wait for a message, or are just starting
-	crew    sync.WaitGroup // counts the workers, and shed
-	helpers sync.WaitGroup // counts goroutines of the source, which end after finished is closed
+	idle        atomic.Int32   // how many workers wait for a message, or are just starting
+	workersDone sync.WaitGroup // counts the workers, and shed
+	helpersDone sync.WaitGroup // counts goroutines of the source, which end after finished is closed
 
 	mu       sync.Mutex // guards the rest
 	workers  map[*worker]bool
@@ -103,10 +103,10 @@ const queueSize = 16384 // messages that the read loops can leave before a worke
 func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 	e.svc, e.meter = s, newMeter()
 	e.limit = cfg.concurrency
-	e.linger = min(e.limit, runtime.GOMAXPROCS(0))
+	e.maxIdle = min(e.limit, runtime.GOMAXPROCS(0))
 	e.workers = map[*worker]bool{}
 	e.queue, e.waiting = make(chan *nats.Msg, queueSize), make(chan job, e.limit)
-	e.stopping, e.finished, e.calm = make(chan struct{}), make(chan struct{}), make(chan struct{}, 1)
+	e.stopping, e.finished, e.workerIdle = make(chan struct{}), make(chan struct{}), make(chan struct{}, 1)
 	for _, mw := range slices.Backward(s.cfg.middleware) {
 		e.run = mw(e.run)
 	}
@@ -180,7 +180,7 @@ func (e *endpoint) share() error {
 
 // shareAll calls share for every endpoint.
 func (s *Service) shareAll() {
-	for _, e := range s.handlers() {
+	for _, e := range s.allEndpoints() {
 		if err := e.share(); err != nil {
 			s.log.Error("an endpoint is not served", "kind", e.kind, "endpoint", e.name, "error", err)
 		}
@@ -193,11 +193,11 @@ func (e *endpoint) finish(ctx context.Context) {
 	e.mu.Lock()
 	close(e.stopping)
 	e.mu.Unlock()
-	e.crew.Wait()
+	e.workersDone.Wait()
 	e.mu.Lock()
 	close(e.finished)
 	e.mu.Unlock()
-	e.helpers.Wait()
+	e.helpersDone.Wait()
 }
 
 // goHelper runs fn on a goroutine that finish waits for, unless finish has come so far already.
@@ -205,7 +205,7 @@ func (e *endpoint) goHelper(fn func()) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if !isClosed(e.finished) {
-		e.helpers.Go(fn)
+		e.helpersDone.Go(fn)
 	}
 }
 
@@ -216,10 +216,10 @@ func (e *endpoint) startWorkerLocked() {
 		w := &worker{}
 		e.workers[w] = true
 		e.idle.Add(1)
-		e.crew.Go(func() { e.work(w) })
+		e.workersDone.Go(func() { e.work(w) })
 	} else if e.reject != nil && !e.shedding {
 		e.shedding = true
-		e.crew.Go(e.shed)
+		e.workersDone.Go(e.shed)
 	}
 }
 
@@ -230,7 +230,7 @@ func (e *endpoint) work(w *worker) {
 		if !left { // the handler has called runtime.Goexit
 			w.msg.Store(nil)
 			e.idle.Add(1)
-			e.crew.Go(func() { e.work(w) })
+			e.workersDone.Go(func() { e.work(w) })
 		}
 	}()
 	for {
@@ -262,17 +262,14 @@ func (e *endpoint) take(w *worker) (j job, left bool) {
 		select {
 		case j := <-e.waiting:
 			return j, false
-		default:
-		}
-		select {
 		case m := <-e.queue:
 			return job{msg: m}, false
 		default:
 		}
-		if (noMore || int(e.idle.Load()) > e.linger) && e.leave(w, noMore) {
+		if (noMore || int(e.idle.Load()) > e.maxIdle) && e.leave(w, noMore) {
 			return job{}, true
 		}
-		signal(e.calm)
+		signal(e.workerIdle)
 		select {
 		case m := <-e.queue:
 			return job{msg: m}, false
@@ -283,12 +280,13 @@ func (e *endpoint) take(w *worker) (j job, left bool) {
 	}
 }
 
-// leave removes w if there are enough other idle workers, or if no more messages will come and none is left. It reports whether it
-// did. It holds mu, so that startWorkerLocked finds every worker either idle or gone, and shed finds one that takes what it put down.
+// leave removes w if there are enough other idle workers, or if no more messages will come and none is left. It reports whether
+// it did. It holds mu, so that startWorkerLocked finds every worker either idle or gone, and shed finds one that takes what it
+// put down.
 func (e *endpoint) leave(w *worker, noMore bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if noMore && len(e.queue)+len(e.waiting) > 0 || !noMore && int(e.idle.Load()) <= e.linger {
+	if noMore && len(e.queue)+len(e.waiting) > 0 || !noMore && int(e.idle.Load()) <= e.maxIdle {
 		return false
 	}
 	e.idle.Add(-1)
@@ -307,7 +305,7 @@ func (e *endpoint) shed() {
 				e.reject(m)
 			}
 			continue
-		case <-e.calm:
+		case <-e.workerIdle:
 		case <-e.stopping:
 		}
 		e.mu.Lock()
@@ -404,7 +402,7 @@ func (e *endpoint) dispatch(r *request) {
 	}()
 	data, err := e.run(r, &r.msg)
 	failure = asError(err)
-	if limit := e.svc.conns[0].limit.Load() - e.reserve; failure == nil && int64(len(data)) > limit {
+	if limit := e.svc.conns[0].maxPayload.Load() - e.reserve; failure == nil && int64(len(data)) > limit {
 		r.permanent = true
 		failure = newError(ErrInternal, "the answer of %s has %d bytes, more than the %d that the server's max_payload leaves: split it, or raise that limit", e.name, len(data), limit)
 	}
@@ -622,10 +620,10 @@ func cancelSubject(service string) string { return "rpc." + service + ".$cancel"
 
 // cancels has the running handlers that use their ctx, and the latest cancellations of requests that no handler here has begun.
 type cancels struct {
-	any    atomic.Bool                   // whether a request was ever cancelled early
-	mu     sync.Mutex                    // guards the rest
-	cancel map[string]context.CancelFunc // by reply subject, or "commands." and key; nil for a request that was cancelled early
-	early  []string                      // the reply subjects of the requests that were cancelled early, oldest first
+	hadEarly atomic.Bool                   // whether a request was ever cancelled early
+	mu       sync.Mutex                    // guards the rest
+	cancel   map[string]context.CancelFunc // by reply subject, or "commands." and key; nil for a request that was cancelled early
+	early    []string                      // the reply subjects of the requests that were cancelled early, oldest first
 }
 
 const maxEarly = 2048 // early cancellations that are remembered
@@ -649,7 +647,7 @@ func (c *cancels) remove(reply string) {
 
 // has reports whether the request was cancelled before it began.
 func (c *cancels) has(reply string) bool {
-	if !c.any.Load() {
+	if !c.hadEarly.Load() {
 		return false
 	}
 	c.mu.Lock()
@@ -669,7 +667,7 @@ func (c *cancels) receive(m *nats.Msg) {
 	c.mu.Lock()
 	cancel, known := c.cancel[reply]
 	if !known && !command {
-		c.any.Store(true)
+		c.hadEarly.Store(true)
 		c.cancel[reply] = nil
 		if c.early = append(c.early, reply); len(c.early) > maxEarly {
 			if oldest := c.early[0]; c.cancel[oldest] == nil {

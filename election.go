@@ -254,7 +254,7 @@ func Term(ctx context.Context) uint64 {
 func (s *Service) leaderOf(ctx context.Context, service string) string {
 	w := s.leaders(service, defaultGroup)
 	if !w.ready.Load() {
-		ctx, cancel := context.WithTimeout(ctx, explainTimeout)
+		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 		defer cancel()
 		_ = w.wait(ctx) // if this fails, w has no entry
 	}
@@ -325,7 +325,7 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 				return t
 			}
 			wait = c.untilFree()
-			if failures++; failure == nil || failure.Code == conflict.Code { // another candidate holds the lease, or a wait begins
+			if failures++; failure == nil || failure.Code == errConflict.Code { // another candidate holds the lease, or a wait begins
 				failures = 0
 			} else if wait = backoff(failures, c.policy.Timeout/8, c.policy.Timeout); failures%16 == 1 {
 				c.svc.log.Warn("the leader's lease can't be read or written", "group", c.group, "error", failure)
@@ -372,8 +372,8 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 		return nil, failure
 	}
 	if data == nil {
-		// The key was deleted, or its bucket was lost, and the instance that held it may lead until its lease ends. So the wait begins
-		// with a claim that has no holder. If the key is lost once more, that claim can't be confused with a later one.
+		// The key was deleted, or its bucket was lost, and the instance that held it may lead until its lease ends. So the wait
+		// begins with a claim that has no holder. If the key is lost once more, that claim can't be confused with a later one.
 		c.revision = revision
 		_, failure := c.put(claim{Term: c.highestTerm, Lease: max(c.longestLease, c.policy.Lease)})
 		return nil, failure
@@ -458,7 +458,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 		switch {
 		case failure == nil && t.extend(sent+c.policy.Valid):
 			due = sent + c.policy.Renew
-		case !t.holds(), failure.Code == conflict.Code:
+		case !t.holds(), failure.Code == errConflict.Code:
 			c.svc.log.Warn("the leadership was lost", "group", c.group, "term", t.number, "error", failure)
 			t.end()
 			return
@@ -472,7 +472,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 func (c *candidate) release(t *term) {
 	for range 2 { // a renewal that renew gave up may have been stored in between
 		_, failure := c.put(claim{Holder: c.svc.id, Term: t.number, Lease: c.policy.Lease, Released: true})
-		if failure == nil || failure.Code != conflict.Code || c.seen.Nonce != c.nonce {
+		if failure == nil || failure.Code != errConflict.Code || c.seen.Nonce != c.nonce {
 			return
 		}
 	}
@@ -489,7 +489,7 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	x := &exchange{subject: leadersPrefix + c.key, data: data, until: next.Sent + c.policy.Timeout, on: c.conn()}
 	value, revision, failure := c.svc.compareAndSwap(ctx, x, c.svc.leadersStream(), c.revision)
 	c.on = x.on
-	if failure != nil && failure.Code != conflict.Code {
+	if failure != nil && failure.Code != errConflict.Code {
 		return 0, failure
 	}
 	now := parseClaim(value)
@@ -565,7 +565,7 @@ func (s *Service) lead(t *term) {
 
 // exclusiveBusy reports whether exclusive handlers are running or may still be started.
 func (s *Service) exclusiveBusy() bool {
-	return slices.ContainsFunc(s.handlers(), func(e *endpoint) bool {
+	return slices.ContainsFunc(s.allEndpoints(), func(e *endpoint) bool {
 		return e.lease != nil && !isClosed(e.finished) && (s.quitting.Err() != nil || e.busy())
 	})
 }

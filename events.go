@@ -127,7 +127,7 @@ func (s *Service) completeHeader(header nats.Header, data []byte, what string) *
 	if label := contentType(s.cfg.codec, data); label != "" {
 		header[headerContentType] = []string{label}
 	}
-	if size, limit := messageSize(header, data), s.conns[0].limit.Load()-letterRoom; size > limit {
+	if size, limit := messageSize(header, data), s.conns[0].maxPayload.Load()-letterRoom; size > limit {
 		return notRun(newError(ErrInvalid, "%s has %d bytes with its headers, more than %d: "+
 			"the server's max_payload, less %d for what a dead letter adds", what, size, limit, letterRoom))
 	}
@@ -335,7 +335,7 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 		l.config.Durable += "@" + s.id
 		l.config.InactiveThreshold = time.Hour // after which the server deletes the consumer of an instance that is gone
 	}
-	if !cfg.replays {
+	if !cfg.fromStart {
 		l.config.DeliverPolicy = jetstream.DeliverNewPolicy
 	}
 	if cfg.concurrency == 1 {
@@ -352,25 +352,19 @@ type subscription struct{ *feed }
 // serve handles one event.
 func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
 	defer f.release()
-	d := f.delivery(m)
-	if d == nil {
-		f.svc.log.Warn("dropped a message that is not an event",
-			"endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
-		return
-	}
-	if strings.HasPrefix(m.Subject, redrivePrefix) && m.Subject != f.lanes[0].redrive { // it is for another consumer
-		f.acknowledge(m, ack)
-		return
-	}
-	r := f.newRequest(m, d, arrived)
+	r := f.newRequest(m, arrived)
 	switch {
+	case r == nil:
+	case strings.HasPrefix(m.Subject, redrivePrefix) && m.Subject != f.lanes[0].redrive: // it is for another consumer
+		f.acknowledge(m, ack)
 	case f.svc.draining.Load() || !f.admit(r):
 		f.giveBack(m)
-	case d.attempt > f.cfg.attempts+tolerance:
+	case r.delivery.attempt > f.cfg.attempts+extraDeliveries:
+		attempts := r.delivery.attempt - 1
 		failure := newError(ErrInternal, "delivered %d times and never finished: "+
-			"its handler crashed or hung, or its instance or an acknowledgement was lost", d.attempt-1)
+			"its handler crashed or hung, or its instance or an acknowledgement was lost", attempts)
 		f.meter.ended(r.msg.Source, failure)
-		f.deadLetter(r, failure, d.attempt-1)
+		f.deadLetter(r, failure, attempts)
 	default:
 		f.dispatch(r)
 	}

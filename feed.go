@@ -1,6 +1,7 @@
 package aegis
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,15 +24,15 @@ const (
 	maxAckPending = 1 << 16 // messages of a consumer that are being handled or wait for their next attempt, in all instances
 	maxWaiting    = 1 << 12 // pull requests that wait at a consumer, from all instances
 
-	fetchTick    = 250 * time.Millisecond // between checks of the connection; also the shortest bound of a pause after a failure
-	fetchExpiry  = time.Second            // after which the server ends a pull request
-	fetchSlack   = time.Second            // for the server's report of that to arrive
-	fetchSession = 15 * time.Second       // after which fetch checks the consumers again
+	fetchTick     = 250 * time.Millisecond // between checks of the connection; also the shortest bound of a pause after a failure
+	fetchExpiry   = time.Second            // after which the server ends a pull request
+	fetchSlack    = time.Second            // for the server's report of that to arrive
+	checkInterval = 15 * time.Second       // after which fetch checks the consumers again
 
 	pendingTimeout = 250 * time.Millisecond // for asking the server how many messages wait
 	pendingAge     = time.Second            // after which it is asked again
 
-	tolerance = 3 // how many deliveries beyond Attempts there may be, because some may have ended without a result
+	extraDeliveries = 3 // how many deliveries beyond Attempts there may be, because some may have ended without a result
 )
 
 // The ways to acknowledge a delivery.
@@ -70,15 +71,15 @@ type feed struct {
 // A lane is one of a feed's consumers. The fields from opened to floor belong to openConsumer and fetch, which don't run at the
 // same time.
 type lane struct {
-	config  jetstream.ConsumerConfig
-	redrive string        // the subject of redriven dead letters, besides the one in config; "" for none
-	opened  bool          // whether the consumer exists, or did before somebody deleted it
-	most    int64         // messages that may be asked for at once
-	expiry  time.Duration // of a pull request
-	ackWait time.Duration // of the consumer
-	floor   uint64        // all messages up to this stream sequence are acknowledged
-	parked  atomic.Bool   // whether the consumer was empty, and is asked for its next message only
-	pending int64         // messages that waited when the server was asked last
+	config   jetstream.ConsumerConfig
+	redrive  string        // the subject of redriven dead letters, besides the one in config; "" for none
+	opened   bool          // whether the consumer exists, or did before somebody deleted it
+	maxBatch int64         // messages that may be asked for at once
+	expiry   time.Duration // of a pull request
+	ackWait  time.Duration // of the consumer
+	ackFloor uint64        // all messages up to this stream sequence are acknowledged
+	parked   atomic.Bool   // whether the consumer was empty, and is asked for its next message only
+	pending  int64         // messages that waited when the server was asked last
 }
 
 func newLane(consumer, subject string) *lane {
@@ -166,12 +167,12 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 	consumer, err := js.Consumer(ctx, f.stream.Name, config.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
 		if l.opened { // somebody has deleted it
-			if stream.CachedInfo().State.LastSeq < l.floor {
-				l.floor = 0 // the stream is a new one
+			if stream.CachedInfo().State.LastSeq < l.ackFloor {
+				l.ackFloor = 0 // the stream is a new one
 			}
-			f.svc.log.Warn("the consumer was deleted and is made again", "endpoint", f.name, "consumer", config.Durable, "after", l.floor)
+			f.svc.log.Warn("the consumer was deleted and is made again", "endpoint", f.name, "consumer", config.Durable, "after", l.ackFloor)
 			if f.stream.Retention == jetstream.LimitsPolicy {
-				config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, l.floor+1
+				config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, l.ackFloor+1
 			}
 		}
 		if consumer, err = js.CreateConsumer(ctx, f.stream.Name, config); errors.Is(err, jetstream.ErrConsumerExists) {
@@ -195,10 +196,10 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 			return f.svc.jetStreamError(begin, err, what)
 		}
 	}
-	l.floor = info.AckFloor.Stream
-	l.most, l.expiry = int64(f.limit), fetchExpiry
+	l.ackFloor = info.AckFloor.Stream
+	l.maxBatch, l.expiry = int64(f.limit), fetchExpiry
 	if have.MaxRequestBatch > 0 {
-		l.most = min(l.most, int64(have.MaxRequestBatch))
+		l.maxBatch = min(l.maxBatch, int64(have.MaxRequestBatch))
 	}
 	if have.MaxRequestExpires > 0 {
 		l.expiry = min(l.expiry, have.MaxRequestExpires)
@@ -208,7 +209,7 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 }
 
 // fetch asks for messages until ctx ends. It waits for wake when it may not ask, and when all lanes are parked. After a failure,
-// and at each fetchSession, it checks the consumers.
+// and at each checkInterval, it checks the consumers.
 func (f *feed) fetch(ctx context.Context) {
 	looked, trouble := clock(), 0
 	for ctx.Err() == nil {
@@ -226,7 +227,7 @@ func (f *feed) fetch(ctx context.Context) {
 		} else {
 			trouble = 0
 		}
-		if (failed || clock()-looked > fetchSession) && f.svc.pick() != nil {
+		if (failed || clock()-looked > checkInterval) && f.svc.pick() != nil {
 			within, cancel := context.WithTimeout(ctx, 5*time.Second)
 			if failure := f.openConsumers(within); failure != nil && ctx.Err() == nil {
 				f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", failure)
@@ -255,7 +256,7 @@ func (f *feed) worthAsking(free int64) bool {
 // lanes are asked once in reverse order, so that one start in 16 goes to the least urgent and nothing waits forever.
 func (f *feed) ask(ctx context.Context, free int64) bool {
 	bring := func(l *lane, n int64, now bool) (came int) {
-		f.request(ctx, l, l.pull(n, now), func(m *nats.Msg) {
+		f.pullFrom(ctx, l, l.pull(n, now), func(m *nats.Msg) {
 			came++
 			f.queue <- m
 		})
@@ -289,7 +290,7 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 		l.parked.Store(true)
 		next := l.pull(1, false)
 		f.fetching.Go(func() {
-			f.request(ctx, l, next, func(m *nats.Msg) { f.accept(l, m) })
+			f.pullFrom(ctx, l, next, func(m *nats.Msg) { f.accept(l, m) })
 			l.parked.Store(false)
 			signal(f.wake)
 		})
@@ -332,15 +333,15 @@ type pullRequest struct {
 
 // pull returns the request for up to n messages of a lane, and only for those that are there if now is true.
 func (l *lane) pull(n int64, now bool) pullRequest {
-	ask := pullRequest{Batch: min(n, l.most), NoWait: now}
+	ask := pullRequest{Batch: min(n, l.maxBatch), NoWait: now}
 	if !now {
 		ask.Expires = l.expiry
 	}
 	return ask
 }
 
-// request asks a lane for messages, and passes them to take. It returns when no more will come.
-func (f *feed) request(ctx context.Context, l *lane, ask pullRequest, take func(*nats.Msg)) {
+// pullFrom asks a lane for messages, and passes them to take. It returns when no more will come.
+func (f *feed) pullFrom(ctx context.Context, l *lane, ask pullRequest, take func(*nats.Msg)) {
 	data, _ := json.Marshal(ask) // can't fail: numbers and a boolean only
 	c := f.svc.pick()
 	if c == nil {
@@ -426,8 +427,8 @@ func nakAfter(pause time.Duration) string {
 	return nak + ` {"delay":` + strconv.FormatInt(int64(pause), 10) + "}"
 }
 
-// giveBack returns a message to the server because this instance is not to handle it now. As long as a request of this instance may
-// bring the message right back, it is redelivered after fetchExpiry only.
+// giveBack returns a message to the server because this instance is not to handle it now. As long as a request of this instance
+// may bring the message right back, it is redelivered after fetchExpiry only.
 func (f *feed) giveBack(m *nats.Msg) {
 	how := nak
 	if f.requests.Load() > 0 {
@@ -496,14 +497,18 @@ type delivery struct {
 	attempt  int       // 1 for the first delivery
 }
 
-// delivery reads what the server says about m. It returns nil if m is not a message for this feed.
-func (f *feed) delivery(m *nats.Msg) *delivery {
+// newRequest returns the request for a message that has arrived, or nil if the message is not one for this feed.
+func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 	meta, err := m.Metadata()
-	if err != nil || meta.Stream != f.stream.Name || !slices.ContainsFunc(f.lanes, func(l *lane) bool { return l.config.Durable == meta.Consumer }) {
+	id := m.Header.Get(headerID)
+	if err != nil || meta.Stream != f.stream.Name || f.kind == kindCommand && id == "" ||
+		!slices.ContainsFunc(f.lanes, func(l *lane) bool { return l.config.Durable == meta.Consumer }) {
+		f.svc.log.Warn("dropped a message that is no "+f.kind,
+			"endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
 		return nil
 	}
 	d := &delivery{
-		id:       m.Header.Get(jetstream.MsgIDHeader),
+		id:       id,
 		subject:  m.Subject,
 		consumer: meta.Consumer,
 		time:     meta.Timestamp,
@@ -511,21 +516,17 @@ func (f *feed) delivery(m *nats.Msg) *delivery {
 		attempt:  int(meta.NumDelivered),
 	}
 	if strings.HasPrefix(m.Subject, redrivePrefix) { // the headers say where the message came from
-		d.subject, d.id = m.Header.Get(headerSubject), m.Header.Get(headerID)
+		d.subject = m.Header.Get(headerSubject)
 		if t, err := time.Parse(time.RFC3339Nano, m.Header.Get(headerTime)); err == nil {
 			d.time = t
 		}
+	} else if f.kind == kindEvent {
+		d.id = m.Header.Get(jetstream.MsgIDHeader)
 	}
-	// Publish puts <domain>.<type>: before an idempotency key, because events of other types may have the same key.
-	d.id = strings.TrimPrefix(d.id, strings.TrimPrefix(d.subject, eventPrefix)+":")
-	if d.id == "" {
-		d.id = strconv.FormatUint(d.sequence, 10)
+	if f.kind == kindEvent {
+		// Publish puts <domain>.<type>: before an idempotency key, because events of other types may have the same key.
+		d.id = cmp.Or(strings.TrimPrefix(d.id, strings.TrimPrefix(d.subject, eventPrefix)+":"), strconv.FormatUint(d.sequence, 10))
 	}
-	return d
-}
-
-// newRequest returns the request for the delivery d of m.
-func (f *feed) newRequest(m *nats.Msg, d *delivery, arrived time.Time) *request {
 	r := &request{
 		svc:      f.svc,
 		msg:      Message{Kind: f.kind, Subject: d.subject, Header: m.Header, Data: m.Data},
@@ -538,21 +539,4 @@ func (f *feed) newRequest(m *nats.Msg, d *delivery, arrived time.Time) *request 
 		r.msg.Source = name
 	}
 	return r
-}
-
-// retryUntilStopped calls try until that succeeds. It reports false if Stop's time is up before. Meanwhile keepAlive keeps the
-// message with this instance.
-func (f *feed) retryUntilStopped(r *request, problem string, try func(ctx context.Context) *Error) bool {
-	for n := 1; ; n++ {
-		ctx, cancel := context.WithTimeout(f.svc.base, 5*time.Second)
-		failure := try(ctx)
-		cancel()
-		if failure == nil {
-			return true
-		}
-		f.logger(r).Error(problem, "error", failure)
-		if !sleep(f.svc.base, backoff(n, fetchTick, 5*time.Second)) {
-			return false
-		}
-	}
 }

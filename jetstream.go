@@ -184,13 +184,13 @@ func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.Strea
 	case nil:
 		return parsePubAck(answer, x.subject)
 	case errNoResponders:
-		return 0, errNoStream(x.subject)
+		return 0, noStreamError(x.subject)
 	}
 	return 0, failure
 }
 
-// errNoStream returns the error for a message that got no responders, because no stream has its subject.
-func errNoStream(subject string) *Error {
+// noStreamError returns the error for a message that got no responders, because no stream has its subject.
+func noStreamError(subject string) *Error {
 	return notRun(newError(ErrUnavailable, "no stream takes %s at present", subject))
 }
 
@@ -203,7 +203,7 @@ func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 	err := json.Unmarshal(answer.Data, &ack)
 	switch refused := ack.Error; {
 	case isNoResponders(answer):
-		return 0, errNoStream(subject)
+		return 0, noStreamError(subject)
 	case err != nil || refused == nil && ack.Stream == "":
 		return 0, newError(ErrInternal, "the answer for %s is not from a stream: %.100q", subject, answer.Data)
 	case refused == nil:
@@ -211,7 +211,7 @@ func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 	case refused.ErrorCode == inProcess:
 		return 0, newError(ErrUnavailable, "%s was sent before and is not stored yet: %s (%d)", subject, refused.Description, refused.ErrorCode)
 	case refused.ErrorCode == wrongSequence || refused.ErrorCode == wrongSequenceReplicated:
-		return 0, notRun(newError(conflict, "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
+		return 0, notRun(newError(errConflict, "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
 	default:
 		return 0, notRun(newError(kindOf(strconv.Itoa(refused.Code)), "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
 	}
@@ -271,8 +271,8 @@ func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (val
 // readSubject returns the subject of requests for the values of a bucket.
 func readSubject(bucket string) string { return "$JS.API.STREAM.MSG.GET.KV_" + bucket }
 
-// conflict is the kind of the error for a compare-and-swap that came too late.
-var conflict = &Error{Code: "CONFLICT"}
+// errConflict is the kind of the error for a compare-and-swap that came too late.
+var errConflict = &Error{Code: "CONFLICT"}
 
 // compareAndSwap stores x, the new value of a bucket's key, if revision is the key's latest; revision 0 means that the key has
 // none. If that is not confirmed, it reads the key back: the value of x there means success. It returns the value and the
@@ -284,7 +284,7 @@ func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstr
 	switch {
 	case failure == nil:
 		return x.data, at, nil
-	case failure.Code == conflict.Code: // perhaps because an earlier attempt to store x has succeeded
+	case failure.Code == errConflict.Code: // perhaps because an earlier attempt to store x has succeeded
 	case failure.NotRun:
 		return nil, 0, failure
 	case x.on != nil:
@@ -302,8 +302,8 @@ func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstr
 		return nil, 0, unread
 	case bytes.Equal(now, x.data):
 		return now, at, nil
-	case failure.Code != conflict.Code && at != revision:
-		failure = newError(conflict, "the key %s of %s was changed by another instance", key, name)
+	case failure.Code != errConflict.Code && at != revision:
+		failure = newError(errConflict, "the key %s of %s was changed by another instance", key, name)
 	}
 	return now, at, failure
 }

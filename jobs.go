@@ -79,11 +79,11 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	}
 	rec := &record{State: queued, Priority: *cfg.priority, Source: s.name, Digest: digest(header, data)}
 	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
-	if failure != nil && failure.Code == conflict.Code && now == nil && revision > 0 { // somebody has deleted it
+	if failure != nil && failure.Code == errConflict.Code && now == nil && revision > 0 { // somebody has deleted it
 		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
 	}
 	switch {
-	case failure != nil && (failure.Code != conflict.Code || now == nil):
+	case failure != nil && (failure.Code != errConflict.Code || now == nil):
 		return failure
 	case now.Digest != rec.Digest:
 		return notRun(newError(ErrInvalid, "IdempotencyKey(%q): %s.%s was sent with that key and other data", id, service, command))
@@ -197,7 +197,7 @@ func (s *Service) cancelCommand(ctx context.Context, service, command, id string
 	}
 	key := recordKey(service, command, id)
 	rec, revision, failure := s.readRecord(ctx, nil, key)
-	for failure == nil || failure.Code == conflict.Code {
+	for failure == nil || failure.Code == errConflict.Code {
 		switch {
 		case rec == nil:
 			return notRun(newError(ErrNotFound, "there is no command %s of %s.%s", id, service, command))

@@ -38,7 +38,8 @@ type EndpointStats struct {
 	Kind string `json:"kind"` // "rpc", "event" or "command" for a handler; "call" for calls from here
 	Name string `json:"name"` // for calls, <service>.<method>
 
-	// Requests counts the requests and calls that ended, whether a handler ran or not. Each attempt at an event or a command counts.
+	// Requests counts the requests and calls that ended, whether a handler ran or not. Each attempt at an event or a command
+	// counts.
 	Requests uint64            `json:"requests"`
 	Errors   uint64            `json:"errors"`          // requests that did not succeed
 	Codes    map[string]uint64 `json:"codes,omitempty"` // error code -> errors; beyond 64 codes, the rest is counted as OTHERS
@@ -186,7 +187,7 @@ type reading struct {
 
 // readings returns the statistics of all handlers and of the calls, by kind and name.
 func (s *Service) readings() []*reading {
-	handlers := s.handlers()
+	handlers := s.allEndpoints()
 	out := make([]*reading, len(handlers))
 	var all sync.WaitGroup
 	for i, e := range handlers {
@@ -278,7 +279,7 @@ func (s *Service) Handler() http.Handler {
 		}
 		if s.quitting.Err() != nil {
 			checks["service"] = newError(ErrClosed, "service %s is stopping, or was stopped", s.name)
-		} else if !s.ready.Load() && len(s.handlers()) > 0 {
+		} else if !s.ready.Load() && len(s.allEndpoints()) > 0 {
 			checks["service"] = newError(ErrUnavailable, "service %s has not been started", s.name)
 		}
 		writeHealth(w, checks)

@@ -207,15 +207,15 @@ type BreakerPolicy struct {
 type HandlerOption func(*handlerConfig)
 
 type handlerConfig struct {
-	kind               string // of the messages that it handles
-	concurrency        int
-	attempts           int
-	backoff, maxPause  time.Duration
-	deadline           time.Duration
-	durable            *string // nil if Durable was not given
-	broadcast, replays bool
-	exclusive          bool
-	misplaced          string // the error text for an option that this kind of handler can't have; "" if there is none
+	kind                 string // of the messages that it handles
+	concurrency          int
+	attempts             int
+	backoff, maxPause    time.Duration
+	deadline             time.Duration
+	durable              *string // nil if Durable was not given
+	broadcast, fromStart bool
+	exclusive            bool
+	misplaced            string // the error text for an option that this kind of handler can't have; "" if there is none
 }
 
 // Concurrency sets how many messages the handler works on at once in each instance, 1 to 1,048,576. The default is the service's
@@ -227,39 +227,39 @@ func Concurrency(n int) HandlerOption { return func(c *handlerConfig) { c.concur
 // Attempts sets how often an event or a command is tried, 1 or more in all, before it becomes a dead letter. The default is 5 for
 // events and 3 for commands.
 func Attempts(n int) HandlerOption {
-	return only(stored, fmt.Sprintf("Attempts(%d)", n), func(c *handlerConfig) { c.attempts = n })
+	return onlyFor(storedKinds, fmt.Sprintf("Attempts(%d)", n), func(c *handlerConfig) { c.attempts = n })
 }
 
 // Backoff sets the pause after a failed attempt at an event or a command. The pause is random, between 0 and a bound. The bound
 // is first after the first attempt, and doubles with each further one, up to max. Both must be positive, and first at most max.
 // The default is Backoff(500*time.Millisecond, time.Minute).
 func Backoff(first, max time.Duration) HandlerOption {
-	return only(stored, fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) { c.backoff, c.maxPause = first, max })
+	return onlyFor(storedKinds, fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) { c.backoff, c.maxPause = first, max })
 }
 
 // Deadline sets how long one attempt at an event or a command may take before its ctx ends. It must be positive. The default is 5
 // minutes. (A request has its caller's deadline.)
 func Deadline(d time.Duration) HandlerOption {
-	return only(stored, fmt.Sprintf("Deadline(%v)", d), func(c *handlerConfig) { c.deadline = d })
+	return onlyFor(storedKinds, fmt.Sprintf("Deadline(%v)", d), func(c *handlerConfig) { c.deadline = d })
 }
 
 // Broadcast delivers each event to every instance; by default the instances share the events. An instance that crashed gets the
 // events that it missed if one with the same id ([WithID]) starts within an hour. Otherwise an instance gets the events from its
 // start until it stops.
 func Broadcast() HandlerOption {
-	return only("events", "Broadcast()", func(c *handlerConfig) { c.broadcast = true })
+	return onlyFor("events", "Broadcast()", func(c *handlerConfig) { c.broadcast = true })
 }
 
 // Durable names a subscription: 1 to 64 letters, digits, - and _. The second subscription of a service to the same pattern needs
 // a name. A name belongs to its pattern and can't be used for another one later.
 func Durable(name string) HandlerOption {
-	return only("events", fmt.Sprintf("Durable(%q)", name), func(c *handlerConfig) { c.durable = &name })
+	return onlyFor("events", fmt.Sprintf("Durable(%q)", name), func(c *handlerConfig) { c.durable = &name })
 }
 
 // FromStart begins a new subscription with the oldest event of the stream. By default it begins with the first event that is
 // published after the first Start. FromStart has no effect on a subscription that exists.
 func FromStart() HandlerOption {
-	return only("events", "FromStart()", func(c *handlerConfig) { c.replays = true })
+	return onlyFor("events", "FromStart()", func(c *handlerConfig) { c.fromStart = true })
 }
 
 // Exclusive makes the handler run in one instance of the service only, the leader, which is the same for all exclusive handlers
@@ -273,9 +273,9 @@ func FromStart() HandlerOption {
 // the next leader then.
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
-// only returns an option that only handlers of some kinds of messages can have; for others it sets misplaced. kinds names them in
-// words that contain their kind constants, as "events and commands" contains kindEvent. option is the option's text.
-func only(kinds, option string, set func(*handlerConfig)) HandlerOption {
+// onlyFor returns an option that onlyFor handlers of some kinds of messages can have; for others it sets misplaced. kinds names
+// them in words that contain their kind constants, as "events and commands" contains kindEvent. option is the option's text.
+func onlyFor(kinds, option string, set func(*handlerConfig)) HandlerOption {
 	return func(c *handlerConfig) {
 		if set(c); !strings.Contains(kinds, c.kind) {
 			c.misplaced = option + ": this is an option for handlers of " + kinds
@@ -283,9 +283,9 @@ func only(kinds, option string, set func(*handlerConfig)) HandlerOption {
 	}
 }
 
-// stored names the kinds of messages that a stream keeps, so that they have Attempts and a Deadline. A request has its caller's
-// deadline.
-const stored = "events and commands"
+// storedKinds names the kinds of messages that a stream keeps, so that they have Attempts and a Deadline. A request has its
+// caller's deadline.
+const storedKinds = "events and commands"
 
 func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerConfig, *Error) {
 	c := &handlerConfig{

@@ -61,7 +61,7 @@ const (
 	registryBucket = "aegis_registry"
 	registryPrefix = "$KV." + registryBucket + "."
 	markerTTL      = time.Hour   // how long the marker of an entry that was deleted or has expired stays in the bucket
-	explainTimeout = time.Second // of finding out the reason for a failure
+	lookupTimeout  = time.Second // of finding out the reason for a failure
 )
 
 // A directory is the local copy of a service's entries.
@@ -258,7 +258,7 @@ func (s *Service) explainNoResponders(ctx context.Context, x *exchange, service,
 // unhandled reports whether instances of a service are running and none of them handles the command with this subject. It reports
 // false if it can't find out. It starts a copy of the service's entries only if the service is running.
 func (s *Service) unhandled(ctx context.Context, service, subject string) bool {
-	ctx, cancel := context.WithTimeout(ctx, explainTimeout)
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
 	if s.directories.all()[service] == nil {
 		if _, failure := s.info(ctx, service); failure != nil {
@@ -280,7 +280,7 @@ func (s *Service) info(ctx context.Context, asked string) (*micro.Info, *Error) 
 	if denied := s.denials.since(clock()-time.Minute, toPublish+x.subject); denied != nil {
 		return nil, denied
 	}
-	answer, failure := s.request(ctx, x.within(ctx, explainTimeout))
+	answer, failure := s.request(ctx, x.within(ctx, lookupTimeout))
 	if failure != nil {
 		return nil, failure
 	}
@@ -360,7 +360,7 @@ func (s *Service) instance() Instance {
 	i := Instance{
 		Service: s.name, ID: s.id, Version: s.cfg.version, Status: statusActive, Metadata: s.cfg.metadata, Started: s.since,
 	}
-	for _, e := range s.handlers() {
+	for _, e := range s.allEndpoints() {
 		i.Endpoints = append(i.Endpoints, Endpoint{e.kind, e.name, e.subject, e.lease != nil})
 		i.Load += int(e.meter.inFlight.Load())
 	}
@@ -406,12 +406,12 @@ func (s *Service) register(ctx context.Context) *Error {
 		defer s.mu.Unlock()
 		return newError(ErrClosed, "Start: service %s was stopped", s.name)
 	}
-	s.mayBeKnown = true
+	s.mayBeRegistered = true
 	s.heartbeating.Add(1)
 	s.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(s.registered, cancel)()
+	defer context.AfterFunc(s.heartbeatCtx, cancel)()
 	_, failure := s.openStream(ctx, s.registryStream(), registryPrefix+">")
 	if failure == nil {
 		failure = s.patiently(ctx, func(ctx context.Context) *Error { return s.writeEntry(ctx, "register") })
@@ -444,7 +444,7 @@ func (s *Service) sendHeartbeats(failure *Error) {
 			s.checkHealth()
 		case <-s.entryChanged:
 		case <-retry:
-		case <-s.registered.Done():
+		case <-s.heartbeatCtx.Done():
 			return
 		}
 	}
@@ -453,9 +453,9 @@ func (s *Service) sendHeartbeats(failure *Error) {
 // deregister ends the heartbeats and deletes the entry of this instance, if there may be one. If that fails, the entry expires.
 func (s *Service) deregister(ctx context.Context) {
 	s.mu.Lock()
-	known := s.mayBeKnown
+	known := s.mayBeRegistered
 	s.mu.Unlock()
-	s.unregister()
+	s.endHeartbeats()
 	select {
 	case <-closedAfter(s.heartbeating.Wait): // a heartbeat may be in flight; it ends with base at the latest
 	case <-ctx.Done():

@@ -308,7 +308,7 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 	if left > 0 {
 		return nil, notRun(newError(ErrCircuitOpen, "%s failed %d times in a row; next attempt in %v", service, b.policy.Failures, left)), true
 	}
-	answer, instance, failure := s.address(ctx, x, service, cfg)
+	answer, instance, failure := s.sendCall(ctx, x, service, cfg)
 	answered := failure == nil
 	if answered {
 		failure = decodeError(answer)
@@ -339,9 +339,9 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 	return nil, failure, unreached || missing && cfg.idempotent
 }
 
-// address sends the call once, to the subject that the options ask for. If that is the subject of the instance of ToInstance or,
+// sendCall sends the call once, to the subject that the options ask for. If that is the subject of the instance of ToInstance or,
 // for Sticky, of the leader, it returns that instance's id, else "".
-func (s *Service) address(ctx context.Context, x *exchange, service string, cfg *callConfig) (answer *nats.Msg, instance string, failure *Error) {
+func (s *Service) sendCall(ctx context.Context, x *exchange, service string, cfg *callConfig) (answer *nats.Msg, instance string, failure *Error) {
 	instance = deref(cfg.instance)
 	if instance == "" && cfg.sticky {
 		instance = s.leaderOf(ctx, service)
