@@ -321,12 +321,12 @@ func TestRetry(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
 	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
-	policy := aegis.RetryPolicy{Attempts: 4, Backoff: time.Millisecond, AttemptTimeout: time.Second}
+	policy := aegis.RetryPolicy{Attempts: 4, Backoff: time.Millisecond, AttemptTimeout: 2 * time.Second} // also for a busy machine
 
 	// A call that ran is not retried, whatever its error says.
 	fn, called := flaky(99, func() error { return &aegis.Error{Code: "UNAVAILABLE", NotRun: true} })
 	handle(t, svc, "ran", fn)
-	slow, slowCalled := flaky(1, func() error { time.Sleep(1200 * time.Millisecond); return nil })
+	slow, slowCalled := flaky(1, func() error { time.Sleep(2200 * time.Millisecond); return nil })
 	handle(t, svc, "slow", slow)
 	start(t, svc)
 	for _, opts := range [][]aegis.CallOption{{aegis.Retry(policy)}, {aegis.Sticky()}, {aegis.Idempotent(), aegis.Retry(policy)}} {

@@ -321,10 +321,12 @@ func TestLeaderKeepsLeadingWithStalledConnection(t *testing.T) {
 	if err := seed.Lead(t.Context(), "default", brisk, func(context.Context, uint64) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
-	c := compete(t, aegis.Balanced, newService(t, srv, "risk", aegis.WithURL("nats://"+p.address)))
+	// Valid is so long that a busy machine does not end the lease, and so short that it would end while the connection stalls.
+	policy := aegis.FailoverPolicy{Lease: 6 * time.Second, Valid: 5 * time.Second, Renew: 600 * time.Millisecond, Timeout: 500 * time.Millisecond}
+	c := compete(t, policy, newService(t, srv, "risk", aegis.WithURL("nats://"+p.address)))
 	c.leader(t)
 	p.freeze()
-	for end := time.Now().Add(3 * aegis.Balanced.Lease); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(2 * policy.Valid); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if !c.members[0].IsLeader() {
 			t.Fatal("the leader lost its leadership")
 		}
