@@ -68,7 +68,7 @@ type feed struct {
 	cancel   context.CancelFunc // ends fetch
 }
 
-// A lane is one of a feed's consumers. The fields from opened to floor belong to openConsumer and fetch, which don't run at the
+// A lane is one of a feed's consumers. The fields from opened to ackFloor belong to openConsumer and fetch, which don't run at the
 // same time.
 type lane struct {
 	config   jetstream.ConsumerConfig
