@@ -68,8 +68,8 @@ type feed struct {
 	cancel   context.CancelFunc // ends fetch
 }
 
-// A lane is one of a feed's consumers. The fields from opened to ackFloor belong to openConsumer and fetch, which don't run at the
-// same time.
+// A lane is one of a feed's consumers. The fields from opened to ackFloor belong to openConsumer and fetch, which don't run at
+// the same time.
 type lane struct {
 	config   jetstream.ConsumerConfig
 	redrive  string        // the subject of redriven dead letters, besides the one in config; "" for none
@@ -418,8 +418,8 @@ func (f *feed) release() {
 	}
 }
 
-// acknowledge tells the server how the delivery of m has ended: ack, nak, and so on. If the acknowledgement is lost, the message
-// is redelivered after its ack wait.
+// acknowledge reports to the server how the delivery of m has ended: ack, nak, and so on. If the acknowledgement is lost, the
+// message is redelivered after its ack wait.
 func (f *feed) acknowledge(m *nats.Msg, how string) { f.svc.notify(m.Reply, []byte(how)) }
 
 // nakAfter returns the acknowledgement that makes the server redeliver a message after a pause.

@@ -459,7 +459,7 @@ func (w *watch[T]) fill(fresh map[string]entry[T]) {
 	w.changedLocked()
 }
 
-// changedLocked tells those who wait that something has changed.
+// changedLocked wakes those who wait for a change.
 func (w *watch[T]) changedLocked() {
 	w.version.Add(1)
 	close(w.changed)
