@@ -389,7 +389,7 @@ func (s *Service) startTask(fn func()) bool {
 	return true
 }
 
-// allEndpoints returns the endpoints of all allEndpoints.
+// allEndpoints returns the endpoints of all handlers.
 func (s *Service) allEndpoints() []*endpoint {
 	s.mu.Lock()
 	defer s.mu.Unlock()

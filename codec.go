@@ -16,10 +16,10 @@ import (
 // This file has the two codecs, the detection of a received payload's format, and the check that keeps a hostile MessagePack
 // payload from costing more memory or stack than its size justifies.
 
-// A Codec encodes values as payloads and decodes them. Its methods must be safe for concurrent use.
+// A Codec encodes values as payloads and decodes payloads. Its methods must be safe for concurrent use.
 //
-// ContentType returns the MIME type of its payloads. A payload is labelled with it if the format can't be detected from the first
-// byte. It must differ from those of [MsgPack] and [JSON].
+// ContentType returns the MIME type of the codec's payloads, which must differ from those of [MsgPack] and [JSON]. A message has
+// it in the header Content-Type if the format can't be detected from the first byte of the payload.
 type Codec interface {
 	Marshal(v any) ([]byte, error)
 	Unmarshal(data []byte, v any) error
@@ -30,8 +30,8 @@ type Codec interface {
 //
 // Both take the names of fields from the `json` struct tag. MsgPack is the default because it is smaller and faster. Before it
 // decodes anything, it rejects a payload that ends in the middle of a value, has bytes left over, is nested deeper than 128
-// levels, or declares more elements than it has bytes. It then allocates at most a small multiple of the payload's size times the
-// size of the largest element of the target type.
+// levels, or declares more elements than it has bytes. Therefore decoding allocates at most a small multiple of the size of the
+// payload times the size of the largest element of the target type.
 var (
 	MsgPack Codec = msgpackCodec{}
 	JSON    Codec = jsonCodec{}
@@ -56,8 +56,8 @@ func (msgpackCodec) Marshal(v any) ([]byte, error) {
 	return data, err
 }
 
-// marshal encodes v, as MessagePack into the buffer of a pooled packer. data is valid until the caller releases p. If p is never
-// released, it is garbage-collected.
+// marshal encodes v with c. MessagePack goes into the buffer of a pooled packer p, and data is valid until the caller releases p.
+// With any other codec p is nil. A p that is never released is garbage-collected.
 func marshal(c Codec, v any) (data []byte, p *packer, err error) {
 	if c != MsgPack {
 		data, err = c.Marshal(v)
@@ -70,7 +70,7 @@ func marshal(c Codec, v any) (data []byte, p *packer, err error) {
 	return p.buf.Bytes(), p, err
 }
 
-// release returns p, which may be nil, to the pool. The data that was encoded with p must not be used any more.
+// release returns p, which may be nil, to the pool. The data that was encoded with p must not be used afterwards.
 func (p *packer) release() {
 	if p != nil && p.buf.Cap() <= keepBuffer {
 		packers.Put(p)

@@ -40,7 +40,7 @@ type Progress struct {
 	Percent float64 // 0 to 100
 	Message string
 	Attempt int
-	Time    time.Time
+	Time    time.Time // when it was written, by the clock of the one who wrote it
 }
 
 // The states of a command.
@@ -98,8 +98,8 @@ type record struct {
 	Failures int       `json:"failures,omitempty"` // attempts that failed
 	Crashes  int       `json:"crashes,omitempty"`  // attempts that ended without a result
 	Owner    string    `json:"owner,omitempty"`    // the instance that has claimed it
-	Wake     uint64    `json:"wake,omitempty"`     // the sequence of the message that led to the claim
-	Nonce    string    `json:"nonce"`              // of this change
+	Wake     uint64    `json:"wake,omitempty"`     // the stream sequence of the message that led to the claim
+	Nonce    string    `json:"nonce"`              // makes each change unique, so that compareAndSwap recognizes its own
 	Result   []byte    `json:"result,omitempty"`
 	Type     string    `json:"type,omitempty"` // the content type of Result
 	Error    *Error    `json:"error,omitempty"`
@@ -121,8 +121,9 @@ func recordKey(service, command, id string) string {
 	return service + "." + command + "." + id
 }
 
-// writeRecord replaces the record if it still has this revision; 0 means that there is none. If somebody else has changed the
-// record, the failure is a conflict, and writeRecord returns the present record and its revision.
+// writeRecord replaces the record by rec if it still has the given revision; 0 means that there is no record yet. If somebody
+// else has changed the record, the failure is a conflict, and writeRecord returns the present record, nil if it was deleted, and
+// its revision.
 func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revision uint64, cfg *callConfig) (
 	now *record, at uint64, failure *Error,
 ) {
@@ -173,15 +174,18 @@ func parseRecord(key string, data []byte) (*record, *Error) {
 //
 // A command has one outcome, and once it has, fn is not called again. Before that, fn may be called more than once. After an
 // error it is called again, after a pause ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt; another
-// instance begins the next one after 10 s, the ack wait. An instance that was paused or cut off may go on with fn for a moment
-// after another one has taken over. So make effects elsewhere idempotent by Command.ID, or guard them with Command.Fence.
+// instance begins the next attempt after 10 s, the ack wait. An instance that was paused or cut off may go on with fn for a
+// moment after another one has taken over. So make effects elsewhere idempotent by Command.ID, or guard them with Command.Fence.
 //
 // After the last attempt the command has failed, and becomes a dead letter. Data that can't be decoded into T fails at once. The
 // result must fit the server's max_payload, less 2 KiB.
 //
 // When Stop's time is up, a command whose handler returns an error because its ctx has ended is queued again, and the attempt
-// does not count. A handler that ignores its ctx for longer than 0.2 s after that costs an attempt, and the command is delivered
+// does not count. If a handler ignores its ctx for longer than 0.2 s after that, the attempt counts, and the command is delivered
 // again only after the ack wait.
+//
+// HandleCommand does not block before [Service.Start]. After Start, it also makes the consumers, for which it blocks for
+// [WithTimeout] at most.
 //
 // Errors: [ErrInvalid] if command or an option is out of range, or if the command has a handler already; and otherwise the errors
 // of [Subscribe], here for the streams AEGIS_COMMANDS and AEGIS_DEAD and the bucket aegis_commands.
@@ -233,7 +237,7 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 type commandSource struct {
 	*feed
 
-	checking atomic.Bool // checkRuns is at work
+	checking atomic.Bool // whether a goroutine of checkRuns is at work
 	owner    string      // identifies this source in records
 	runs     sync.Map    // string -> *run, by the key of the record
 }
@@ -245,7 +249,7 @@ type run struct {
 	r        *request
 	last     Progress                 // of the previous attempt
 	fence    atomic.Uint64            // the revision of the claim, 0 until the command is claimed
-	reported atomic.Pointer[Progress] // the latest report; nil unless writeProgress runs
+	reported atomic.Pointer[Progress] // the latest report; nil if it was written, and then writeProgress does not run
 
 	reporting  context.Context // ends when the handler has returned, or with an *Error as its cause when the command is lost
 	endReports context.CancelCauseFunc
@@ -263,7 +267,7 @@ func (src *commandSource) open(ctx context.Context) error {
 	return src.feed.open(ctx)
 }
 
-// serve handles one command.
+// serve handles one message, which makes this instance look at the record of its command.
 func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
 	defer src.release()
 	r := src.newRequest(m, arrived)
@@ -290,7 +294,8 @@ func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
 	}
 }
 
-// claim claims the command for this run. If it reports false, it has dealt with the message.
+// claim claims the command for this run: it writes a record that names this source as the owner. If claim reports false, it has
+// acknowledged the message, or stored the outcome, and the handler must not be called.
 func (x *run) claim() bool {
 	src, sequence := x.src, x.r.delivery.sequence
 	x.writing.Lock()
@@ -299,7 +304,8 @@ func (x *run) claim() bool {
 	defer cancel()
 	rec, revision, failure := src.svc.readRecord(ctx, nil, x.key)
 	for failure == nil || failure.Code == errConflict.Code {
-		if rec == nil || rec.final() || rec.Wake != 0 && rec.Wake != sequence && rec.State != queued { // over, or has another message
+		// The command is over, or another message led to its claim and will lead to its next attempt.
+		if rec == nil || rec.final() || rec.Wake != 0 && rec.Wake != sequence && rec.State != queued {
 			src.acknowledge(x.r.in, ack)
 			return false
 		}
@@ -392,7 +398,7 @@ func (src *commandSource) checkRuns() {
 func (x *run) check() bool {
 	ctx, cancel := context.WithTimeout(x.src.svc.base, recordTimeout)
 	defer cancel()
-	claimed := x.fence.Load() > 0 // asked before the read, because a record that was read before the claim has another owner
+	claimed := x.fence.Load() > 0 // loaded before the read, because a record that was read before the claim has another owner
 	now, _, failure := x.src.svc.readRecord(ctx, nil, x.key)
 	if failure == nil && now != nil && (now.State == canceled || claimed && now.Owner != x.src.owner) {
 		x.lost(now)
@@ -483,7 +489,7 @@ func (x *run) fail(failure *Error) {
 	x.conclude(ack)
 }
 
-// conclude writes the record and then acknowledges the message.
+// conclude writes the record and then acknowledges the message in the way that how says.
 func (x *run) conclude(how string) {
 	if failure := x.write(context.Background(), outcomeTimeout); failure != nil {
 		x.yieldTo(failure)
@@ -507,7 +513,9 @@ func (x *run) requeue() {
 	x.src.giveBack(x.r.in)
 }
 
-// yieldTo leaves the message to the instance that has the command now. If the command was cancelled, it acknowledges the message.
+// yieldTo gives up the command because of failure: another instance has taken it over, it was cancelled, or its record could not
+// be written. It acknowledges the message only if the command was cancelled. Otherwise the server redelivers the message after
+// the ack wait, unless the instance that has the command acknowledges it.
 func (x *run) yieldTo(failure *Error) {
 	if failure.Code == ErrCanceled.Code {
 		x.src.acknowledge(x.r.in, ack)

@@ -19,7 +19,7 @@ import (
 
 const (
 	deadStream   = "AEGIS_DEAD"
-	letterPrefix = "aegis.dead." // the kind and the consumer follow
+	letterPrefix = "aegis.dead." // followed by <kind>.<consumer>
 
 	headerConsumer = "Aegis-Consumer" // these three are only in dead letters
 	headerReason   = "Aegis-Reason"
@@ -30,21 +30,21 @@ const (
 
 // A DeadLetter is an event or a command that could not be handled.
 type DeadLetter struct {
-	Subject, Consumer, Reason string // the original subject, the consumer that failed to handle it, and the last error
-	Attempts                  int
-	Time                      time.Time // when the dead letter was stored
-	Header                    nats.Header
-	Data                      []byte
-	Sequence                  uint64 // its number in the stream of dead letters
+	Subject, Consumer, Reason string      // the original subject, the consumer that failed to handle it, and the last error
+	Attempts                  int         // how often the message was tried
+	Time                      time.Time   // when the dead letter was stored
+	Header                    nats.Header // the message's own, and Aegis-Id, Aegis-Subject and Aegis-Time
+	Data                      []byte      // nil if the message was too large to be copied; Reason then says where it is stored
+	Sequence                  uint64      // the dead letter's number in the stream AEGIS_DEAD
 }
 
 func (s *Service) deadStream() jetstream.StreamConfig {
 	return jetstream.StreamConfig{Name: deadStream, Subjects: []string{letterPrefix + ">"}, Replicas: s.cfg.replicas}
 }
 
-// DeadLetters yields the dead letters of all services that are stored now, the oldest first. It reads them one by one. Each read
-// blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, DeadLetters yields the error and
-// ends.
+// DeadLetters yields the dead letters of all services that are stored when it begins, the oldest first. It reads them one by one.
+// Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, DeadLetters yields the
+// error and ends.
 //
 // Errors: [ErrUnavailable] if there is no connection or no JetStream; [ErrTimeout] and [ErrCanceled] when ctx ends; [ErrClosed]
 // after Stop; [ErrDenied] if the server's permissions do not allow it.
@@ -141,7 +141,8 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	}).orNil()
 }
 
-// redriveEvent stores the event of a dead letter again, for the consumer that failed to handle it.
+// redriveEvent stores the event of a dead letter again, for the consumer that failed to handle it. The message id keeps a Redrive
+// that is repeated within the stream's duplicate window from storing the event twice.
 func (s *Service) redriveEvent(ctx context.Context, d DeadLetter) *Error {
 	var consumer jetstream.Consumer
 	what := "the consumer " + d.Consumer + " of " + eventStream
@@ -163,8 +164,8 @@ func (s *Service) redriveEvent(ctx context.Context, d DeadLetter) *Error {
 	return s.storeWithRetries(ctx, x, s.eventStream(), callConfigs[kindEvent], nil)
 }
 
-// storeDeadLetter stores the message of r as a dead letter. It retries until that succeeds, and reports false if Stop's time is
-// up before.
+// storeDeadLetter stores the message of r as a dead letter. It retries until that succeeds. It reports false if Stop's time is up
+// before that. The message id keeps a retry from storing the dead letter twice.
 func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 	d := r.delivery
 	reason := failure.Error()
@@ -179,7 +180,7 @@ func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 	}
 	x := exchange{subject: f.letters(), header: copyHeader(r.in.Header), data: r.in.Data}
 	maps.Copy(x.header, own)
-	if messageSize(x.header, x.data)+64 > f.svc.conns[0].maxPayload.Load() { // it is not from Publish, which leaves room
+	if messageSize(x.header, x.data)+64 > f.svc.conns[0].maxPayload.Load() { // not from Publish or SendCommand, which leave room
 		x.header, x.data = own, nil
 		reason = fmt.Sprintf("(too large to be copied, see sequence %d of %s) %s", d.sequence, f.stream.Name, own[headerReason][0])
 		own[headerReason] = []string{reason}

@@ -18,13 +18,13 @@ import (
 //
 // There are never two leaders at once, because a leader stops before another instance can begin:
 //
-//   - The leader renews its lease by a compare-and-swap on the key. It may act until Valid after it sent the last renewal that
-//     was confirmed. It measures this time with its own monotonic clock.
+//   - The leader renews its lease by a compare-and-swap on the key. It may act for the time Valid, which begins when it sends a
+//     renewal that is then confirmed. It measures this time with its own monotonic clock.
 //   - Another instance takes the lease over by a compare-and-swap on the key, once it has seen the same revision of the key for
-//     Lease. It measures this time with its own monotonic clock. A renewal that is stored in the meantime makes the
+//     the time Lease. It measures this time with its own monotonic clock. A renewal that is stored in the meantime makes the
 //     compare-and-swap fail.
-//   - The other instance can't see a renewal before the leader has sent it, so its wait begins no earlier than the leader's time.
-//     And Valid is less than Lease, so the leader's time ends first.
+//   - The other instance can't see a renewal before the leader has sent it, so its Lease begins no earlier than the leader's
+//     Valid. And Valid is less than Lease, so the leader's time ends first.
 //
 // This holds whatever happens to messages, to processes, and to the server and its clock. It has two limits. If the key is lost,
 // the guarantee needs instances with the same policy, because an instance that never saw the leader's Lease then waits for its
@@ -43,9 +43,9 @@ import (
 // instance that has not seen the leader's Lease waits for its own Lease instead.
 type FailoverPolicy struct {
 	Lease   time.Duration // how long another instance waits, without any renewal, before it takes over
-	Valid   time.Duration // how long the leader may act after it sent the last renewal that was confirmed
+	Valid   time.Duration // how long the leader may act, from the moment when it sent the last renewal that was confirmed
 	Renew   time.Duration // the interval between renewals
-	Timeout time.Duration // of one request to the server
+	Timeout time.Duration // for the answer to one request to the server
 }
 
 // The predefined policies. From a crash of the leader until another instance leads it takes 0.9 to 1.4 s with Aggressive, 2.4 to
@@ -74,7 +74,7 @@ func (p FailoverPolicy) valid() bool {
 // A claim is the value of a group's key. No two claims are equal, because their Nonce and Sent differ.
 type claim struct {
 	Holder   string        `json:"holder"` // the instance that leads; "" if the claim only starts a wait (see take)
-	Nonce    string        `json:"nonce"`  // of the candidate that wrote the claim
+	Nonce    string        `json:"nonce"`  // the random one of the candidate that wrote the claim
 	Term     uint64        `json:"term"`
 	Lease    time.Duration `json:"lease"` // in ns
 	Sent     time.Duration `json:"sent"`  // by the clock of the process that wrote the claim; meaningless to other processes
@@ -98,15 +98,15 @@ type candidate struct {
 	nonce         string
 	watch         *watch[claim]
 	healthChanged chan struct{}        // receives a signal when the service's unhealthy has changed
-	started       atomic.Bool          // by campaignForExclusive
+	started       atomic.Bool          // whether campaignForExclusive has started the campaign
 	term          atomic.Pointer[term] // the latest
 
 	seen         claim // the latest claim that is known
 	revision     uint64
-	since        time.Duration // when this claim was first seen
+	since        time.Duration // when this claim was first seen, by the clock
 	highestTerm  uint64        // of all claims that were seen
 	longestLease time.Duration // of all claims that were seen
-	on           *conn         // see conn
+	on           *conn         // the connection that was used last; see the method conn
 }
 
 // A term is a period of leadership. It is also a ctx, which ends when the lease does.
@@ -122,8 +122,8 @@ type term struct {
 
 type termKey struct{}
 
-// holds reports whether t's instance leads at this moment. It is exact even in a process that was paused, because the clock has
-// gone on.
+// holds reports whether t's instance leads at this moment; if t is nil, it does not. The report is exact even in a process that
+// was paused, because the clock has gone on meanwhile.
 func (t *term) holds() bool { return t != nil && int64(clock()) < t.until.Load() }
 
 // extend moves the end of the lease. It reports false if the lease has ended already, because then the term is over.
@@ -161,8 +161,9 @@ func (s *Service) newCandidate(group string, p FailoverPolicy) *candidate {
 // the leadership when fn has returned.
 //
 // Errors: fn's; [ErrCanceled] or [ErrTimeout] if ctx has ended; [ErrClosed] if the service was stopped; [ErrInvalid] for a group
-// or a policy that is out of range, and for the group "default" if the service has [Exclusive] handlers, which use that group;
-// [ErrUnavailable] if there is no JetStream.
+// or a policy that is out of range, for the group "default" if the service has [Exclusive] handlers, which use that group, and if
+// the bucket aegis_leaders exists but can't be used; [ErrUnavailable] if there is no JetStream; [ErrDenied] if the server's
+// permissions do not allow it. While the server can't be reached, Lead does not fail, but goes on trying.
 func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn func(ctx context.Context, term uint64) error) error {
 	switch {
 	case !isName(group, maxService):
@@ -278,7 +279,8 @@ func (s *Service) leadersStream() jetstream.StreamConfig {
 	return config
 }
 
-// enter has to be called before campaign. It makes Stop wait for withdraw. It reports false if the service was stopped already.
+// enter adds c to the service's candidates and makes Stop wait for withdraw. It has to be called before campaign. It reports
+// false if the service was stopped already; then withdraw must not be called.
 func (c *candidate) enter() bool {
 	c.svc.mu.Lock()
 	defer c.svc.mu.Unlock()
@@ -308,8 +310,8 @@ func (c *candidate) campaign(ctx, parent context.Context, lead func(*term)) {
 	}
 }
 
-// win waits until the lease is free and takes it. It returns nil if ctx ends before. An unhealthy instance does not take the
-// lease.
+// win waits until the lease is free, takes it, and returns the new term. It returns nil if ctx ends before that. An unhealthy
+// instance does not take the lease.
 func (c *candidate) win(ctx, parent context.Context) *term {
 	for failures := 0; ; {
 		changed := c.watch.nextChange()
@@ -341,7 +343,7 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 	}
 }
 
-// untilFree returns how long it takes at most until the lease is free. It is free now if that is not positive.
+// untilFree returns how long it takes at most until the lease is free. If the result is not positive, the lease is free now.
 func (c *candidate) untilFree() time.Duration {
 	if c.seen.Nonce == "" || c.seen.Released {
 		return 0
@@ -409,8 +411,8 @@ func newTerm(parent context.Context, number uint64, until time.Duration) *term {
 	return t
 }
 
-// hold calls lead and renews the lease until lead returns. If ctx has ended already, it does not call lead. In the end it
-// releases the lease if that has not ended.
+// hold calls lead and renews the lease until lead returns. If ctx has ended already, it does not call lead. Afterwards it
+// releases the lease, unless the lease has ended by itself or exclusive handlers still run.
 func (c *candidate) hold(ctx context.Context, t *term, lead func(*term)) {
 	c.svc.log.Info("elected leader", "group", c.group, "term", t.number)
 	stop := make(chan struct{})
@@ -478,9 +480,9 @@ func (c *candidate) release(t *term) {
 	}
 }
 
-// put replaces the claim that was seen last by next, and returns when the claim that the key then holds was sent. That may be
-// before this call, because an earlier put of the same claim may have been stored without a confirmation. The failure is a
-// conflict if the key holds another claim.
+// put replaces the claim that was seen last by next. It returns the time, by the clock, at which the claim that the key then
+// holds was sent. This time may be before the call of put, because an earlier put of the same claim may have been stored without
+// a confirmation. The failure is a conflict if the key holds another claim.
 func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	next.Nonce, next.Sent = c.nonce, clock()
 	data, _ := json.Marshal(next)                                                // can't fail, because it is strings and numbers
@@ -494,7 +496,7 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 	}
 	now := parseClaim(value)
 	c.observe(now, revision)
-	sent, now.Sent = now.Sent, next.Sent
+	sent, now.Sent = now.Sent, next.Sent // an earlier put of the same claim differs in Sent only
 	if now != next {
 		return 0, failure
 	}
@@ -526,8 +528,8 @@ func (s *Service) exclusiveCandidate() *candidate {
 	return s.exclusive
 }
 
-// campaignForExclusive starts a campaign for the leadership of the service, which goes on until Stop. It has to be called after
-// exclusive handlers were opened. It does nothing if there are none, or if the campaign was started before.
+// campaignForExclusive starts the campaign for the leadership of the service, which goes on until Stop. It has to be called after
+// the exclusive handlers were opened. It does nothing if there are none, or if the campaign was started before.
 func (s *Service) campaignForExclusive(ctx context.Context) error {
 	c := s.exclusiveCandidate()
 	if c == nil || c.started.Load() {
@@ -570,7 +572,8 @@ func (s *Service) exclusiveBusy() bool {
 	})
 }
 
-// notActive returns the error with which an instance that does not lead answers.
+// notActive returns the error with which an instance that does not lead answers. It does not block: it names the leader only if
+// this instance knows it already.
 func (c *candidate) notActive() *Error {
 	e := notRun(newError(ErrNotActive, "instance %s of %s stands by", c.svc.id, c.svc.name))
 	e.Source = c.svc.name

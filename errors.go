@@ -19,7 +19,8 @@ import (
 //
 // Code is in upper snake case: the code of one of the sentinels, or a handler's own. Source is the service that reports the
 // error, "" for this one. NotRun is set if the request certainly did not reach a handler, so that it can be sent again without
-// harm. Cause is the error that the service Source got from another service, and so on over all hops.
+// harm. Cause is the error that led to this one: what the service Source got from another service, and so on over all hops, or
+// what an earlier attempt failed with.
 //
 // [errors.Is] compares the codes along the whole chain: errors.Is(err, aegis.ErrNotFound) holds on both sides of the wire. An
 // error with the code DEADLINE_EXCEEDED also matches [context.DeadlineExceeded], and one with the code CANCELED
@@ -41,11 +42,11 @@ var (
 	ErrFenced        = &Error{Code: "FENCED"}            // the instance lost its leadership while the handler ran
 	ErrUnavailable   = &Error{Code: "UNAVAILABLE"}       // no instance or no server can be reached
 	ErrTimeout       = &Error{Code: "DEADLINE_EXCEEDED"} // no answer came in time
-	ErrOverloaded    = &Error{Code: "OVERLOADED"}        // the handler is at its limit
-	ErrUnimplemented = &Error{Code: "UNIMPLEMENTED"}     // the service has no such method
+	ErrOverloaded    = &Error{Code: "OVERLOADED"}        // the handler, or a connection of the caller, is at its limit
+	ErrUnimplemented = &Error{Code: "UNIMPLEMENTED"}     // the service has no such method or command
 	ErrInternal      = &Error{Code: "INTERNAL"}          // a handler returned another error, or panicked
 	ErrCircuitOpen   = &Error{Code: "CIRCUIT_OPEN"}      // the circuit breaker of the service is open
-	ErrCanceled      = &Error{Code: "CANCELED"}          // ctx was cancelled
+	ErrCanceled      = &Error{Code: "CANCELED"}          // ctx, or the command, was cancelled
 	ErrClosed        = &Error{Code: "CLOSED"}            // the service was stopped
 	ErrDenied        = &Error{Code: "PERMISSION_DENIED"} // the server's permissions do not allow the operation
 )
@@ -90,7 +91,8 @@ func notRun(e *Error) *Error {
 	return e
 }
 
-// asError returns the error that the caller of a handler gets if the handler returns err. It is nil for nil.
+// asError returns err as an *Error, nil if err is nil. It is the error that the caller of a handler gets if the handler returns
+// err.
 func asError(err error) *Error {
 	e, ok := errors.AsType[*Error](err)
 	switch {
@@ -115,7 +117,7 @@ func asError(err error) *Error {
 	return &out
 }
 
-// transientCodes are the codes of failures after which a retry may succeed.
+// transientCodes are the codes of failures after which a retry may succeed, if NotRun is set.
 var transientCodes = []string{ErrUnavailable.Code, ErrOverloaded.Code, ErrNotActive.Code, ErrCircuitOpen.Code}
 
 // isUnanswered reports whether failure means that a message was sent and got no answer, so that a handler may have run.
@@ -185,8 +187,8 @@ func kindOf(status string) *Error {
 	return ErrInternal
 }
 
-// cut returns a copy of e that is small enough to be stored. It shortens Message, and drops Details and Cause if the error would
-// still be too large.
+// cut returns a copy of e that is small enough to be stored in the record of a command. It shortens Message to maxErrorText, and
+// drops Details and Cause if the error is still larger than letterRoom.
 func (e *Error) cut() *Error {
 	out := *e
 	out.Message = out.Message[:min(len(out.Message), maxErrorText)]
@@ -238,7 +240,7 @@ func covers(pattern, sub string) bool {
 
 // A lookup is a map that makes a value when its key is first asked for. Reading takes no lock.
 type lookup[T any] struct {
-	most   int // the limit of keys, or 0 for none; all keys beyond it share the value of othersKey
+	most   int // how many keys it may have, 0 for no limit; all keys beyond the limit share the value of othersKey
 	values sync.Map
 	mu     sync.Mutex   // guards adding, so that make is called once for each key
 	count  atomic.Int64 // how many keys there are
@@ -246,7 +248,7 @@ type lookup[T any] struct {
 
 const othersKey = "OTHERS"
 
-// get returns the value of key. If there is none, it adds the one that make returns.
+// get returns the value of key. If there is none, it adds the one that make returns, which it calls at most once for a key.
 func (l *lookup[T]) get(key string, make func() T) T {
 	find := func() (v any, ok bool) {
 		if v, ok = l.values.Load(key); !ok && l.most > 0 && int(l.count.Load()) >= l.most {
@@ -267,6 +269,12 @@ func (l *lookup[T]) get(key string, make func() T) T {
 	l.values.Store(strings.Clone(key), v) // key may be a part of a large string
 	l.count.Add(1)
 	return v
+}
+
+// has reports whether the lookup has a value of its own for key.
+func (l *lookup[T]) has(key string) bool {
+	_, ok := l.values.Load(key)
+	return ok
 }
 
 // all returns a copy of the map.

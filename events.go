@@ -19,9 +19,10 @@ import (
 
 // An Event is what a handler of [Subscribe] is called with.
 type Event[T any] struct {
-	// ID is what [IdempotencyKey] set, else random. It stays the same however often the event is sent or delivered.
+	// ID is what [IdempotencyKey] set, else random. It stays the same however often the event is sent or delivered. An event from a
+	// publisher that does not use aegis has its Nats-Msg-Id as its ID or, without one, its Sequence.
 	ID string
-	// Domain and Type are the parts of the subject, events.<domain>.<type>.
+	// Domain and Type are the parts of the subject, events.<domain>.<type>. Type may have several tokens.
 	Domain, Type string
 	// Version is what [EventVersion] set, else "".
 	Version string
@@ -29,7 +30,7 @@ type Event[T any] struct {
 	Source string
 	// Time is when the server first stored the event.
 	Time time.Time
-	// Sequence is the event's number in the stream. It rises, with gaps.
+	// Sequence is the event's number in the stream. It rises from event to event, with gaps. A redriven event has a new one.
 	Sequence uint64
 	// Attempt counts the deliveries from 1. It is more than 1 after an error, a crash, a lost acknowledgement, or a Stop that cut
 	// the handler short.
@@ -40,9 +41,9 @@ type Event[T any] struct {
 const (
 	eventStream   = "AEGIS_EVENTS"
 	eventPrefix   = "events."
-	redrivePrefix = eventPrefix + "$redrive." // the consumer that the event is for follows
+	redrivePrefix = eventPrefix + "$redrive." // followed by the name of the consumer that the event is for
 
-	headerID      = "Aegis-Id"      // of a command; like the next two also of a dead letter, and of an event that was redriven
+	headerID      = "Aegis-Id"      // the id of a command; dead letters and redriven events have it too, and the next two
 	headerSubject = "Aegis-Subject" // the original subject
 	headerTime    = "Aegis-Time"    // when the message was first stored, in RFC 3339
 	headerSource  = "Aegis-Source"  // the service that sent it
@@ -66,8 +67,9 @@ func (s *Service) eventStream() jetstream.StreamConfig {
 // Errors: [ErrInvalid] for a name or an option that is out of range, and for an event that can't be encoded or is larger than the
 // server's max_payload less 2 KiB (so that it fits a dead letter); [ErrUnavailable] if there is no connection or no JetStream, or
 // if the stream refuses the event for now, because it is full for example; [ErrTimeout] and [ErrCanceled] when ctx ends;
-// [ErrClosed] after Stop; [ErrDenied] if the server's permissions do not allow it; and what else the stream refuses the event
-// with. Unless NotRun is set in the error, the event may have been stored.
+// [ErrOverloaded] if the connections carry too many calls ([WithPool]); [ErrClosed] after Stop; [ErrDenied] if the server's
+// permissions do not allow it. If the stream refuses the event for another reason, the code is the one for the server's status.
+// Unless NotRun is set in the error, the event may have been stored.
 func Publish[T any](ctx context.Context, s *Service, domain, eventType string, data T, opts ...CallOption) error {
 	p, failure := s.newPublication(ctx, domain, eventType, opts)
 	if failure != nil {
@@ -120,8 +122,8 @@ func (s *Service) newHeader(ctx context.Context) nats.Header {
 	return header
 }
 
-// completeHeader sets the content type of data if receivers can't detect it, and checks that the message, called what, is not too
-// large.
+// completeHeader sets the content type of data if receivers can't detect it, and checks that the message is not too large. The
+// error calls the message what.
 func (s *Service) completeHeader(header nats.Header, data []byte, what string) *Error {
 	delete(header, headerContentType)
 	if label := contentType(s.cfg.codec, data); label != "" {
@@ -134,8 +136,8 @@ func (s *Service) completeHeader(header nats.Header, data []byte, what string) *
 	return nil
 }
 
-// encode returns the payload of the event whose data value points to, and sets the headers for it. suffix is added to the event's
-// id.
+// encode encodes what value points to, returns it as the payload of an event, and sets the headers that differ from event to
+// event. It adds suffix to the event's id. The payload is valid until the caller releases the packer.
 func (p *publication) encode(value any, suffix string) ([]byte, *packer, *Error) {
 	data, buf, err := marshal(p.s.cfg.codec, value)
 	if err != nil {
@@ -169,8 +171,8 @@ type batch struct {
 	mayBeStored []bool   // by position
 }
 
-// publish stores the first event as Publish does, because that shows whether publishing works, and then all others in a pipeline.
-// It repeats this with the events that failed and may be sent again.
+// publish stores the first event as Publish does, because that makes the stream if need be and shows whether publishing works.
+// Then it publishes all others in a pipeline. It repeats this with the events that failed and may be sent again.
 func (b *batch) publish(ctx context.Context) error {
 	todo := make([]int, len(b.failures))
 	for i := range todo {
@@ -213,13 +215,13 @@ func (b *batch) setResult(i int, failure *Error) {
 var notConfirmed = &Error{}
 
 // pipeline publishes the events todo on one connection, without waiting for each confirmation. It returns those that may be sent
-// again.
+// again. Without a connection these are all of todo: publish finds out why when it stores the first of them.
 func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	c := b.s.pick()
 	if len(todo) == 0 || c == nil {
 		return todo
 	}
-	sl, failure := c.newSlot(c.newInbox()+".", batchWindow+1) // one for what wakes it
+	sl, failure := c.newSlot(c.newInbox()+".", batchWindow+1) // the one is for the nil of wake
 	if failure != nil {
 		return todo
 	}
@@ -287,17 +289,18 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 // event that can't be decoded into T becomes one at once.
 //
 // An event whose handler died with its process is redelivered after 10 s, the ack wait. fn's ctx ends after [Deadline], or when
-// Stop's time is up, and an event whose handler Stop has cut short is redelivered. Such deliveries count as attempts. But an
-// event whose deliveries never came to an end is delivered up to three times beyond Attempts, before it becomes a dead letter
-// without another call of fn.
+// Stop's time is up, and an event whose handler Stop has cut short is redelivered. Such deliveries count as attempts, although
+// they ended without a result. Therefore an event may be delivered up to three times beyond Attempts. If none of these deliveries
+// has a result either, the event becomes a dead letter without another call of fn.
 //
-// Events are handled concurrently and in no order, unless [Concurrency] is 1. Subscribe does not block before [Service.Start];
-// after it, Subscribe also makes the consumer, for which it blocks for [WithTimeout] at most.
+// Events are handled concurrently, up to [Concurrency] at once in each instance, and in no order unless Concurrency is 1.
+// Subscribe does not block before [Service.Start]. After Start, Subscribe also makes the consumer, for which it blocks for
+// [WithTimeout] at most.
 //
 // Errors: [ErrInvalid] if pattern or an option is out of range, or if there is a subscription of that name; [ErrClosed] after
-// Stop. After Start, as otherwise from Start itself, also [ErrUnavailable] without JetStream or a connection; [ErrInvalid] if the
-// stream AEGIS_EVENTS or AEGIS_DEAD, or the consumer, exists but can't be used; [ErrDenied] if the server's permissions do not
-// allow it.
+// Stop. After Start, Subscribe also returns the errors of making the consumer, which otherwise Start returns: [ErrUnavailable]
+// without JetStream or a connection; [ErrTimeout] if JetStream does not answer; [ErrInvalid] if the stream AEGIS_EVENTS or
+// AEGIS_DEAD, or the consumer, exists but can't be used; [ErrDenied] if the server's permissions do not allow it.
 func Subscribe[T any](s *Service, pattern string, fn func(context.Context, Event[T]) error, opts ...HandlerOption) error {
 	if fn == nil {
 		return newError(ErrInvalid, "events %q: the function is nil", pattern)
@@ -354,7 +357,7 @@ func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
 	defer f.release()
 	r := f.newRequest(m, arrived)
 	switch {
-	case r == nil:
+	case r == nil: // newRequest has logged why
 	case strings.HasPrefix(m.Subject, redrivePrefix) && m.Subject != f.lanes[0].redrive: // it is for another consumer
 		f.acknowledge(m, ack)
 	case f.svc.draining.Load() || !f.admit(r):
@@ -384,7 +387,8 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 	}
 }
 
-// deadLetter stores an event as a dead letter, and only then acknowledges it.
+// deadLetter stores an event as a dead letter, and only then acknowledges it. If Stop's time is up before the dead letter is
+// stored, the event is redelivered.
 func (f *subscription) deadLetter(r *request, failure *Error, attempts int) {
 	how := nak
 	if f.storeDeadLetter(r, failure, attempts) {

@@ -21,7 +21,7 @@ import (
 // This file has the sender's side of commands: SendCommand, and the Job, which follows a command, waits for its outcome, or
 // cancels it.
 
-// A Priority says which of the waiting commands starts first.
+// A Priority says which of the waiting commands starts first. Critical is the most urgent one, then High, Normal and Low.
 type Priority int
 
 const (
@@ -42,7 +42,8 @@ var (
 //
 // With [IdempotencyKey], a command that is sent again, from anywhere, is executed once: the Job follows the existing execution,
 // or has its outcome, which is kept for a day. Without a key, each SendCommand is a command of its own. [AtPriority], [Retry] and
-// [Sticky] apply. A command that is sent again because its confirmation is missing is still the same command.
+// [Sticky] apply. A command that is sent again because its confirmation is missing is still the same command. SendCommand blocks
+// until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
 //
 // Errors: [ErrInvalid] for a name or an option that is out of range, for data that can't be encoded or is too large, and for a
 // key that was used with other data; [ErrUnimplemented] if instances of the service run and none handles the command; those of
@@ -70,7 +71,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if failure := s.completeHeader(header, data, "the command "+service+"."+command); failure != nil {
 		return failure
 	}
-	if len(copyHeader(header)) < len(header) {
+	if len(copyHeader(header)) < len(header) { // copyHeader has left out a header that can't be sent
 		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q",
 			service, command, slices.Collect(maps.Keys(header))))
 	}
@@ -79,7 +80,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	}
 	rec := &record{State: queued, Priority: *cfg.priority, Source: s.name, Digest: digest(header, data)}
 	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
-	if failure != nil && failure.Code == errConflict.Code && now == nil && revision > 0 { // somebody has deleted it
+	if failure != nil && failure.Code == errConflict.Code && now == nil && revision > 0 { // the record was deleted
 		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
 	}
 	switch {
@@ -90,16 +91,17 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	case now.State != queued:
 		return nil
 	}
-	// The record is new, or the one who made it may have stopped before queueing the command.
+	// The record is new, or its sender may have stopped before it queued the command.
 	failure = s.queueCommand(ctx, subject+suffixes[now.Priority], key, revision, header, data, buf, cfg)
-	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again, so let its record expire
+	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again, so make the record final, which expires
 		rec.State = canceled
 		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
 	}
 	return failure
 }
 
-// queueCommand publishes the message that makes a worker look at the record, which has this revision.
+// queueCommand stores the message that makes a worker look at the record. revision is that of the record; the message id contains
+// it, so that a command that is queued again later is not taken for a duplicate.
 func (s *Service) queueCommand(
 	ctx context.Context, subject, key string, revision uint64, header nats.Header, data []byte, buf *packer, cfg *callConfig,
 ) *Error {
@@ -141,9 +143,13 @@ func Attach[R any](s *Service, service, command, id string) *Job[R] {
 	return &Job[R]{ID: id, svc: s, service: service, command: command}
 }
 
-// Updates yields the command's present state and then each change, and ends with the final state. If changes follow each other
-// fast, some of them may be left out, but never the last one. An error ends Updates: [ErrTimeout] or [ErrCanceled] when ctx ends,
-// [ErrNotFound] if the command does not exist or its outcome is not kept any more, or [ErrClosed] after Stop.
+// Updates yields the command's present state and then each change, and ends with the final state. Between changes it blocks. If
+// changes follow each other fast, some of them may be left out, but never the last one. While there is no connection, Updates
+// goes on trying.
+//
+// An error ends Updates: [ErrTimeout] or [ErrCanceled] when ctx ends; [ErrNotFound] if the command does not exist or its outcome
+// is not kept any more; [ErrInvalid] if the name of the service or the command is out of range; [ErrDenied] if the server's
+// permissions do not allow it; [ErrClosed] after Stop.
 func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 	return func(yield func(Progress, error) bool) {
 		show := func(rec *record) bool { return yield(rec.progress(), nil) }
@@ -153,11 +159,11 @@ func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 	}
 }
 
-// Wait waits until the command is completed and returns its result. It blocks until then, or until ctx ends.
+// Wait waits until the command has its outcome, and returns the result. It blocks until then, or until ctx ends. While there is
+// no connection, Wait goes on trying.
 //
 // Errors: the handler's if the command failed; [ErrCanceled] if it was cancelled; [ErrInternal] if the result can't be decoded
-// into R; [ErrNotFound] if the command does not exist or its outcome is not kept any more; [ErrTimeout] or [ErrCanceled] when ctx
-// ends; [ErrClosed] after Stop.
+// into R; and those of [Job.Updates].
 func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	var last *record
 	failure := j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record) bool {
@@ -183,7 +189,8 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 }
 
 // Cancel cancels the command and returns when the server has stored that. A command that waits then never runs. If the command
-// runs, the ctx of its handler ends, and the handler's result is ignored. Cancelling a command again has no effect.
+// runs, the ctx of its handler ends, and the handler's result is ignored. Cancelling a command again has no effect. Cancel blocks
+// until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
 //
 // Errors: [ErrInvalid] if the command has completed or failed; [ErrNotFound] if it does not exist or its outcome is not kept any
 // more; and those of [Publish].
@@ -211,7 +218,7 @@ func (s *Service) cancelCommand(ctx context.Context, service, command, id string
 		next := *rec
 		next.State = canceled
 		if rec, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure == nil {
-			s.notify(cancelSubject(service), []byte(commandPrefix+key)) // if that is lost, the worker notices at its next check or write
+			s.notify(cancelSubject(service), []byte(commandPrefix+key)) // if this is lost, the worker notices at its next check or write
 			return nil
 		}
 	}
@@ -244,7 +251,7 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 	}
 }
 
-// followOnce passes the records of a key to show until that reports false. It fails when the connection is lost.
+// followOnce passes the records of a key to show until show reports false. It fails when the connection is lost.
 func (s *Service) followOnce(ctx context.Context, key string, show func(*record, uint64) (more bool)) *Error {
 	c := s.pick()
 	if c == nil {
@@ -256,8 +263,8 @@ func (s *Service) followOnce(ctx context.Context, key string, show func(*record,
 	}
 	defer c.endSlot(sl)
 	sl.drops, sl.since = c.drops.Load(), clock()
-	for interval := time.Second; ; interval = followInterval { // the record is read at intervals, in case an update was lost
-		rec, revision, failure := s.readRecord(ctx, c, key) // on c, so that the server has the slot's subscription before
+	for interval := time.Second; ; interval = followInterval { // reads the record at intervals, in case an update was lost
+		rec, revision, failure := s.readRecord(ctx, c, key) // on c, whose server has the slot's subscription by then
 		switch {
 		case failure != nil:
 			return failure

@@ -127,7 +127,8 @@ func (m *meter) begin() time.Duration {
 	return clock()
 }
 
-// handled counts the end of what begin has begun, and how long it took.
+// handled counts the end of a handler or a call that begin has counted, and how long it took. begin is the time that the method
+// begin returned. The request came from the service from, which is "" if the service is unknown.
 func (m *meter) handled(from string, begin time.Duration, failure *Error) {
 	took := clock() - begin
 	m.inFlight.Add(-1)
@@ -140,7 +141,8 @@ func (m *meter) handled(from string, begin time.Duration, failure *Error) {
 	m.ended(from, failure)
 }
 
-// ended counts a request of the service from, and its failure if it has one. It is called alone if no handler ran.
+// ended counts a request that has ended, and its failure if it has one, both in all and for the service that sent it, from. The
+// method handled calls it; others call it only if no handler ran.
 func (m *meter) ended(from string, failure *Error) {
 	if failure == nil {
 		m.succeeded.Add(1)
@@ -173,7 +175,7 @@ var bucketBounds = func() (bounds []time.Duration) {
 	return append(bounds, math.MaxInt64)
 }()
 
-// A reading is a snapshot of a meter.
+// A reading is what a meter shows at one moment. Its exported fields are also the Data of an endpoint in $SRV.STATS.
 type reading struct {
 	EndpointStats
 	Failed map[string]uint64 `json:"caller_errors,omitempty"` // errors by caller
@@ -249,7 +251,7 @@ func (r *reading) quantile(q float64) time.Duration {
 
 // Handler returns an HTTP handler that serves three paths:
 //
-//   - /metrics has the metrics in the text format of Prometheus.
+//   - /metrics has the metrics in the text format of Prometheus. It blocks as [Service.Stats] does.
 //   - /healthz is 200 until Stop has finished, then 503.
 //   - /readyz is 200 if the service is ready. It is 503 while there is no connection, while a health check fails, and while the
 //     service does not serve its handlers, because Start has not finished or Stop has begun.
@@ -372,7 +374,8 @@ func (s *Service) writeMetrics(w io.Writer) {
 	}
 }
 
-// A Dependency counts how often one service has called an endpoint of another, or published what that endpoint handles.
+// A Dependency counts how often one service has called an endpoint of another, or sent an event or a command that this endpoint
+// handles.
 type Dependency struct {
 	From, To, Endpoint string // the caller, the service called, and the name of its handler
 	Requests, Errors   uint64
@@ -405,7 +408,7 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 	if err := c.nc.PublishRequest(survey, sl.prefix, nil); err != nil {
 		return nil, newError(ErrUnavailable, "asking all services: %v", err)
 	}
-	sums := map[Dependency]Dependency{} // by the same without the counts
+	sums := map[Dependency]Dependency{} // by the Dependency without its counts
 	for failure == nil {
 		sl.wakeAt(clock() + silence)
 		select {

@@ -273,8 +273,7 @@ func FromStart() HandlerOption {
 // the next leader then.
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
-// onlyFor returns an option that onlyFor handlers of some kinds of messages can have; for others it sets misplaced. kinds names
-// them in words that contain their kind constants, as "events and commands" contains kindEvent. option is the option's text.
+// onlyFor returns an option that handlers of other kinds of messages can't have.
 func onlyFor(kinds, option string, set func(*handlerConfig)) HandlerOption {
 	return func(c *handlerConfig) {
 		if set(c); !strings.Contains(kinds, c.kind) {

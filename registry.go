@@ -41,7 +41,7 @@ type Instance struct {
 	Endpoints []Endpoint `json:"endpoints,omitempty"` // sorted by Kind, then by Name
 	Load      int        `json:"load"`                // the number of running handlers when the entry was written
 	Started   time.Time  `json:"started"`
-	Seen      time.Time  `json:"-"` // when the server stored the entry
+	Seen      time.Time  `json:"-"` // when the server stored the entry, by its clock
 }
 
 // An Endpoint is a handler of an [Instance].
@@ -61,17 +61,17 @@ const (
 	registryBucket = "aegis_registry"
 	registryPrefix = "$KV." + registryBucket + "."
 	markerTTL      = time.Hour   // how long the marker of an entry that was deleted or has expired stays in the bucket
-	lookupTimeout  = time.Second // of finding out the reason for a failure
+	lookupTimeout  = time.Second // for a lookup that only makes an error more exact: who leads, or why nobody responds
 )
 
 // A directory is the local copy of a service's entries.
 type directory struct {
 	*watch[Instance]
-	latest atomic.Pointer[snapshot] // nil before the first
+	latest atomic.Pointer[snapshot] // nil before the first snapshot is made
 }
 
-// A snapshot is what the entries of a directory say at one version of it. It is not changed, apart from its counters, which the
-// next snapshot takes over.
+// A snapshot is what the entries of a directory say at one version of the directory. Only its counters change, and the next
+// snapshot goes on with the same counters.
 type snapshot struct {
 	version   uint64
 	instances []Instance               // sorted by id
@@ -117,8 +117,8 @@ func (s *Service) Discover(ctx context.Context, service string) ([]Instance, err
 }
 
 // Watch yields the instances of a service as [Service.Discover] returns them. It yields them again whenever an instance comes or
-// goes, or when an instance's status, metadata or endpoints change. The loop ends when ctx ends. It ends with an error, one of
-// Discover's, if the first list can't be had or this service is stopped.
+// goes, or when an instance's status, metadata or endpoints change. Between changes Watch blocks. The loop ends without an error
+// when ctx ends. It ends with one of the errors of Discover if the first list can't be had, or when this service is stopped.
 func (s *Service) Watch(ctx context.Context, service string) iter.Seq2[[]Instance, error] {
 	return func(yield func([]Instance, error) bool) {
 		var last []Instance // nil before the first list
@@ -195,7 +195,8 @@ func (d *directory) snapshot() *snapshot {
 	return now
 }
 
-// requestAny sends a call to an instance that the strategy chooses. If that instance no longer listens, it tries the next one.
+// requestAny sends a call to an instance that the strategy chooses. If that instance no longer listens, requestAny lets the
+// strategy choose among the others. If none is left, it sends the call to the subject that all instances share.
 func (s *Service) requestAny(ctx context.Context, x *exchange, service string, strategy Strategy) (*nats.Msg, *Error) {
 	d, failure := s.discover(ctx, service)
 	if failure != nil {
@@ -260,7 +261,7 @@ func (s *Service) explainNoResponders(ctx context.Context, x *exchange, service,
 func (s *Service) unhandled(ctx context.Context, service, subject string) bool {
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
-	if s.directories.all()[service] == nil {
+	if !s.directories.has(service) {
 		if _, failure := s.info(ctx, service); failure != nil {
 			return false
 		}
@@ -273,8 +274,8 @@ func (s *Service) unhandled(ctx context.Context, service, subject string) bool {
 	return len(now.instances) > 0 && now.routes[subject] == nil
 }
 
-// info asks any instance of a service, or the one in "<service>.<instance>", for its $SRV.INFO. If that was denied, it does not
-// ask again for a minute, because both this service and the server log each denial.
+// info asks an instance for its $SRV.INFO. asked is "<service>" for any instance of it, or "<service>.<instance>". If the server
+// has denied the request, info does not ask again for a minute, because both this service and the server log each denial.
 func (s *Service) info(ctx context.Context, asked string) (*micro.Info, *Error) {
 	x := &exchange{subject: "$SRV.INFO." + asked}
 	if denied := s.denials.since(clock()-time.Minute, toPublish+x.subject); denied != nil {
@@ -292,7 +293,7 @@ func (s *Service) info(ctx context.Context, asked string) (*micro.Info, *Error) 
 }
 
 // checkHealth starts all health checks. A check that is still running from an earlier time counts as failed at once, and is not
-// started again. The channel is closed when all checks that were started have returned.
+// started again. The channel that checkHealth returns is closed when all checks that it started have returned.
 func (s *Service) checkHealth() <-chan struct{} {
 	var all sync.WaitGroup
 	for _, h := range s.cfg.healthChecks {
@@ -322,7 +323,8 @@ func (s *Service) checkHealth() <-chan struct{} {
 	return closedAfter(all.Wait)
 }
 
-// updateHealth derives the health of the instance from its checks. If the health has changed, it tells those who depend on it.
+// updateHealth derives the health of the instance from its checks. If the health has changed, it tells the candidates, the
+// endpoints and the heartbeats.
 func (s *Service) updateHealth() {
 	s.healthMu.Lock()
 	defer s.healthMu.Unlock()
@@ -399,7 +401,7 @@ func (s *Service) writeEntry(ctx context.Context, verb string) *Error {
 }
 
 // register writes the entry of this instance and starts the heartbeats, which go on until deregister. If there is no JetStream,
-// or the server can't be reached, only the heartbeats go on trying, and register returns nil.
+// or the server can't be reached, register returns nil all the same, and the heartbeats go on trying.
 func (s *Service) register(ctx context.Context) *Error {
 	s.mu.Lock()
 	if s.state == stopping {
@@ -424,8 +426,9 @@ func (s *Service) register(ctx context.Context) *Error {
 	return nil
 }
 
-// sendHeartbeats writes the entry with each heartbeat, and when it changes, until deregister. It starts with the failure of the
-// first write, which register has made.
+// sendHeartbeats writes the entry with each heartbeat, and when the entry changes, until deregister. failure is the result of the
+// first write, which register has made. After a timeout it tries again in a second, because the servers may only be electing a
+// leader.
 func (s *Service) sendHeartbeats(failure *Error) {
 	defer s.heartbeating.Done()
 	tick := time.NewTicker(s.cfg.heartbeat)
@@ -457,7 +460,7 @@ func (s *Service) deregister(ctx context.Context) {
 	s.mu.Unlock()
 	s.endHeartbeats()
 	select {
-	case <-closedAfter(s.heartbeating.Wait): // a heartbeat may be in flight; it ends with base at the latest
+	case <-closedAfter(s.heartbeating.Wait): // a heartbeat may be in flight; it ends at the latest when base does
 	case <-ctx.Done():
 	}
 	if known {
@@ -494,7 +497,7 @@ func (s *Service) answerSurvey(m *nats.Msg) {
 	}
 	data, _ := json.Marshal(answer) // can't fail, because it is strings and numbers
 	err := m.Respond(data)
-	if st, ok := answer.(micro.Stats); ok && errors.Is(err, nats.ErrMaxPayload) { // answer at least what every NATS service does
+	if st, ok := answer.(micro.Stats); ok && errors.Is(err, nats.ErrMaxPayload) { // leave out what only aegis adds
 		for _, e := range st.Endpoints {
 			e.Data = nil
 		}
