@@ -197,8 +197,8 @@ func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 //
 // Errors: [ErrClosed] after Stop; [ErrInvalid] if the service was started already, or a stream, bucket or consumer that exists
 // can't be used; [ErrUnavailable] if the server can't be reached, or has no JetStream and a handler needs it; [ErrDenied] if the
-// server's permissions do not allow what the service does. Without JetStream an instance serves plain RPC, but is not in the
-// registry.
+// server's permissions do not allow what the service does; [ErrTimeout] or [ErrCanceled] if ctx ends before. Without JetStream an
+// instance serves plain RPC, but is not in the registry.
 func (s *Service) Start(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state != created {

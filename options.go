@@ -273,7 +273,8 @@ func FromStart() HandlerOption {
 // the next leader then.
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
-// onlyFor returns an option that handlers of other kinds of messages can't have.
+// onlyFor returns an option that only handlers of some kinds of messages can have; for others it sets misplaced. kinds names them
+// in words that contain their constants, as "events and commands" contains kindEvent. option is the option's text.
 func onlyFor(kinds, option string, set func(*handlerConfig)) HandlerOption {
 	return func(c *handlerConfig) {
 		if set(c); !strings.Contains(kinds, c.kind) {
