@@ -683,7 +683,7 @@ func TestStopWithoutTimeInCluster(t *testing.T) {
 	t.Parallel()
 	servers := startCluster(t, 3)
 	publisher := newService(t, servers[0], "shop")
-	publish(t, publisher, "price", "changed", 0) // makes the stream
+	publish(t, publisher, "price", "changed", 0, aegis.Sticky()) // makes the stream, which takes a moment in a new cluster
 	first := newService(t, servers[1], "risk")
 	subscribe(t, first, "order.*", into(&journal[int]{}))
 	start(t, first)
@@ -693,7 +693,7 @@ func TestStopWithoutTimeInCluster(t *testing.T) {
 	go func() { stopped <- first.Stop(ctx) }()
 	<-ctx.Done()
 	for i := range 3 {
-		publish(t, publisher, "order", "created", i)
+		publish(t, publisher, "order", "created", i, aegis.Sticky())
 	}
 	<-stopped // with or without an error: no handler ran
 	second := newService(t, servers[2], "risk")
