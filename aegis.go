@@ -120,6 +120,7 @@ type Service struct {
 	ready      atomic.Bool    // whether Start has succeeded
 	draining   atomic.Bool    // set when Stop's time is up: messages that no handler has begun are refused or given back
 	requeueing atomic.Int32   // commands that are being queued again
+	closed     atomic.Bool    // the connections are being closed, or were
 	done       chan struct{}  // closed at the end of Stop
 
 	mu              sync.Mutex // guards the rest
@@ -281,18 +282,18 @@ func (s *Service) Run(ctx context.Context) error {
 }
 
 const (
-	cancelGrace   = 200 * time.Millisecond // for handlers to return after Stop has cancelled their ctx, and for Stop's last steps
-	returnTimeout = 5 * time.Second        // for queueing again the commands whose handlers have returned by then
+	cancelGrace   = 200 * time.Millisecond // for the next handler to return after Stop has cancelled all, and for Stop's last steps
+	returnTimeout = 5 * time.Second        // for all of them to return, and for their commands to be queued again
 )
 
 // Stop stops serving. It takes no more requests, waits until those that have arrived are answered, releases the leadership,
 // leaves the registry, and closes the connections. Calls of this service that still wait for an answer then fail with
 // [ErrClosed]. The functions of [Service.Lead] have their ctx cancelled when Stop begins.
 //
-// When ctx ends before that, requests that have not begun are refused, and the ctx of the handlers that run is cancelled. Stop
-// gives these handlers 0.2 s to return, and returns [ErrTimeout] even if they do. Events and commands whose handlers return
-// within that time are given back to the server, which may take Stop up to 5 s more. If the server can't be reached, Stop closes
-// what is local and returns [ErrUnavailable]. A second Stop waits for the first one and returns nil.
+// When ctx ends before that, requests that have not begun are refused, and the ctx of the handlers that run is cancelled. Stop goes
+// on as long as handlers return, for 5 s at most, and gives their events and commands back to the server. When no handler has
+// returned for 0.2 s, Stop leaves the rest behind. It returns [ErrTimeout] if handlers were running when ctx ended. If the server
+// can't be reached, Stop closes what is local and returns [ErrUnavailable]. A second Stop waits for the first one and returns nil.
 func (s *Service) Stop(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state == stopping {
@@ -329,20 +330,20 @@ func (s *Service) Stop(ctx context.Context) error {
 	select {
 	case <-finished:
 	case <-ctx.Done():
-		running := int(s.leading.Load())
-		for _, e := range endpoints {
-			running += e.running()
-		}
+		running := s.runningHandlers(endpoints)
 		if running > 0 {
 			late = newError(ErrTimeout, "Stop: %v with %d handlers running; their ctx has ended", ctx.Err(), running)
 		}
 		s.draining.Store(true)
 		s.cancel()
-		select {
-		case <-finished:
-		case <-time.After(cancelGrace):
-			for end := clock() + returnTimeout; s.requeueing.Load() > 0 && clock() < end; {
-				time.Sleep(time.Millisecond)
+		// Handlers that heed their ctx have time as long as others of them return.
+		for end, before := clock()+returnTimeout, -1; clock() < end && (running != before || s.requeueing.Load() > 0); {
+			before = running
+			select {
+			case <-finished:
+				end = 0
+			case <-time.After(cancelGrace):
+				running = s.runningHandlers(endpoints)
 			}
 		}
 		var cancel context.CancelFunc
@@ -359,6 +360,7 @@ func (s *Service) Stop(ctx context.Context) error {
 // close ends every handler's ctx and all calls, and closes the connections. It waits for that no longer than cancelGrace, because
 // nats.go closes a connection that is just trying to reconnect only when its connect timeout is over.
 func (s *Service) close() {
+	s.closed.Store(true)
 	s.cancel()
 	var closing sync.WaitGroup
 	for _, c := range s.conns {
@@ -376,6 +378,15 @@ func (s *Service) close() {
 	case <-closed:
 	case <-time.After(cancelGrace):
 	}
+}
+
+// runningHandlers returns how many handlers run, and functions of Lead.
+func (s *Service) runningHandlers(endpoints []*endpoint) int {
+	running := int(s.leading.Load())
+	for _, e := range endpoints {
+		running += e.running()
+	}
+	return running
 }
 
 // startTask runs fn, which has to end when base does, on a goroutine that Stop waits for. It reports false if Stop has begun.

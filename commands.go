@@ -98,6 +98,7 @@ type record struct {
 	Failures int       `json:"failures,omitempty"` // attempts that failed
 	Crashes  int       `json:"crashes,omitempty"`  // attempts that ended without a result
 	Owner    string    `json:"owner,omitempty"`    // the instance that has claimed it
+	Delivery int       `json:"delivery,omitempty"` // the number of the delivery of that message by which it was claimed last
 	Wake     uint64    `json:"wake,omitempty"`     // the stream sequence of the message that led to the claim
 	Nonce    string    `json:"nonce"`              // makes each change unique, so that compareAndSwap recognizes its own
 	Result   []byte    `json:"result,omitempty"`
@@ -309,8 +310,13 @@ func (x *run) claim() bool {
 			src.acknowledge(x.r.in, ack)
 			return false
 		}
+		delivery := x.r.delivery.attempt
+		mine := rec.State == running && rec.Owner == src.owner && rec.Delivery == delivery
+		if rec.Wake == sequence && delivery <= rec.Delivery && !mine {
+			return false // this delivery was held up, and a later one has claimed the command since
+		}
 		x.rec, x.revision = *rec, revision
-		if rec.State == running && rec.Owner == src.owner { // it was claimed just now, but the confirmation was lost
+		if mine { // it was claimed just now, but the confirmation was lost
 			x.rec.Attempt--
 		} else if rec.State == running { // the instance that has claimed it has crashed, or lost the connection
 			x.rec.Crashes++
@@ -327,7 +333,7 @@ func (x *run) claim() bool {
 			return false
 		}
 		x.last = rec.progress()
-		x.rec.State, x.rec.Owner, x.rec.Wake = running, src.owner, sequence
+		x.rec.State, x.rec.Owner, x.rec.Wake, x.rec.Delivery = running, src.owner, sequence, delivery
 		x.rec.Attempt++
 		rec, revision, failure = src.svc.writeRecord(ctx, x.key, &x.rec, revision, callConfigs[kindCommand])
 		if failure == nil {

@@ -323,6 +323,50 @@ func TestCommandWhoseHandlerIgnoresStop(t *testing.T) {
 	}
 }
 
+// A delivery that is held up for longer than the ack wait must not take the command away from the instance that handles it by then.
+func TestDelayedDeliveryDoesNotTakeOver(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	link := startProxy(t, srv)
+	client := newService(t, srv, "shop")
+	var runs journal[string]
+	release := make(chan struct{})
+	instance := func(name string, opts ...aegis.Option) {
+		svc := newService(t, srv, "risk", opts...)
+		handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[string]) (string, error) {
+			runs.add(name + " runs " + c.Data)
+			if c.Data == "second" {
+				return name, nil
+			}
+			select {
+			case <-release:
+				return name, nil
+			case <-ctx.Done():
+				return "", ctx.Err()
+			}
+		}, aegis.Concurrency(1))
+		start(t, svc)
+	}
+	instance("slow", aegis.WithURL("nats://"+link.address))
+	shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second)
+	link.hold(toClient) // what is delivered now arrives late
+	first := send[string, string](t, client, "risk", "work", "first")
+	instance("fast")
+	runs.wait(t, 1)
+	link.heal()
+	second := send[string, string](t, client, "risk", "work", "second") // for the slow one, because the other is busy
+	if r := wait(t, second); r != "slow" {
+		t.Errorf("the %s instance handled the second command", r)
+	}
+	close(release)
+	if r := wait(t, first); r != "fast" {
+		t.Errorf("the %s instance handled the first command", r)
+	}
+	if got, want := runs.all(), []string{"fast runs first", "slow runs second"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
 // Both the sender and the worker of a command survive a restart of the server.
 func TestCommandSurvivesServerRestart(t *testing.T) {
 	t.Parallel()

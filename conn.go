@@ -164,7 +164,7 @@ func (s *Service) pickOther(c *conn) *conn {
 
 // disconnectedError returns the error of a call when no connection is up.
 func (s *Service) disconnectedError() *Error {
-	if s.base.Err() != nil {
+	if s.closed.Load() {
 		return notRun(s.closedError())
 	}
 	return notRun(newError(ErrUnavailable, "no connection to %s", redacted(s.cfg.urls)))
@@ -350,7 +350,7 @@ func (s *Service) answerLost(c *conn, sl *slot, subject string) *Error {
 		return denied
 	}
 	switch {
-	case s.base.Err() != nil:
+	case s.closed.Load():
 		return s.closedError()
 	case c.drops.Load() != sl.drops:
 		return newError(ErrUnavailable, "the connection was lost")

@@ -244,7 +244,7 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 		case failure == nil || failure != errDropped && !retryable(failure):
 			return failure
 		case s.base.Err() != nil:
-			return s.disconnectedError()
+			return notRun(s.closedError())
 		case !sleep(ctx, backoff(n, 10*time.Millisecond, time.Second)):
 			return asError(ctx.Err())
 		}
