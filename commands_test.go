@@ -347,8 +347,22 @@ func TestDelayedDeliveryDoesNotTakeOver(t *testing.T) {
 		}, aegis.Concurrency(1))
 		start(t, svc)
 	}
-	instance("slow", aegis.WithURL("nats://"+link.address))
+	maker := newService(t, srv, "risk") // makes the consumers, so that the others know the short ack wait
+	handleCommand(t, maker, "work", func(context.Context, *aegis.Command[string]) (string, error) { return "", nil })
+	start(t, maker)
+	if err := maker.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	shortenAckWait(t, srv, "AEGIS_COMMANDS", time.Second)
+	instance("slow", aegis.WithURL("nats://"+link.address))
+	if _, err := client.Discover(t.Context(), "risk"); err != nil { // so that send need not ask the slow instance
+		t.Fatal(err)
+	}
+	js := manage(t, srv)
+	eventually(t, "the slow instance has asked for the next command", func() bool {
+		c, err := js.Consumer(t.Context(), "AEGIS_COMMANDS", "risk~work")
+		return err == nil && c.CachedInfo().NumWaiting > 0
+	})
 	link.hold(toClient) // what is delivered now arrives late
 	first := send[string, string](t, client, "risk", "work", "first")
 	instance("fast")

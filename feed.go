@@ -288,9 +288,9 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 			return true
 		}
 		l.parked.Store(true)
-		next := l.pull(1, false)
+		next, begin := l.pull(1, false), clock()
 		f.fetching.Go(func() {
-			f.pullFrom(ctx, l, next, func(m *nats.Msg) { f.accept(l, m) })
+			f.pullFrom(ctx, l, next, func(m *nats.Msg) { f.accept(l, m, begin) })
 			l.parked.Store(false)
 			signal(f.wake)
 		})
@@ -301,10 +301,14 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 
 // accept takes a command from a parked lane. The command does not count in claimed yet. accept gives it back if there is no room
 // for it, or if something more urgent may be waiting, because a more urgent lane is not parked any more.
-func (f *feed) accept(from *lane, m *nats.Msg) {
+// m was asked for at the time begin: if that is longer ago than the ack wait, m may have been delivered to another instance since,
+// which a nak would disturb.
+func (f *feed) accept(from *lane, m *nats.Msg, begin time.Duration) {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
 	if urgent || f.claim(1) == 0 {
-		f.acknowledge(m, nak)
+		if clock()-begin < time.Duration(f.ackWait.Load()) {
+			f.acknowledge(m, nak)
+		}
 		return
 	}
 	f.queue <- m
