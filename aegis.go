@@ -1,5 +1,6 @@
-// Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors and retries; durable
-// events on JetStream, with dead letters; tracked commands, with one outcome each; leader election and discovery; metrics.
+// Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors and retries;
+// durable events on JetStream, with dead letters; tracked commands, with one outcome each; leader election and discovery;
+// metrics.
 //
 // # Usage
 //
@@ -22,8 +23,8 @@
 //
 // # Delivery
 //
-// A call runs at most once. A request that may have run is never sent again by itself: [Retry] and [Sticky] resend a request only
-// after an [Error] with NotRun, which says that the request certainly did not reach a handler. [Idempotent] lifts that
+// A call runs at most once. A request that may have run is never sent again by itself: [Retry] and [Sticky] resend a request
+// only after an [Error] with NotRun, which says that the request certainly did not reach a handler. [Idempotent] lifts that
 // restriction. Every request that arrives is answered, with an error if need be, unless its caller has stopped waiting.
 //
 // An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored the
@@ -44,16 +45,16 @@
 //
 // # Shutdown
 //
-// [Service.Stop] takes no more work, lets running handlers finish, gives back to the server the events and commands that there is
-// no time for, hands over the leadership, leaves the registry, and closes the connections. The only goroutines that it may leave
-// behind are those of handlers that ignore their ctx.
+// [Service.Stop] takes no more work, lets running handlers finish, gives back to the server the events and commands that there
+// is no time for, hands over the leadership, leaves the registry, and closes the connections. The only goroutines that it may
+// leave behind are those of handlers that ignore their ctx.
 //
 // # Observation
 //
 // [Service.Stats] counts the results of every request, event, command and call. [Service.Handler] serves these figures to
-// Prometheus, beside health probes. Started services answer the nats tool (nats micro ls, info, stats, ping). Each log line about
-// a message has its correlation id, which [CorrelationID] returns for the handler's own logs. The W3C trace context of a message
-// is passed on to everything that its handler sends.
+// Prometheus, beside health probes. Started services answer the nats tool (nats micro ls, info, stats, ping). Each log line
+// about a message has its correlation id, which [CorrelationID] returns for the handler's own logs. The W3C trace context of a
+// message is passed on to everything that its handler sends.
 package aegis
 
 import (
@@ -190,16 +191,16 @@ func (s *Service) ID() string { return s.id }
 // Conn returns a connection of the pool, for what aegis does not do. The service goes on using it: don't close or drain it.
 func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 
-// Start begins to serve. It runs the health checks once, makes the streams, buckets and consumers that the handlers need and that
-// do not exist, subscribes, and enters the instance into the registry. When it returns, the servers of all connections know the
-// handlers; more handlers may be added later. An instance with [Exclusive] handlers then campaigns for the leadership. If nobody
-// has led the service before, the first leader is elected after the Lease of its policy ([WithFailover]). A service whose Start
-// failed can only be stopped.
+// Start begins to serve. It runs the health checks once, makes the streams, buckets and consumers that the handlers need and
+// that do not exist, subscribes, and enters the instance into the registry. When it returns, the servers of all connections
+// know the handlers; more handlers may be added later. An instance with [Exclusive] handlers then campaigns for the leadership.
+// If nobody has led the service before, the first leader is elected after the Lease of its policy ([WithFailover]). A service
+// whose Start failed can only be stopped.
 //
 // Errors: [ErrClosed] after Stop; [ErrInvalid] if the service was started already, or a stream, bucket or consumer that exists
-// can't be used; [ErrUnavailable] if the server can't be reached, or has no JetStream and a handler needs it; [ErrDenied] if the
-// server's permissions do not allow what the service does; [ErrTimeout] or [ErrCanceled] if ctx ends before. Without JetStream an
-// instance serves plain RPC, but is not in the registry.
+// can't be used; [ErrUnavailable] if the server can't be reached, or has no JetStream and a handler needs it; [ErrDenied] if
+// the server's permissions do not allow what the service does; [ErrTimeout] or [ErrCanceled] if ctx ends before. Without
+// JetStream an instance serves plain RPC, but is not in the registry.
 func (s *Service) Start(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state != created {
@@ -240,8 +241,8 @@ func (s *Service) Start(ctx context.Context) error {
 	return nil
 }
 
-// subscribeOwn subscribes to the messages that are not meant for a handler: cancellations, and the surveys of the nats tool. All
-// connections of the instance form one queue group, so that each message reaches the instance once.
+// subscribeOwn subscribes to the messages that are not meant for a handler: cancellations, and the surveys of the nats tool.
+// All connections of the instance form one queue group, so that each message reaches the instance once.
 func (s *Service) subscribeOwn() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -290,10 +291,11 @@ const (
 // leaves the registry, and closes the connections. Calls of this service that still wait for an answer then fail with
 // [ErrClosed]. The functions of [Service.Lead] have their ctx cancelled when Stop begins.
 //
-// When ctx ends before that, requests that have not begun are refused, and the ctx of the handlers that run is cancelled. Stop goes
-// on as long as handlers return, for 5 s at most, and gives their events and commands back to the server. When no handler has
-// returned for 0.2 s, Stop leaves the rest behind. It returns [ErrTimeout] if handlers were running when ctx ended. If the server
-// can't be reached, Stop closes what is local and returns [ErrUnavailable]. A second Stop waits for the first one and returns nil.
+// When ctx ends before that, requests that have not begun are refused, and the ctx of the handlers that run is cancelled. Stop
+// goes on as long as handlers return, for 5 s at most, and gives their events and commands back to the server. When no handler
+// has returned for 0.2 s, Stop leaves the rest behind. It returns [ErrTimeout] if handlers were running when ctx ended. If the
+// server can't be reached, Stop closes what is local and returns [ErrUnavailable]. A second Stop waits for the first one and
+// returns nil.
 func (s *Service) Stop(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state == stopping {
@@ -357,8 +359,8 @@ func (s *Service) Stop(ctx context.Context) error {
 	return errors.Join(late, lost)
 }
 
-// close ends every handler's ctx and all calls, and closes the connections. It waits for that no longer than cancelGrace, because
-// nats.go closes a connection that is just trying to reconnect only when its connect timeout is over.
+// close ends every handler's ctx and all calls, and closes the connections. It waits for that no longer than cancelGrace,
+// because nats.go closes a connection that is just trying to reconnect only when its connect timeout is over.
 func (s *Service) close() {
 	s.closed.Store(true)
 	s.cancel()

@@ -131,7 +131,8 @@ func (f *feed) share(on bool) error {
 	return nil
 }
 
-// openConsumers makes the consumers that do not exist. Of the others it learns the settings, which the operator may have changed.
+// openConsumers makes the consumers that do not exist. Of the others it learns the settings, which the operator may have
+// changed.
 func (f *feed) openConsumers(ctx context.Context) *Error {
 	var subjects []string
 	for _, l := range f.lanes {
@@ -208,8 +209,8 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 	return nil
 }
 
-// fetch asks for messages until ctx ends. It waits for wake when it may not ask, and when all lanes are parked. After a failure,
-// and at each checkInterval, it checks the consumers.
+// fetch asks for messages until ctx ends. It waits for wake when it may not ask, and when all lanes are parked. After a
+// failure, and at each checkInterval, it checks the consumers.
 func (f *feed) fetch(ctx context.Context) {
 	looked, trouble := clock(), 0
 	for ctx.Err() == nil {
@@ -244,8 +245,8 @@ func (f *feed) fetch(ctx context.Context) {
 	}
 }
 
-// worthAsking reports whether to ask for more, if free is the number of messages that may be asked for. As long as messages wait
-// in the queue, fetch does not ask for single ones, but for an eighth of the limit or more.
+// worthAsking reports whether to ask for more, if free is the number of messages that may be asked for. As long as messages
+// wait in the queue, fetch does not ask for single ones, but for an eighth of the limit or more.
 func (f *feed) worthAsking(free int64) bool {
 	return free > 0 && (free >= int64(f.limit)/8 || len(f.queue) == 0)
 }
@@ -299,10 +300,10 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 	return false
 }
 
-// accept takes a command from a parked lane. The command does not count in claimed yet. accept gives it back if there is no room
-// for it, or if something more urgent may be waiting, because a more urgent lane is not parked any more.
-// m was asked for at the time begin: if that is longer ago than the ack wait, m may have been delivered to another instance since,
-// which a nak would disturb.
+// accept takes a command from a parked lane. The command does not count in claimed yet. accept gives it back if there is no
+// room for it, or if something more urgent may be waiting, because a more urgent lane is not parked any more. m was asked for
+// at the time begin: if that is longer ago than the ack wait, m may have been delivered to another instance since, which a nak
+// would disturb.
 func (f *feed) accept(from *lane, m *nats.Msg, begin time.Duration) {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
 	if urgent || f.claim(1) == 0 {
@@ -327,8 +328,8 @@ func (f *feed) claim(n int64) int64 {
 	}
 }
 
-// A pullRequest asks a consumer for messages: with NoWait for those that are there now, otherwise also for those that come before
-// the request expires.
+// A pullRequest asks a consumer for messages: with NoWait for those that are there now, otherwise also for those that come
+// before the request expires.
 type pullRequest struct {
 	Batch   int64         `json:"batch"`
 	Expires time.Duration `json:"expires,omitempty"`
