@@ -123,6 +123,106 @@ func BenchmarkCall(b *testing.B) {
 	}
 }
 
+// BenchmarkCodec encodes and decodes a struct of five fields. The baselines do the same with msgpack v5 as it comes, and with
+// encoding/json. ns/op is the time of aegis; x-msgpack and x-json are that time divided by the time of the baseline. The type
+// money has a MarshalJSON, so that MsgPack sends it as JSON.
+func BenchmarkCodec(b *testing.B) {
+	trade := benchTrade{"ACC-1234", "AAPL", 100, 187.25, true}
+	raw := rawTrade(trade)
+	paid := payment{"ACC-1234", "AAPL", 100, money{18725}, true}
+	packed, _ := aegis.MsgPack.Marshal(&trade)
+	text, _ := json.Marshal(&trade)
+	paidText, _ := json.Marshal(&paid)
+	check := func(err error) {
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	encode := func(marshal func(any) ([]byte, error), v any) func() {
+		return func() {
+			_, err := marshal(v)
+			check(err)
+		}
+	}
+	decodeTrade := func(unmarshal func([]byte, any) error, data []byte) func() {
+		return func() {
+			var t benchTrade
+			check(unmarshal(data, &t))
+		}
+	}
+	decodeRaw := func() {
+		var t rawTrade
+		check(msgpack.Unmarshal(packed, &t))
+	}
+	decodePayment := func(unmarshal func([]byte, any) error) func() {
+		return func() {
+			var p payment
+			check(unmarshal(paidText, &p))
+		}
+	}
+	m, j := aegis.MsgPack, aegis.JSON
+	for _, bench := range []struct {
+		name                 string
+		aegis, msgpack, json func() // msgpack is nil if it can't carry the value
+	}{
+		{"encode", encode(m.Marshal, &trade), encode(msgpack.Marshal, &raw), encode(json.Marshal, &trade)},
+		{"decode", decodeTrade(m.Unmarshal, packed), decodeRaw, decodeTrade(json.Unmarshal, text)},
+		{"encode/json", encode(j.Marshal, &trade), nil, encode(json.Marshal, &trade)},
+		{"decode/json", decodeTrade(j.Unmarshal, text), nil, decodeTrade(json.Unmarshal, text)},
+		{"encode/money", encode(m.Marshal, &paid), nil, encode(json.Marshal, &paid)},
+		{"decode/money", decodePayment(m.Unmarshal), nil, decodePayment(json.Unmarshal)},
+	} {
+		b.Run(bench.name, func(b *testing.B) {
+			var times [3][]float64
+			for n := 0; n < b.N || n == 0; n += 1000 { // alternating turns
+				for i, run := range []func(){bench.aegis, bench.msgpack, bench.json} {
+					if run == nil {
+						continue
+					}
+					begin := time.Now()
+					for range 1000 {
+						run()
+					}
+					times[i] = append(times[i], float64(time.Since(begin))/1000)
+				}
+			}
+			value := func(f float64) float64 { return f }
+			own := median(times[0], value)
+			b.ReportMetric(own, "ns/op")
+			for i, unit := range []string{"x-msgpack", "x-json"} {
+				if times[i+1] != nil {
+					b.ReportMetric(own/median(times[i+1], value), unit)
+				}
+			}
+		})
+	}
+}
+
+// A payment is a trade whose price only encoding/json can express.
+type payment struct {
+	Account  string `json:"account"`
+	Symbol   string `json:"symbol"`
+	Quantity int64  `json:"quantity"`
+	Price    money  `json:"price"`
+	Buy      bool   `json:"buy"`
+}
+
+// money has unexported fields, and JSON as its only form on the wire.
+type money struct{ cents int64 }
+
+func (m money) MarshalJSON() ([]byte, error) {
+	return fmt.Appendf(nil, `"%d.%02d"`, m.cents/100, m.cents%100), nil
+}
+
+func (m *money) UnmarshalJSON(data []byte) error {
+	var units, cents int64
+	if _, err := fmt.Sscanf(string(data), `"%d.%d"`, &units, &cents); err != nil {
+		return err
+	}
+	m.cents = units*100 + cents
+	return nil
+}
+
 // BenchmarkMetrics makes calls from 256 callers and reports, from a CPU profile, which share of all CPU time is spent on metrics:
 // on the caller's side and on the handler's, including the readings of the clock. The baseline is the rest of the same calls.
 func BenchmarkMetrics(b *testing.B) {

@@ -2,10 +2,11 @@ package aegis
 
 import (
 	"bytes"
-	"encoding/binary"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"strings"
 	"sync"
 
@@ -13,13 +14,12 @@ import (
 	"github.com/vmihailenco/msgpack/v5"
 )
 
-// This file has the two codecs, the detection of a received payload's format, and the check that keeps a hostile MessagePack
-// payload from costing more memory or stack than its size justifies.
+// This file has the two codecs, Raw, and the detection of a received payload's format.
 
 // A Codec encodes values as payloads and decodes payloads. Its methods must be safe for concurrent use.
 //
 // ContentType returns the MIME type of the codec's payloads, which must differ from those of [MsgPack] and [JSON]. A message has
-// it in the header Content-Type if the format can't be detected from the first byte of the payload.
+// it in the header Content-Type, unless receivers can detect the format from the first byte of the payload.
 type Codec interface {
 	Marshal(v any) ([]byte, error)
 	Unmarshal(data []byte, v any) error
@@ -28,10 +28,36 @@ type Codec interface {
 
 // The codecs that every service understands, whichever it uses to send.
 //
-// Both take the names of fields from the `json` struct tag. MsgPack is the default because it is smaller and faster. Before it
-// decodes anything, it rejects a payload that ends in the middle of a value, has bytes left over, is nested deeper than 128
-// levels, or declares more elements than it has bytes. Therefore decoding allocates at most a small multiple of the size of the
-// payload times the size of the largest element of the target type.
+// JSON is encoding/json. MsgPack, the default, is smaller and faster, and follows the rules of encoding/json: what is sent arrives
+// as it would in JSON, or there is an error. It takes the names and options of fields from the `json` struct tag.
+//
+//	Go type                                                  sent as
+//	bool, numbers, string, struct, slice, array, map         MessagePack
+//	[]byte, [n]byte                                          MessagePack, as binary data
+//	time.Time                                                MessagePack, as a timestamp: the instant, without its zone
+//	a struct with MarshalBinary and UnmarshalBinary, and     MessagePack, as binary data
+//	  no other method for a format
+//	a type with methods for JSON or text (MarshalJSON,       JSON
+//	  UnmarshalText, ...), or for MessagePack
+//	a struct with the options omitzero or string, with an    JSON
+//	  omitempty that msgpack v5 reads differently, with
+//	  msgpack tags or odd names, or with embedded pointers
+//	  or embedded structs that have a name of their own
+//	a type that contains one of these                        JSON
+//	any                                                      what its value needs
+//	a value nested deeper than 128 levels                    JSON
+//
+// Unmarshal of MsgPack decodes both. A value in an any arrives as nil, a bool, a string, an int64 (a uint64 above its range), a
+// float64, a []byte, a [time.Time], a []any or a map[string]any. If it is sent as JSON, every number is a float64.
+//
+// MessagePack carries some values that JSON can't: NaN, infinities, strings that are not valid UTF-8, and maps whose keys are
+// floats or booleans. What else differs: a time keeps its instant but not its zone; the names of fields have to match exactly; an
+// array has to have the length of the target; and a float32 that arrives as a float64 keeps its exact value.
+//
+// Unmarshal of MsgPack fails if the payload ends in the middle of a value, has bytes left over, is nested deeper than 128 levels,
+// or declares more elements than it has bytes. Therefore decoding allocates at most a small multiple of the size of the payload
+// times the size of the largest element of the target type. It also fails if a value does not fit its target: a number that is
+// out of range, an array instead of a struct, binary data instead of a string. The error names the field and the value.
 var (
 	MsgPack Codec = msgpackCodec{}
 	JSON    Codec = jsonCodec{}
@@ -39,75 +65,96 @@ var (
 
 type jsonCodec struct{}
 
+func (jsonCodec) ContentType() string { return "application/json" }
+
 func (jsonCodec) Marshal(v any) ([]byte, error) { return json.Marshal(v) }
 
 func (jsonCodec) Unmarshal(data []byte, v any) error { return json.Unmarshal(data, v) }
 
-func (jsonCodec) ContentType() string { return "application/json" }
+// recoverTo is deferred. It turns a panic of a method of the user's type into an error.
+func recoverTo(err *error) {
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("panic: %v", p)
+	}
+}
 
 type msgpackCodec struct{}
 
 func (msgpackCodec) ContentType() string { return "application/msgpack" }
 
 func (msgpackCodec) Marshal(v any) ([]byte, error) {
-	data, p, err := marshal(MsgPack, v)
-	data = bytes.Clone(data)
-	p.release()
-	return data, err
-}
-
-// marshal encodes v with c. MessagePack goes into the buffer of a pooled packer p, and data is valid until the caller releases p.
-// With any other codec p is nil. A p that is never released is garbage-collected.
-func marshal(c Codec, v any) (data []byte, p *packer, err error) {
-	if c != MsgPack {
-		data, err = c.Marshal(v)
-		return data, nil, err
-	}
-	p = packers.Get().(*packer)
-	p.buf.Reset()
-	p.enc.ResetWriter(&p.buf) // Reset would also clear the struct tag and the flags
-	err = p.enc.Encode(v)
-	return p.buf.Bytes(), p, err
-}
-
-// release returns p, which may be nil, to the pool. The data that was encoded with p must not be used afterwards.
-func (p *packer) release() {
-	if p != nil && p.buf.Cap() <= keepBuffer {
-		packers.Put(p)
-	}
+	out, err := marshal(MsgPack, v)
+	return out.data, err
 }
 
 func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
-	if err := checkMsgPack(data); err != nil {
-		return err
+	defer recoverTo(&err)
+	if len(data) > 1 && data[0] < 0x80 { // see sniff; a single byte is MessagePack here
+		return json.Unmarshal(data, v)
 	}
-	defer func() { // the decoder may panic, for example if a slice is to become a key in a map[any]any
-		if p := recover(); p != nil {
-			err = fmt.Errorf("msgpack: %v", p)
-		}
-	}()
-	u := unpackers.Get().(*unpacker)
-	u.src.Reset(data)
-	u.dec.ResetReader(&u.src)
-	err = u.dec.Decode(v)
-	u.src.Reset(nil)
-	if len(data) <= keepBuffer {
-		unpackers.Put(u)
+	target := reflect.ValueOf(v)
+	if target.Kind() != reflect.Pointer || target.IsNil() {
+		return &json.InvalidUnmarshalError{Type: reflect.TypeOf(v)}
 	}
-	return err
+	target = target.Elem()
+	rest, err := skip(data, 0)
+	if err == nil && len(rest) > 0 {
+		err = fmt.Errorf("%d bytes left over after the value", len(rest))
+	}
+	if err == nil {
+		_, err = unpack(data, target, shapeOf(target.Type()), 0)
+	}
+	if err != nil {
+		return fmt.Errorf("msgpack: %w", err)
+	}
+	return nil
 }
 
-// keepBuffer is the largest buffer, in bytes, that a pooled encoder or decoder may keep.
-const keepBuffer = 64 << 10
+// A payload is an encoded value.
+type payload struct {
+	data  []byte
+	codec Codec // of data: JSON if MessagePack was asked for but does not carry the value
+}
+
+// marshal encodes what v is, or points to, with c. The payload of a Raw is returned as it is.
+func marshal(c Codec, v any) (out payload, err error) {
+	defer recoverTo(&err)
+	if raw, ok := v.(*Raw); ok && raw.codec != nil {
+		return payload{raw.data, raw.codec}, nil
+	}
+	if c == MsgPack {
+		if faithful(reflect.ValueOf(v), 0) {
+			data, err := pack(v)
+			return payload{data, MsgPack}, err
+		}
+		c = JSON
+	}
+	data, err := c.Marshal(v)
+	if c == JSON && len(data) == 1 { // a digit, which could be taken for MessagePack
+		data = append(data, ' ')
+	}
+	return payload{data, c}, err
+}
+
+// pack encodes v in MessagePack.
+func pack(v any) ([]byte, error) {
+	p := packers.Get().(*packer) // is lost if a method of the user's type panics
+	p.buf.Reset()
+	p.enc.ResetWriter(&p.buf) // Reset would also clear the struct tag and the flags
+	err := p.enc.Encode(v)
+	data := bytes.Clone(p.buf.Bytes())
+	if p.buf.Cap() <= 64<<10 {
+		packers.Put(p)
+	}
+	if len(data) == 1 && isDigit(data[0]) { // which receivers would take for JSON
+		data = []byte{0xd0, data[0]} // the same integer in two bytes
+	}
+	return data, err
+}
 
 type packer struct {
 	buf bytes.Buffer
 	enc *msgpack.Encoder
-}
-
-type unpacker struct {
-	src bytes.Reader
-	dec *msgpack.Decoder
 }
 
 var packers = sync.Pool{New: func() any {
@@ -115,144 +162,112 @@ var packers = sync.Pool{New: func() any {
 	p.enc = msgpack.NewEncoder(&p.buf)
 	p.enc.SetCustomStructTag("json")
 	p.enc.UseCompactInts(true)
-	p.enc.SetSortMapKeys(true) // equal values give equal bytes
+	p.enc.SetSortMapKeys(true) // so that equal values of the most common types of maps have equal encodings
 	return p
 }}
 
-var unpackers = sync.Pool{New: func() any {
-	u := &unpacker{}
-	u.dec = msgpack.NewDecoder(&u.src)
-	u.dec.SetCustomStructTag("json")
-	return u
-}}
+// Raw is a payload that is not decoded yet, whatever its format. Each type parameter of [Call], [Handle], [Publish], [Subscribe],
+// [SendCommand] and [HandleCommand] can be Raw: for a subscription to events of several types, for example, or to pass a payload
+// on. A Raw that is sent keeps its format. The zero Raw is an empty payload.
+type Raw struct {
+	data  []byte
+	codec Codec // nil in the zero Raw
+}
 
-// contentType returns the content type of data if a receiver can't detect the format from the first byte, else "".
-func contentType(c Codec, data []byte) string {
-	if s := sniff(data); s != nil && s.ContentType() == c.ContentType() {
+// Decode decodes the payload into what v points to, by the rules of [MsgPack] and [JSON]. It fails with [ErrInvalid] if the payload
+// is empty, is no value of that type, or has a content type that the service does not support.
+func (r Raw) Decode(v any) error {
+	if err := decodePayload(r.codec, r.data, v); err != nil {
+		return newError(ErrInvalid, "the payload is not %v", err)
+	}
+	return nil
+}
+
+// MarshalJSON returns the payload if it is JSON. Otherwise it fails, because MessagePack can't be a part of JSON.
+func (r Raw) MarshalJSON() ([]byte, error) {
+	if r.codec != JSON {
+		return nil, errors.New("an aegis.Raw that is not JSON is a part of another value: decode it first, or send it alone")
+	}
+	return r.data, nil
+}
+
+// UnmarshalJSON makes r the payload data, which is JSON.
+func (r *Raw) UnmarshalJSON(data []byte) error {
+	*r = Raw{bytes.Clone(data), JSON}
+	return nil
+}
+
+// decodePayload decodes a received payload, with the codec that codecFor has returned, into what v points to. Its error begins with
+// the name of that type.
+func decodePayload(c Codec, data []byte, v any) (err error) {
+	defer func() {
+		recoverTo(&err)
+		if err != nil {
+			err = fmt.Errorf("%s: %w", strings.TrimPrefix(fmt.Sprintf("%T", v), "*"), err)
+		}
+	}()
+	if raw, ok := v.(*Raw); ok && raw != nil {
+		*raw = Raw{data, c}
+		return nil
+	}
+	if len(data) == 0 {
+		return errors.New("it is empty: send at least {}")
+	}
+	for _, mark := range []string{"\xef\xbb\xbf", "\xfe\xff", "\xff\xfe"} { // UTF-8 and UTF-16; no MessagePack begins with these
+		if bytes.HasPrefix(data, []byte(mark)) && (c == MsgPack || c == JSON) {
+			return errors.New("it begins with a byte order mark: send JSON in UTF-8 without one")
+		}
+	}
+	return c.Unmarshal(data, v)
+}
+
+// codecFor returns the codec of a received payload: by its content type if the header has one, else by its first byte.
+func codecFor(h nats.Header, data []byte, own Codec) Codec {
+	label := h.Get(headerContentType)
+	if label == "" {
+		return cmp.Or(sniff(data), own)
+	}
+	mime, _, _ := strings.Cut(label, ";")
+	for _, c := range [...]Codec{own, MsgPack, JSON} {
+		if strings.EqualFold(strings.TrimSpace(mime), c.ContentType()) {
+			return c
+		}
+	}
+	return unsupported{own, label}
+}
+
+// unsupported stands for the codec of a content type that the service does not support. Only a Raw can hold such a payload.
+type unsupported struct {
+	Codec // the service's own
+	label string
+}
+
+func (u unsupported) ContentType() string { return u.label }
+
+func (u unsupported) Unmarshal([]byte, any) error {
+	return fmt.Errorf("the content type %q is not supported: send %s, %s or %s",
+		u.label, MsgPack.ContentType(), JSON.ContentType(), u.Codec.ContentType())
+}
+
+// labelOf returns the content type of the payloads of c, or "" if receivers detect it or c is nil.
+func labelOf(c Codec) string {
+	if c == nil || c == MsgPack || c == JSON {
 		return ""
 	}
 	return c.ContentType()
 }
 
-// codecFor returns the codec of a received payload: by its content type if the header has one, else by its first byte, else own.
-func codecFor(h nats.Header, data []byte, own Codec) (Codec, error) {
-	if label := h.Get(headerContentType); label != "" {
-		mime, _, _ := strings.Cut(label, ";")
-		for _, c := range [...]Codec{own, MsgPack, JSON} {
-			if strings.EqualFold(strings.TrimSpace(mime), c.ContentType()) {
-				return c, nil
-			}
-		}
-		return nil, fmt.Errorf("the content type %q is not supported: send %s, %s or %s",
-			label, MsgPack.ContentType(), JSON.ContentType(), own.ContentType())
-	}
-	if len(data) == 0 {
-		return nil, errors.New("the payload is empty: send at least {}")
-	}
-	if c := sniff(data); c != nil {
-		return c, nil
-	}
-	return own, nil
-}
-
-// sniff detects MessagePack or JSON by the first byte. It returns nil if the payload is empty or may be either: JSON begins with
-// an ASCII character, and a MessagePack value that begins with a byte below 0x80 is an integer of that one byte.
+// sniff detects MessagePack or JSON by the first byte. It returns nil if the payload is empty. JSON begins with an ASCII
+// character. A MessagePack value that begins with a byte below 0x80 is an integer of that one byte. If it is a digit, it is taken
+// for JSON, because aegis sends such an integer in two bytes.
 func sniff(data []byte) Codec {
 	switch {
-	case len(data) > 0 && data[0] >= 0x80:
-		return MsgPack
-	case len(data) > 1:
-		return JSON
-	default:
+	case len(data) == 0:
 		return nil
+	case data[0] >= 0x80, len(data) == 1 && !isDigit(data[0]):
+		return MsgPack
 	}
+	return JSON
 }
 
-// maxDepth bounds the nesting of MessagePack, because the decoder recurses: a payload with one byte per level could overflow the
-// stack.
-const maxDepth = 128
-
-var (
-	errShort = errors.New("msgpack: the payload ends in the middle of a value")
-	errDeep  = fmt.Errorf("msgpack: nested deeper than %d levels", maxDepth)
-)
-
-// checkMsgPack returns an error unless data is exactly one well-formed value. It does not allocate. It is needed because msgpack
-// v5 trusts the lengths that it reads: five bytes can make it allocate millions of elements.
-func checkMsgPack(data []byte) error {
-	rest, err := skipMsgPack(data, 0)
-	if err == nil && len(rest) > 0 {
-		return fmt.Errorf("msgpack: %d bytes left over after the value", len(rest))
-	}
-	return err
-}
-
-// skipMsgPack returns the bytes after the first value of b. The format is described in
-// https://github.com/msgpack/msgpack/blob/master/spec.md
-func skipMsgPack(b []byte, depth int) ([]byte, error) {
-	if depth > maxDepth {
-		return nil, errDeep
-	}
-	if len(b) == 0 {
-		return nil, errShort
-	}
-	c := b[0]
-	b = b[1:]
-	var size, children uint64 // the bytes of the value itself, and the values nested in it
-	switch {
-	case c < 0x80 || c >= 0xe0: // small integer
-	case c < 0x90:
-		children = 2 * uint64(c&0x0f)
-	case c < 0xa0:
-		children = uint64(c & 0x0f)
-	case c < 0xc0:
-		size = uint64(c & 0x1f)
-	case c == 0xc1:
-		return nil, errors.New("msgpack: no value begins with the byte 0xc1")
-	default:
-		f := msgpackFormats[c-0xc0]
-		if len(b) < int(f.length) {
-			return nil, errShort
-		}
-		var n uint64
-		switch f.length {
-		case 1:
-			n = uint64(b[0])
-		case 2:
-			n = uint64(binary.BigEndian.Uint16(b))
-		case 4:
-			n = uint64(binary.BigEndian.Uint32(b))
-		}
-		b = b[f.length:]
-		size, children = uint64(f.size), n*uint64(f.children)
-		if f.children == 0 {
-			size += n
-		}
-	}
-	if size > uint64(len(b)) || children > uint64(len(b))-size {
-		return nil, errShort
-	}
-	b = b[size:]
-	for ; children > 0; children-- {
-		var err error
-		if b, err = skipMsgPack(b, depth+1); err != nil {
-			return nil, err
-		}
-	}
-	return b, nil
-}
-
-// msgpackFormats describes the values that begin with 0xc0 to 0xdf. length is the number of bytes that hold the value's length n,
-// size is the number of bytes besides them, and the value has n times children nested values. If children is 0, n counts bytes.
-var msgpackFormats = [32]struct{ length, size, children uint8 }{
-	0x00: {}, 0x02: {}, 0x03: {}, // nil, false, true
-	0x04: {length: 1}, 0x05: {length: 2}, 0x06: {length: 4}, // bin
-	0x07: {length: 1, size: 1}, 0x08: {length: 2, size: 1}, 0x09: {length: 4, size: 1}, // ext
-	0x0a: {size: 4}, 0x0b: {size: 8}, // float
-	0x0c: {size: 1}, 0x0d: {size: 2}, 0x0e: {size: 4}, 0x0f: {size: 8}, // uint
-	0x10: {size: 1}, 0x11: {size: 2}, 0x12: {size: 4}, 0x13: {size: 8}, // int
-	0x14: {size: 2}, 0x15: {size: 3}, 0x16: {size: 5}, 0x17: {size: 9}, 0x18: {size: 17}, // fixext
-	0x19: {length: 1}, 0x1a: {length: 2}, 0x1b: {length: 4}, // str
-	0x1c: {length: 2, children: 1}, 0x1d: {length: 4, children: 1}, // array
-	0x1e: {length: 2, children: 2}, 0x1f: {length: 4, children: 2}, // map
-}
+func isDigit(c byte) bool { return c >= '0' && c <= '9' }

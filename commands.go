@@ -138,7 +138,7 @@ func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revi
 		x.header = nats.Header{jetstream.MsgTTLHeader: {resultTTL.String()}}
 	}
 	var value []byte
-	_, failure = s.withRetries(ctx, x, cfg, nil, func() (_ *nats.Msg, failure *Error, again bool) {
+	_, failure = s.withRetries(ctx, x, cfg, func() (_ *nats.Msg, failure *Error, again bool) {
 		value, at, failure = s.compareAndSwap(ctx, x, s.recordStream(), revision)
 		return nil, failure, retryable(failure)
 	})
@@ -209,11 +209,12 @@ func HandleCommand[T, R any](
 		if err != nil {
 			return nil, err
 		}
-		data, _, err := marshal(r.codec, &result)
+		out, err := marshal(r.codec, &result)
 		if err != nil {
 			return nil, newError(ErrInternal, "encoding the result of %s: %v", command, err)
 		}
-		return data, nil
+		r.codec = out.codec
+		return out.data, nil
 	}, opts)
 }
 
@@ -557,5 +558,5 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 	case failure != nil:
 		return failure
 	}
-	return s.queueCommand(ctx, d.Subject, key, revision, copyHeader(d.Header), d.Data, nil, callConfigs[kindCommand])
+	return s.queueCommand(ctx, d.Subject, key, revision, copyHeader(d.Header), payload{data: d.Data}, callConfigs[kindCommand])
 }

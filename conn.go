@@ -199,9 +199,10 @@ func timeLeft(ctx context.Context, usual time.Duration) time.Duration {
 const maxBudget = 365 * 24 * time.Hour // more might not fit into the reply subject, or overflow the clock
 
 // withRetries makes attempts to send x, within ctx's time, until one succeeds or no other may follow. An attempt reports again if
-// another may follow its failure. withRetries releases buf, which holds x.data, only if the first attempt succeeded, because a
-// message whose attempt has failed may still wait in a connection's pending.
-func (s *Service) withRetries(ctx context.Context, x *exchange, cfg *callConfig, buf *packer, attempt func() (answer *nats.Msg, failure *Error, again bool)) (*nats.Msg, *Error) {
+// another may follow its failure.
+func (s *Service) withRetries(
+	ctx context.Context, x *exchange, cfg *callConfig, attempt func() (answer *nats.Msg, failure *Error, again bool),
+) (*nats.Msg, *Error) {
 	policy := cfg.policy()
 	end := clock() + timeLeft(ctx, s.cfg.timeout)
 	mayHaveRun := false
@@ -214,9 +215,6 @@ func (s *Service) withRetries(ctx context.Context, x *exchange, cfg *callConfig,
 		}
 		answer, failure, again := attempt()
 		if failure == nil {
-			if n == 1 {
-				buf.release()
-			}
 			return answer, nil
 		}
 		mayHaveRun = mayHaveRun || !failure.NotRun

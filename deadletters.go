@@ -161,7 +161,7 @@ func (s *Service) redriveEvent(ctx context.Context, d DeadLetter) *Error {
 	x := &exchange{subject: subject, header: copyHeader(d.Header), data: d.Data}
 	x.header[headerSubject] = []string{d.Subject}
 	x.header[jetstream.MsgIDHeader] = []string{fmt.Sprintf("redrive-%d-%s", d.Sequence, strconv.FormatInt(d.Time.UnixNano(), 36))}
-	return s.storeWithRetries(ctx, x, s.eventStream(), callConfigs[kindEvent], nil)
+	return s.storeWithRetries(ctx, x, s.eventStream(), callConfigs[kindEvent])
 }
 
 // storeDeadLetter stores the message of r as a dead letter. It retries until that succeeds. It reports false if Stop's time is up

@@ -416,16 +416,15 @@ func decode(ctx context.Context, m *Message, v any) (*request, error) {
 	if r == nil {
 		return nil, newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
 	}
-	c, err := codecFor(m.Header, m.Data, r.svc.cfg.codec)
-	if err == nil {
-		r.codec = c
-		err = c.Unmarshal(m.Data, v)
-	}
-	if err != nil {
+	c := codecFor(m.Header, m.Data, r.svc.cfg.codec)
+	if err := decodePayload(c, m.Data, v); err != nil {
 		r.permanent = true
-		return nil, newError(ErrInvalid, "the payload of %s is not %T: %v", m.Subject, v, err)
+		return nil, newError(ErrInvalid, "the payload of %s is not %v", m.Subject, err)
 	}
-	r.ran = true
+	if u, ok := c.(unsupported); ok {
+		c = u.Codec
+	}
+	r.codec, r.ran = c, true
 	return r, nil
 }
 
@@ -442,8 +441,7 @@ type request struct {
 	from            address   // what reply says about the caller
 	id              string    // the correlation id if there is no header with one and no reply subject
 	deadline        time.Time
-	packer          *packer   // holds the encoded answer
-	codec           Codec     // of the payload; nil until that is decoded
+	codec           Codec     // of the payload, then of the answer; nil until the payload is decoded
 	permanent       bool      // whether another attempt would end with the same error
 	ran             bool      // whether the handler was called
 	delivery        *delivery // nil for an RPC request

@@ -75,9 +75,10 @@ func Publish[T any](ctx context.Context, s *Service, domain, eventType string, d
 	if failure != nil {
 		return failure
 	}
-	payload, buf, failure := p.encode(&data, "")
+	out, failure := p.encode(&data, "")
 	if failure == nil {
-		failure = s.storeWithRetries(ctx, &exchange{subject: p.subject, header: p.header, data: payload}, s.eventStream(), p.cfg, buf)
+		x := &exchange{subject: p.subject, header: p.header, data: out.data}
+		failure = s.storeWithRetries(ctx, x, s.eventStream(), p.cfg)
 	}
 	return failure.orNil()
 }
@@ -122,29 +123,29 @@ func (s *Service) newHeader(ctx context.Context) nats.Header {
 	return header
 }
 
-// completeHeader sets the content type of data if receivers can't detect it, and checks that the message is not too large. The
+// completeHeader sets the content type of out if receivers can't detect it, and checks that the message is not too large. The
 // error calls the message what.
-func (s *Service) completeHeader(header nats.Header, data []byte, what string) *Error {
+func (s *Service) completeHeader(header nats.Header, out payload, what string) *Error {
 	delete(header, headerContentType)
-	if label := contentType(s.cfg.codec, data); label != "" {
+	if label := labelOf(out.codec); label != "" {
 		header[headerContentType] = []string{label}
 	}
-	if size, limit := messageSize(header, data), s.conns[0].maxPayload.Load()-letterRoom; size > limit {
+	if size, limit := messageSize(header, out.data), s.conns[0].maxPayload.Load()-letterRoom; size > limit {
 		return notRun(newError(ErrInvalid, "%s has %d bytes with its headers, more than %d: "+
 			"the server's max_payload, less %d for what a dead letter adds", what, size, limit, letterRoom))
 	}
 	return nil
 }
 
-// encode encodes what value points to, returns it as the payload of an event, and sets the headers that differ from event to
-// event. It adds suffix to the event's id. The payload is valid until the caller releases the packer.
-func (p *publication) encode(value any, suffix string) ([]byte, *packer, *Error) {
-	data, buf, err := marshal(p.s.cfg.codec, value)
+// encode encodes what value points to as the payload of an event, and sets the headers that differ from event to event. It adds
+// suffix to the event's id.
+func (p *publication) encode(value any, suffix string) (payload, *Error) {
+	out, err := marshal(p.s.cfg.codec, value)
 	if err != nil {
-		return nil, nil, notRun(newError(ErrInvalid, "encoding the event %s: %v", p.name, err))
+		return out, notRun(newError(ErrInvalid, "encoding the event %s: %v", p.name, err))
 	}
 	p.header[jetstream.MsgIDHeader] = []string{p.id + suffix}
-	return data, buf, p.s.completeHeader(p.header, data, "the event "+p.name)
+	return out, p.s.completeHeader(p.header, out, "the event "+p.name)
 }
 
 // PublishBatch publishes data in order. It sends each event without waiting for the confirmation of the one before, and returns
@@ -159,14 +160,14 @@ func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType stri
 		return failure
 	}
 	b := &batch{publication: p, failures: make([]*Error, len(data)), mayBeStored: make([]bool, len(data))}
-	b.encode = func(i int) ([]byte, *packer, *Error) { return p.encode(&data[i], "-"+strconv.Itoa(i)) }
+	b.encode = func(i int) (payload, *Error) { return p.encode(&data[i], "-"+strconv.Itoa(i)) }
 	return b.publish(ctx)
 }
 
 // A batch is several events that are published in order.
 type batch struct {
 	*publication
-	encode      func(i int) ([]byte, *packer, *Error)
+	encode      func(i int) (payload, *Error)
 	failures    []*Error // by position
 	mayBeStored []bool   // by position
 }
@@ -181,10 +182,10 @@ func (b *batch) publish(ctx context.Context) error {
 	for len(todo) > 0 {
 		first := todo[0]
 		todo = todo[1:]
-		data, buf, failure := b.encode(first)
+		out, failure := b.encode(first)
 		if failure == nil {
-			x := &exchange{subject: b.subject, header: maps.Clone(b.header), data: data}
-			if failure = b.s.storeWithRetries(ctx, x, b.s.eventStream(), b.cfg, buf); failure != nil {
+			x := &exchange{subject: b.subject, header: maps.Clone(b.header), data: out.data}
+			if failure = b.s.storeWithRetries(ctx, x, b.s.eventStream(), b.cfg); failure != nil {
 				for _, i := range todo {
 					b.setResult(i, notRun(newError(failure, "not sent, because event %d failed: %s", first, failure.Message)))
 				}
@@ -236,18 +237,17 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 		if sent < len(todo) && unconfirmed < batchWindow && ctx.Err() == nil {
 			i := todo[sent]
 			sent++
-			data, buf, failure := b.encode(i)
+			out, failure := b.encode(i)
 			if failure != nil {
 				b.setResult(i, failure)
 				continue
 			}
 			b.failures[i] = notConfirmed
 			unconfirmed++
-			m := &nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(i), Header: b.header, Data: data}
+			m := &nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(i), Header: b.header, Data: out.data}
 			if err := c.nc.PublishMsg(m); err != nil {
 				broken = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
 			}
-			buf.release() // nats.go has copied it
 			continue
 		}
 		select {

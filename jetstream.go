@@ -157,8 +157,8 @@ func noJetStreamError(what string) *Error {
 }
 
 // storeWithRetries stores x in a stream, in as many attempts as cfg allows.
-func (s *Service) storeWithRetries(ctx context.Context, x *exchange, stream jetstream.StreamConfig, cfg *callConfig, buf *packer) *Error {
-	_, failure := s.withRetries(ctx, x, cfg, buf, func() (*nats.Msg, *Error, bool) {
+func (s *Service) storeWithRetries(ctx context.Context, x *exchange, stream jetstream.StreamConfig, cfg *callConfig) *Error {
+	_, failure := s.withRetries(ctx, x, cfg, func() (*nats.Msg, *Error, bool) {
 		_, failure := s.store(ctx, x, stream)
 		return nil, failure, retryable(failure)
 	})

@@ -53,22 +53,22 @@ func SendCommand[T, R any](ctx context.Context, s *Service, service, command str
 	if failure := cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
 		return nil, failure
 	}
-	payload, buf, err := marshal(s.cfg.codec, &data)
+	out, err := marshal(s.cfg.codec, &data)
 	if err != nil {
 		return nil, notRun(newError(ErrInvalid, "encoding the command %s.%s: %v", service, command, err))
 	}
 	id := cmp.Or(deref(cfg.key), rand.Text())
-	if failure := s.sendCommand(ctx, service, command, id, payload, buf, cfg); failure != nil {
+	if failure := s.sendCommand(ctx, service, command, id, out, cfg); failure != nil {
 		return nil, failure
 	}
 	return Attach[R](s, service, command, id), nil
 }
 
-func (s *Service) sendCommand(ctx context.Context, service, command, id string, data []byte, buf *packer, cfg *callConfig) *Error {
+func (s *Service) sendCommand(ctx context.Context, service, command, id string, out payload, cfg *callConfig) *Error {
 	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
 	header := s.newHeader(ctx)
 	header[headerID] = []string{id}
-	if failure := s.completeHeader(header, data, "the command "+service+"."+command); failure != nil {
+	if failure := s.completeHeader(header, out, "the command "+service+"."+command); failure != nil {
 		return failure
 	}
 	if len(copyHeader(header)) < len(header) { // copyHeader has left out a header that can't be sent
@@ -78,7 +78,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if s.unhandled(ctx, service, subject) {
 		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
 	}
-	rec := &record{State: queued, Priority: *cfg.priority, Source: s.name, Digest: digest(header, data)}
+	rec := &record{State: queued, Priority: *cfg.priority, Source: s.name, Digest: digest(header, out.data)}
 	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
 	if failure != nil && failure.Code == errConflict.Code && now == nil && revision > 0 { // the record was deleted
 		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
@@ -92,7 +92,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 		return nil
 	}
 	// The record is new, or its sender may have stopped before it queued the command.
-	failure = s.queueCommand(ctx, subject+suffixes[now.Priority], key, revision, header, data, buf, cfg)
+	failure = s.queueCommand(ctx, subject+suffixes[now.Priority], key, revision, header, out, cfg)
 	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again, so make the record final, which expires
 		rec.State = canceled
 		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
@@ -103,27 +103,27 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 // queueCommand stores the message that makes a worker look at the record. revision is that of the record; the message id contains
 // it, so that a command that is queued again later is not taken for a duplicate.
 func (s *Service) queueCommand(
-	ctx context.Context, subject, key string, revision uint64, header nats.Header, data []byte, buf *packer, cfg *callConfig,
+	ctx context.Context, subject, key string, revision uint64, header nats.Header, out payload, cfg *callConfig,
 ) *Error {
 	header = withHeader(header, jetstream.MsgIDHeader, key+"@"+strconv.FormatUint(revision, 10))
-	return s.storeWithRetries(ctx, &exchange{subject: subject, header: header, data: data}, s.commandStream(), cfg, buf)
+	return s.storeWithRetries(ctx, &exchange{subject: subject, header: header, data: out.data}, s.commandStream(), cfg)
 }
 
 // digest returns the same text for equal data, whatever the codec and the order of the keys of a map.
 func digest(h nats.Header, data []byte) string {
 	canonical := data
-	if c, err := codecFor(h, data, JSON); err == nil && (c == JSON || c == MsgPack) {
-		var v any
-		if c == JSON {
-			d := json.NewDecoder(bytes.NewReader(data))
-			d.UseNumber() // otherwise large numbers would become equal
-			err = d.Decode(&v)
-		} else {
-			err = c.Unmarshal(data, &v)
-		}
-		if sorted, unsorted := json.Marshal(v); err == nil && unsorted == nil {
-			canonical = sorted
-		}
+	var v any
+	var err error
+	switch c := codecFor(h, data, JSON); c {
+	case JSON:
+		d := json.NewDecoder(bytes.NewReader(data))
+		d.UseNumber() // otherwise large numbers would become equal
+		err = d.Decode(&v)
+	default:
+		err = c.Unmarshal(data, &v)
+	}
+	if sorted, unsorted := json.Marshal(v); err == nil && unsorted == nil {
+		canonical = sorted
 	}
 	sum := sha256.Sum256(canonical)
 	return hex.EncodeToString(sum[:16])
@@ -178,12 +178,9 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	case last.State == failed:
 		return result, cmp.Or(last.Error, newError(ErrInternal, "the command %s of %s.%s failed", j.ID, j.service, j.command))
 	}
-	c, err := codecFor(nats.Header{headerContentType: {last.Type}}, last.Result, j.svc.cfg.codec)
-	if err == nil {
-		err = c.Unmarshal(last.Result, &result)
-	}
-	if err != nil {
-		return result, newError(ErrInternal, "the result of %s.%s is not %T: %v", j.service, j.command, result, err)
+	c := codecFor(nats.Header{headerContentType: {last.Type}}, last.Result, j.svc.cfg.codec)
+	if err := decodePayload(c, last.Result, &result); err != nil {
+		return result, newError(ErrInternal, "the result of %s.%s is not %v", j.service, j.command, err)
 	}
 	return result, nil
 }

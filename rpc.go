@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -39,12 +38,12 @@ func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, R
 		if err != nil {
 			return nil, err
 		}
-		data, p, err := marshal(r.codec, &resp)
+		out, err := marshal(r.codec, &resp)
 		if err != nil {
 			return nil, newError(ErrInternal, "encoding the answer of %s: %v", method, err)
 		}
-		r.packer = p
-		return data, nil
+		r.codec = out.codec
+		return out.data, nil
 	}, opts)
 }
 
@@ -190,9 +189,6 @@ func (q *requests) refuse(m *nats.Msg, from string, failure *Error) {
 // done answers a request that a handler has handled.
 func (q *requests) done(r *request, data []byte, failure *Error) {
 	q.answer(r.in, r.codec, data, failure)
-	if len(q.svc.cfg.middleware) == 0 { // otherwise middleware may have kept the data, which is in r.packer
-		r.packer.release()
-	}
 }
 
 // answer answers m with data, or with a failure, in the codec c. If c is nil, because the request was not decoded, a failure is
@@ -207,10 +203,8 @@ func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	out := &nats.Msg{Subject: m.Reply, Data: data}
 	if failure != nil {
 		out.Header, out.Data = failure.encode(c)
-	} else if c != nil {
-		if label := contentType(c, data); label != "" {
-			out.Header = nats.Header{headerContentType: {label}}
-		}
+	} else if label := labelOf(c); label != "" {
+		out.Header = nats.Header{headerContentType: {label}}
 	}
 	err := q.send(m, out)
 	if errors.Is(err, nats.ErrMaxPayload) {
@@ -251,22 +245,15 @@ func (q *requests) send(m, out *nats.Msg) error {
 // or to hear its answer. [ErrClosed]: s was stopped. A failure is returned as soon as it is known, before ctx ends.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
 	var resp, zero Resp
-	data, buf, err := marshal(s.cfg.codec, &req)
+	out, err := marshal(s.cfg.codec, &req)
 	if err != nil {
 		return zero, notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
 	}
-	failure := s.call(ctx, service, method, data, buf, opts, func(answer *nats.Msg) error {
+	failure := s.call(ctx, service, method, out, opts, func(answer *nats.Msg) error {
 		if len(answer.Data) == 0 { // from a service that does not use aegis
 			return nil
 		}
-		c, err := codecFor(answer.Header, answer.Data, s.cfg.codec)
-		if err == nil {
-			err = c.Unmarshal(answer.Data, &resp)
-		}
-		if err != nil {
-			return fmt.Errorf("%T: %w", resp, err)
-		}
-		return nil
+		return decodePayload(codecFor(answer.Header, answer.Data, s.cfg.codec), answer.Data, &resp)
 	})
 	if failure != nil {
 		return zero, failure
@@ -274,22 +261,24 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 	return resp, nil
 }
 
-// call sends data, which is in buf, and passes the answer to decode.
-func (s *Service) call(ctx context.Context, service, method string, data []byte, buf *packer, opts []CallOption, decode func(*nats.Msg) error) (failure *Error) {
+// call sends out and passes the answer to decode.
+func (s *Service) call(
+	ctx context.Context, service, method string, out payload, opts []CallOption, decode func(*nats.Msg) error,
+) (failure *Error) {
 	cfg, failure := newCallConfig(kindRPC, opts)
 	if failure := cmp.Or(checkNames(service, "method", method), failure); failure != nil {
 		return failure
 	}
-	x := exchange{subject: "rpc." + service + "." + method, data: data}
+	x := exchange{subject: "rpc." + service + "." + method, data: out.data}
 	x.header, x.correlation = headersFor(ctx)
-	if label := contentType(s.cfg.codec, data); label != "" {
+	if label := labelOf(out.codec); label != "" {
 		x.header = withHeader(x.header, headerContentType, label)
 	}
 	breaker := s.breaker(service)
 	meter := s.calls.get(x.subject[len("rpc."):], newMeter)
 	begin := meter.begin()
 	defer func() { meter.handled("", begin, failure) }()
-	answer, failure := s.withRetries(ctx, &x, cfg, buf, func() (*nats.Msg, *Error, bool) {
+	answer, failure := s.withRetries(ctx, &x, cfg, func() (*nats.Msg, *Error, bool) {
 		return s.attempt(ctx, &x, breaker, service, cfg)
 	})
 	if failure != nil {

@@ -1,0 +1,614 @@
+package aegis
+
+import (
+	"bytes"
+	"cmp"
+	"encoding"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+	"unicode"
+
+	"github.com/vmihailenco/msgpack/v5"
+)
+
+// This file decides which Go values MessagePack carries faithfully, and decodes MessagePack, which is hostile until it is checked.
+
+// A shape is what reflection says about a Go type: whether MessagePack carries its values, and how they are decoded.
+type shape struct {
+	typ    reflect.Type
+	kind   reflect.Kind
+	form   form
+	json   bool   // whether values are sent as JSON, because msgpack v5 does not encode them as encoding/json does
+	walks  bool   // whether it contains an any or may contain itself, so that each value has to be looked at
+	key    *shape // of a map
+	elem   *shape // of a map, slice, array, or pointer
+	fields []field
+	byName map[string]int // positions in fields
+
+	building bool // while newShape is at work on it
+}
+
+// A form says how values of a type are decoded.
+type form int
+
+const (
+	byKind    form = iota
+	byJSON         // by encoding/json
+	byBinary       // by the type's UnmarshalBinary
+	timestamp      // a time.Time
+)
+
+// A field is a field of a struct. Fields of embedded structs belong to the outer struct, as in JSON.
+type field struct {
+	name  string
+	index []int // for reflect.Value.FieldByIndex
+	shape *shape
+}
+
+var shapes sync.Map // reflect.Type -> *shape
+
+// shapeOf returns the shape of a type. It is made once.
+func shapeOf(t reflect.Type) *shape {
+	s, ok := shapes.Load(t)
+	if !ok {
+		s, _ = shapes.LoadOrStore(t, newShape(t, map[reflect.Type]*shape{}))
+	}
+	return s.(*shape)
+}
+
+var (
+	timeType      = reflect.TypeFor[time.Time]()
+	byteType      = reflect.TypeFor[byte]()
+	isZeroer      = reflect.TypeFor[interface{ IsZero() bool }]()
+	binaryMethods = []reflect.Type{reflect.TypeFor[encoding.BinaryMarshaler](), reflect.TypeFor[encoding.BinaryUnmarshaler]()}
+	formatMethods = []reflect.Type{
+		reflect.TypeFor[json.Marshaler](), reflect.TypeFor[json.Unmarshaler](),
+		reflect.TypeFor[encoding.TextMarshaler](), reflect.TypeFor[encoding.TextUnmarshaler](),
+		reflect.TypeFor[msgpack.Marshaler](), reflect.TypeFor[msgpack.Unmarshaler](),
+		reflect.TypeFor[msgpack.CustomEncoder](), reflect.TypeFor[msgpack.CustomDecoder](),
+	}
+)
+
+// newShape returns the shape of a type. made has the shapes of the types that contain it, and of others that were made for those.
+func newShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
+	if s := made[t]; s != nil {
+		s.walks = s.walks || s.building // because it may contain itself
+		return s
+	}
+	s := &shape{typ: t, kind: t.Kind(), building: true}
+	made[t] = s
+	has := func(method reflect.Type) bool { return t.Implements(method) || reflect.PointerTo(t).Implements(method) }
+	contain := func(t reflect.Type) *shape {
+		inner := newShape(t, made)
+		s.json, s.walks = s.json || inner.json, s.walks || inner.walks
+		return inner
+	}
+	switch {
+	case t == timeType:
+		s.form = timestamp
+	case s.kind == reflect.Pointer:
+		s.elem = contain(t.Elem())
+	case t == reflect.TypeFor[json.Number](), slices.ContainsFunc(formatMethods, has):
+		s.form = byJSON
+	case s.kind == reflect.Struct && has(binaryMethods[0]) && has(binaryMethods[1]):
+		s.form = byBinary
+	case slices.ContainsFunc(binaryMethods, has):
+		s.form = byJSON
+	case isScalar(s.kind):
+	case s.kind == reflect.Interface && t.NumMethod() == 0:
+		s.walks = true
+	case s.kind == reflect.Slice || s.kind == reflect.Array:
+		s.elem = contain(t.Elem())
+		if s.elem.kind == reflect.Uint8 && t.Elem() != byteType {
+			s.json = true // msgpack v5 would encode it as binary data
+		}
+	case s.kind == reflect.Map:
+		s.key, s.elem = contain(t.Key()), contain(t.Elem())
+		if !isScalar(s.key.kind) {
+			s.form = byJSON
+		}
+	case s.kind == reflect.Struct:
+		s.addFields(contain)
+	default:
+		s.form = byJSON // which says that it does not support the type
+	}
+	s.json = s.json || s.form == byJSON
+	s.building = false
+	return s
+}
+
+func isScalar(k reflect.Kind) bool {
+	return k >= reflect.Bool && k <= reflect.Uint64 || k == reflect.Float32 || k == reflect.Float64 || k == reflect.String
+}
+
+// addFields adds the fields of a struct. If msgpack v5 does not see the same fields as encoding/json, the form becomes byJSON.
+func (s *shape) addFields(contain func(reflect.Type) *shape) {
+	s.byName = map[string]int{}
+	taken := map[string]bool{}
+	take := func(name string) {
+		if taken[name] {
+			s.form = byJSON
+		}
+		taken[name] = true
+	}
+	add := func(f field) {
+		take(f.name)
+		s.byName[f.name] = len(s.fields)
+		s.fields = append(s.fields, f)
+	}
+	for i := range s.typ.NumField() {
+		f := s.typ.Field(i)
+		tag, tagged := f.Tag.Lookup("json")
+		name, option, _ := strings.Cut(tag, ",")
+		_, own := f.Tag.Lookup("msgpack")
+		if own || f.Name == "_msgpack" {
+			s.form = byJSON
+		}
+		if tag == "-" || !f.IsExported() && !f.Anonymous {
+			continue
+		}
+		inner := contain(f.Type)
+		if f.Anonymous && (tagged || inner.kind != reflect.Struct || inner.form != byKind) || strings.ContainsFunc(name, isOdd) ||
+			name == "-" || option != "" && (option != "omitempty" || !inner.omitsAlike()) {
+			s.form = byJSON
+		}
+		if !f.Anonymous {
+			add(field{cmp.Or(name, f.Name), []int{i}, inner})
+			continue
+		}
+		for _, e := range inner.fields {
+			add(field{e.name, append([]int{i}, e.index...), e.shape})
+		}
+		take(f.Name) // in msgpack v5, this names the embedded struct as a whole
+	}
+}
+
+// isOdd reports whether a rune in the name of a field may mean something else to msgpack v5.
+func isOdd(r rune) bool {
+	return !unicode.IsLetter(r) && !unicode.IsDigit(r) && !strings.ContainsRune("_-.", r)
+}
+
+// omitsAlike reports whether omitempty has the same effect in encoding/json and in msgpack v5.
+func (s *shape) omitsAlike() bool {
+	return s.kind != reflect.Struct && s.kind != reflect.Interface && !s.typ.Implements(isZeroer)
+}
+
+// faithful reports whether MessagePack carries v faithfully. depth is the number of values that v is nested in.
+func faithful(v reflect.Value, depth int) bool {
+	if !v.IsValid() { // nil
+		return true
+	}
+	s := shapeOf(v.Type())
+	return !s.json && s.walk(v, depth)
+}
+
+// walk reports whether MessagePack carries each value of an any in v faithfully, and whether v is not nested too deep.
+func (s *shape) walk(v reflect.Value, depth int) bool {
+	if !s.walks {
+		return true
+	}
+	if depth > maxDepth { // perhaps it contains itself, and then encoding/json returns an error
+		return false
+	}
+	switch s.kind {
+	case reflect.Interface:
+		return faithful(v.Elem(), depth)
+	case reflect.Pointer:
+		return v.IsNil() || s.elem.walk(v.Elem(), depth+1)
+	case reflect.Struct:
+		for i := range s.fields {
+			if f := &s.fields[i]; !f.shape.walk(v.FieldByIndex(f.index), depth+1) {
+				return false
+			}
+		}
+	case reflect.Slice, reflect.Array:
+		for i := range v.Len() {
+			if !s.elem.walk(v.Index(i), depth+1) {
+				return false
+			}
+		}
+	case reflect.Map:
+		for m := v.MapRange(); m.Next(); {
+			if !s.elem.walk(m.Value(), depth+1) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// maxDepth bounds the nesting of MessagePack, because encoding and decoding recurse. Otherwise a value that contains itself, or a
+// payload with one byte per level, could overflow the stack.
+const maxDepth = 128
+
+var (
+	errShort = errors.New("the payload ends in the middle of a value")
+	errDeep  = fmt.Errorf("nested deeper than %d levels", maxDepth)
+)
+
+// unpack decodes the first value of b, which skip has checked, into v, whose type has the shape s. It returns the bytes after the
+// value. It treats what v holds already as encoding/json does, but replaces what an any holds. It is used instead of the decoder
+// of msgpack v5 because that does not check whether a value fits its target, and takes twice as long.
+func unpack(b []byte, v reflect.Value, s *shape, depth int) ([]byte, error) {
+	var t token
+	rest, err := t.read(b, depth)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case s.form == timestamp && t.class == extension:
+		at, err := t.time()
+		v.Set(reflect.ValueOf(at))
+		return rest, err
+	case s.form == timestamp && t.class == text, s.form == byJSON && t.class != binaryData:
+		return unpackByJSON(b, v, depth)
+	case s.form == byJSON, s.form == byBinary && t.class == binaryData:
+		return rest, t.unmarshal(v)
+	case t.class == null:
+		if s.kind == reflect.Pointer || s.kind == reflect.Interface || s.kind == reflect.Map || s.kind == reflect.Slice {
+			v.SetZero()
+		}
+		return rest, nil
+	case s.form != byKind:
+	case s.kind == reflect.Pointer:
+		if v.IsNil() {
+			v.Set(reflect.New(s.elem.typ))
+		}
+		return unpack(b, v.Elem(), s.elem, depth)
+	case s.kind == reflect.Interface:
+		value := reflect.New(t.anyType()).Elem()
+		rest, err := unpack(b, value, shapeOf(value.Type()), depth)
+		v.Set(value)
+		return rest, err
+	case t.class == mapping && s.kind == reflect.Struct:
+		return unpackStruct(rest, v, s, t.n, depth+1)
+	case t.class == mapping && s.kind == reflect.Map:
+		return unpackMap(rest, v, s, int(t.n), depth+1)
+	case t.class == array && s.kind == reflect.Slice, t.class == array && s.kind == reflect.Array && int(t.n) == v.Len():
+		return unpackList(rest, v, s, int(t.n), depth+1)
+	case t.class == binaryData && s.kind == reflect.Slice && s.elem.kind == reflect.Uint8:
+		v.SetBytes(bytes.Clone(t.body))
+		return rest, nil
+	case t.class == binaryData && s.kind == reflect.Array && s.elem.typ == byteType && len(t.body) == v.Len():
+		reflect.Copy(v, reflect.ValueOf(t.body))
+		return rest, nil
+	case t.class == text && s.kind == reflect.Slice && s.elem.kind == reflect.Uint8: // in base 64
+		return unpackByJSON(b, v, depth)
+	case t.setScalar(v):
+		return rest, nil
+	}
+	return nil, fmt.Errorf("%s does not fit %v", t.String(), s.typ)
+}
+
+// unpackStruct decodes n fields of a struct.
+func unpackStruct(b []byte, v reflect.Value, s *shape, n uint64, depth int) (_ []byte, err error) {
+	for next := 0; n > 0; n-- { // next is the position of the field that is expected, because most senders have the same type
+		var name token
+		if b, err = name.read(b, depth); err == nil && !name.makeText() {
+			err = fmt.Errorf("a field's name is %s", name.String())
+		}
+		if err != nil {
+			return nil, err
+		}
+		i, ok := next, next < len(s.fields) && s.fields[next].name == string(name.body)
+		if !ok {
+			i, ok = s.byName[string(name.body)]
+		}
+		if !ok {
+			if b, err = skip(b, depth); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		f := &s.fields[i]
+		next = i + 1
+		if b, err = unpack(b, v.FieldByIndex(f.index), f.shape, depth); err != nil {
+			return nil, fmt.Errorf("%s: %w", f.name, err)
+		}
+	}
+	return b, nil
+}
+
+// unpackMap decodes n entries of a map.
+func unpackMap(b []byte, v reflect.Value, s *shape, n, depth int) (_ []byte, err error) {
+	if v.IsNil() {
+		v.Set(reflect.MakeMapWithSize(s.typ, n))
+	}
+	for ; n > 0; n-- {
+		var t token
+		if b, err = t.read(b, depth); err != nil {
+			return nil, err
+		}
+		key, elem := reflect.New(s.key.typ).Elem(), reflect.New(s.elem.typ).Elem()
+		if s.key.kind == reflect.String {
+			t.makeText()
+		} else if n, err := strconv.ParseInt(string(t.body), 10, 64); err == nil && t.class == text {
+			t = token{class: integer, n: uint64(n), negative: n < 0}
+		}
+		if s.key.form != byKind || !t.setScalar(key) {
+			return nil, fmt.Errorf("a key of the map, %s, does not fit %v", t.String(), s.key.typ)
+		}
+		if b, err = unpack(b, elem, s.elem, depth); err != nil {
+			return nil, fmt.Errorf("%v: %w", key, err)
+		}
+		v.SetMapIndex(key, elem)
+	}
+	return b, nil
+}
+
+// unpackList decodes the n elements of a slice or an array.
+func unpackList(b []byte, v reflect.Value, s *shape, n, depth int) (_ []byte, err error) {
+	if s.kind == reflect.Slice {
+		if v.IsNil() {
+			v.Set(reflect.MakeSlice(s.typ, n, n))
+		}
+		v.Grow(max(n-v.Len(), 0))
+		v.SetLen(n)
+	}
+	for i := range n {
+		if b, err = unpack(b, v.Index(i), s.elem, depth); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// unpackByJSON decodes the first value of b into v by way of JSON, and returns the bytes after it. It fails if JSON can't express
+// the value.
+func unpackByJSON(b []byte, v reflect.Value, depth int) ([]byte, error) {
+	var value any
+	rest, err := unpack(b, reflect.ValueOf(&value).Elem(), shapeOf(reflect.TypeFor[any]()), depth)
+	if err != nil {
+		return nil, err
+	}
+	data, err := json.Marshal(value)
+	switch {
+	case err != nil:
+		return nil, err
+	case bytes.Contains(data, []byte(`\ufffd`)): // encoding/json has replaced something
+		return nil, errors.New("a string is not valid UTF-8")
+	}
+	return rest, json.Unmarshal(data, v.Addr().Interface())
+}
+
+// skip returns the bytes after the first value of b. It fails if that is malformed, and does not allocate. Without that check, a few
+// bytes that announce a long array could make unpack allocate millions of elements.
+func skip(b []byte, depth int) ([]byte, error) {
+	var t token
+	b, err := t.read(b, depth)
+	for n := t.nested(); n > 0 && err == nil; n-- {
+		b, err = skip(b, depth+1)
+	}
+	return b, err
+}
+
+// A class is a kind of value in MessagePack.
+type class uint8
+
+const (
+	unused class = iota
+	null
+	boolean
+	integer
+	float
+	text
+	binaryData
+	array
+	mapping
+	extension
+)
+
+var classNames = [...]string{null: "nil", boolean: "a bool", binaryData: "binary data", array: "an array",
+	mapping: "a map", extension: "a timestamp or another extension"}
+
+// A token is the beginning of a value in MessagePack, up to the first value that is nested in it.
+type token struct {
+	class    class
+	size     uint8  // of a number, in bytes
+	negative bool   // of an integer
+	n        uint64 // a number's bits, 1 for true, the number of elements or entries, or the length of body
+	body     []byte // of a string or binary data; of an extension with its type in the first byte
+}
+
+// read makes t the first token of b, which is nested in depth values, and returns the bytes after it. It checks that b has room for
+// what the token announces. The format is described in https://github.com/msgpack/msgpack/blob/master/spec.md
+func (t *token) read(b []byte, depth int) ([]byte, error) {
+	if depth > maxDepth {
+		return nil, errDeep
+	}
+	if len(b) == 0 || len(b) <= int(formats[b[0]].size) {
+		return nil, errShort
+	}
+	f := &formats[b[0]]
+	*t = token{class: f.class, size: f.size, negative: f.n < 0, n: uint64(f.n)}
+	switch b = b[1:]; f.size {
+	case 1:
+		t.n = uint64(b[0])
+	case 2:
+		t.n = uint64(binary.BigEndian.Uint16(b))
+	case 4:
+		t.n = uint64(binary.BigEndian.Uint32(b))
+	case 8:
+		t.n = binary.BigEndian.Uint64(b)
+	}
+	if f.signed {
+		unused := 64 - 8*f.size
+		t.n = uint64(int64(t.n<<unused) >> unused)
+		t.negative = int64(t.n) < 0
+	}
+	b = b[f.size:]
+	switch t.class {
+	case unused:
+		return nil, errors.New("no value begins with the byte 0xc1")
+	case extension:
+		t.n++
+		fallthrough
+	case text, binaryData:
+		if t.n > uint64(len(b)) {
+			return nil, errShort
+		}
+		t.body, b = b[:t.n], b[t.n:]
+	case array, mapping:
+		if t.nested() > uint64(len(b)) {
+			return nil, errShort
+		}
+	}
+	return b, nil
+}
+
+// A format says what a value is that begins with a certain byte: its class, the number of bytes that hold n, and n if there are none.
+type format struct {
+	class  class
+	size   uint8
+	n      int8
+	signed bool
+}
+
+var formats = func() (f [256]format) {
+	for c := range f {
+		switch {
+		case c < 0x80 || c >= 0xe0:
+			f[c] = format{class: integer, n: int8(c)}
+		case c < 0x90:
+			f[c] = format{class: mapping, n: int8(c & 0x0f)}
+		case c < 0xa0:
+			f[c] = format{class: array, n: int8(c & 0x0f)}
+		case c < 0xc0:
+			f[c] = format{class: text, n: int8(c & 0x1f)}
+		}
+	}
+	copy(f[0xc0:], []format{
+		{class: null}, {}, {class: boolean}, {class: boolean, n: 1}, {binaryData, 1, 0, false}, {binaryData, 2, 0, false}, {binaryData, 4, 0, false},
+		{extension, 1, 0, false}, {extension, 2, 0, false}, {extension, 4, 0, false}, {float, 4, 0, false}, {float, 8, 0, false},
+		{integer, 1, 0, false}, {integer, 2, 0, false}, {integer, 4, 0, false}, {integer, 8, 0, false},
+		{integer, 1, 0, true}, {integer, 2, 0, true}, {integer, 4, 0, true}, {integer, 8, 0, true},
+		{extension, 0, 1, false}, {extension, 0, 2, false}, {extension, 0, 4, false}, {extension, 0, 8, false}, {extension, 0, 16, false},
+		{text, 1, 0, false}, {text, 2, 0, false}, {text, 4, 0, false}, {array, 2, 0, false}, {array, 4, 0, false},
+		{mapping, 2, 0, false}, {mapping, 4, 0, false},
+	})
+	return f
+}()
+
+// nested returns how many values are nested in the value.
+func (t *token) nested() uint64 {
+	switch t.class {
+	case array:
+		return t.n
+	case mapping:
+		return 2 * t.n
+	}
+	return 0
+}
+
+// digits returns the integer in decimal.
+func (t *token) digits() string {
+	if t.negative {
+		return strconv.FormatInt(int64(t.n), 10)
+	}
+	return strconv.FormatUint(t.n, 10)
+}
+
+// String returns the number, or what else the value is, for an error.
+func (t *token) String() string {
+	switch t.class {
+	case integer:
+		return "the number " + t.digits()
+	case float:
+		return fmt.Sprintf("the number %v", t.float())
+	case text:
+		return fmt.Sprintf("the string %.64q", t.body)
+	}
+	return classNames[t.class]
+}
+
+// float returns the number, of class float.
+func (t *token) float() float64 {
+	if t.size == 4 {
+		return float64(math.Float32frombits(uint32(t.n)))
+	}
+	return math.Float64frombits(t.n)
+}
+
+// anyType returns the type that the value has in an any.
+func (t *token) anyType() reflect.Type {
+	if t.class == integer && !t.negative && t.n > math.MaxInt64 {
+		return reflect.TypeFor[uint64]()
+	}
+	return anyTypes[t.class]
+}
+
+var anyTypes = [...]reflect.Type{
+	boolean: reflect.TypeFor[bool](), integer: reflect.TypeFor[int64](), float: reflect.TypeFor[float64](), text: reflect.TypeFor[string](),
+	binaryData: reflect.TypeFor[[]byte](), array: reflect.TypeFor[[]any](), mapping: reflect.TypeFor[map[string]any](), extension: timeType,
+}
+
+// time returns the instant of a timestamp.
+func (t *token) time() (at time.Time, err error) {
+	data := t.body[1:]
+	switch {
+	case int8(t.body[0]) == -1 && len(data) == 4:
+		at = time.Unix(int64(binary.BigEndian.Uint32(data)), 0)
+	case int8(t.body[0]) == -1 && len(data) == 8:
+		n := binary.BigEndian.Uint64(data)
+		at = time.Unix(int64(n&(1<<34-1)), int64(n>>34))
+	case int8(t.body[0]) == -1 && len(data) == 12:
+		at = time.Unix(int64(binary.BigEndian.Uint64(data[4:])), int64(binary.BigEndian.Uint32(data)))
+	default:
+		err = fmt.Errorf("an extension of type %d with %d bytes is not a timestamp", int8(t.body[0]), len(data))
+	}
+	if at.IsZero() {
+		at = time.Time{} // without a zone
+	}
+	return at, err
+}
+
+// makeText makes an integer, which is the key of a map, the text that JSON has for it. It reports whether t is text then.
+func (t *token) makeText() bool {
+	if t.class == integer {
+		t.class, t.body = text, []byte(t.digits())
+	}
+	return t.class == text
+}
+
+// unmarshal passes binary data to the UnmarshalBinary or UnmarshalText of what v is. The latter, and the former for a type that has
+// other methods for a format, too, is how payloads of version 0.1 are, which streams may still contain.
+func (t *token) unmarshal(v reflect.Value) error {
+	switch u := v.Addr().Interface().(type) {
+	case encoding.BinaryUnmarshaler:
+		return u.UnmarshalBinary(bytes.Clone(t.body))
+	case encoding.TextUnmarshaler:
+		return u.UnmarshalText(bytes.Clone(t.body))
+	}
+	return fmt.Errorf("%s does not fit %v", t.String(), v.Type())
+}
+
+// setScalar sets v to a bool, a number or a string. It reports whether that fits, by the rules of encoding/json.
+func (t *token) setScalar(v reflect.Value) bool {
+	switch {
+	case t.class == boolean && v.Kind() == reflect.Bool:
+		v.SetBool(t.n == 1)
+	case t.class == text && v.Kind() == reflect.String:
+		v.SetString(string(t.body))
+	case t.class == float && v.CanFloat() && !v.OverflowFloat(t.float()):
+		v.SetFloat(t.float())
+	case t.class == integer && v.CanFloat():
+		f, _ := strconv.ParseFloat(t.digits(), v.Type().Bits()) // can't fail
+		v.SetFloat(f)
+	case t.class == integer && v.CanInt() && (t.negative || t.n <= math.MaxInt64) && !v.OverflowInt(int64(t.n)):
+		v.SetInt(int64(t.n))
+	case t.class == integer && v.CanUint() && !t.negative && !v.OverflowUint(t.n):
+		v.SetUint(t.n)
+	default:
+		return false
+	}
+	return true
+}
