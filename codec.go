@@ -116,24 +116,32 @@ type payload struct {
 	codec Codec // of data: JSON if MessagePack was asked for but does not carry the value
 }
 
-// marshal encodes what v is, or points to, with c. The payload of a Raw is returned as it is.
+// marshal encodes what v is, or points to, with c. If that is a Raw, its payload keeps its format.
 func marshal(c Codec, v any) (out payload, err error) {
 	defer recoverTo(&err)
-	if raw, ok := v.(*Raw); ok && raw.codec != nil {
-		return payload{raw.data, raw.codec}, nil
+	raw, ok := v.(*Raw)
+	switch {
+	case ok:
+		out.data, out.codec = raw.data, cmp.Or(raw.codec, c)
+	case c == MsgPack && faithful(reflect.ValueOf(v), 0):
+		out.codec = c
+		out.data, err = pack(v)
+	case c == MsgPack:
+		out.codec = JSON
+		out.data, err = json.Marshal(v)
+	default:
+		out.codec = c
+		out.data, err = c.Marshal(v)
 	}
-	if c == MsgPack {
-		if faithful(reflect.ValueOf(v), 0) {
-			data, err := pack(v)
-			return payload{data, MsgPack}, err
+	if len(out.data) == 1 && isDigit(out.data[0]) { // receivers take it for JSON, but versions before 0.2 for MessagePack
+		switch out.codec {
+		case MsgPack:
+			out.data = []byte{0xd0, out.data[0]} // the same integer in two bytes
+		case JSON:
+			out.data = []byte{out.data[0], ' '}
 		}
-		c = JSON
 	}
-	data, err := c.Marshal(v)
-	if c == JSON && len(data) == 1 { // a digit, which could be taken for MessagePack
-		data = append(data, ' ')
-	}
-	return payload{data, c}, err
+	return out, err
 }
 
 // pack encodes v in MessagePack.
@@ -145,9 +153,6 @@ func pack(v any) ([]byte, error) {
 	data := bytes.Clone(p.buf.Bytes())
 	if p.buf.Cap() <= 64<<10 {
 		packers.Put(p)
-	}
-	if len(data) == 1 && isDigit(data[0]) { // which receivers would take for JSON
-		data = []byte{0xd0, data[0]} // the same integer in two bytes
 	}
 	return data, err
 }
@@ -201,11 +206,11 @@ func (r *Raw) UnmarshalJSON(data []byte) error {
 // the name of that type.
 func decodePayload(c Codec, data []byte, v any) (err error) {
 	defer func() {
-		recoverTo(&err)
 		if err != nil {
 			err = fmt.Errorf("%s: %w", strings.TrimPrefix(fmt.Sprintf("%T", v), "*"), err)
 		}
 	}()
+	defer recoverTo(&err)
 	if raw, ok := v.(*Raw); ok && raw != nil {
 		*raw = Raw{data, c}
 		return nil

@@ -2,10 +2,16 @@ package aegis_test
 
 import (
 	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"maps"
 	"math"
 	"math/big"
+	"math/rand/v2"
 	"net/netip"
 	"net/url"
 	"reflect"
@@ -14,8 +20,10 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats.go"
 	"github.com/vmihailenco/msgpack/v5"
 )
 
@@ -642,6 +650,355 @@ func TestMsgPackOfOlderVersions(t *testing.T) {
 	}
 }
 
+// TestValuesOverTheWire checks that each kind of message delivers what was sent, or an error.
+func TestValuesOverTheWire(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	want := payment{"ACC", "AAPL", 5, money{18725}, true}
+	equal := func(what string, got payment, err error) {
+		t.Helper()
+		if err != nil || got != want {
+			t.Errorf("%s: got %+v, %v, want %+v", what, got, err, want)
+		}
+	}
+	handle(t, svc, "same", func(_ context.Context, p payment) (payment, error) { equal("request", p, nil); return p, nil })
+	handle(t, svc, "small", func(_ context.Context, m map[string]int32) (int32, error) { return m["qty"], nil })
+	handle(t, svc, "large", func(context.Context, struct{}) (int64, error) { return 5_000_000_000, nil })
+	handle(t, svc, "unsigned", func(_ context.Context, n uint64) (uint64, error) { return n, nil })
+	handle(t, svc, "any", func(_ context.Context, v any) (any, error) { return v, nil })
+	var events journal[payment]
+	subscribe(t, svc, "order.paid", into(&events))
+	handleCommand(t, svc, "pay", func(_ context.Context, c *aegis.Command[payment]) (payment, error) {
+		equal("command", c.Data, nil)
+		return c.Data, nil
+	})
+	start(t, svc)
+
+	got, err := call[payment, payment](client, "svc", "same", want)
+	equal("answer", got, err)
+	publish(t, client, "order", "paid", want)
+	equal("event", events.wait(t, 1)[0], nil)
+	equal("result", wait(t, send[payment, payment](t, client, "svc", "pay", want)), nil)
+
+	_, err = call[map[string]int64, int32](client, "svc", "small", map[string]int64{"qty": 5_000_000_000})
+	if e := fails(t, err, aegis.ErrInvalid, "map[string]int32", "qty", "5000000000", "int32"); !e.NotRun {
+		t.Error("NotRun = false, want true")
+	}
+	_, err = call[struct{}, int32](client, "svc", "large", struct{}{})
+	if e := fails(t, err, aegis.ErrInternal, "svc.large", "int32", "5000000000"); e.NotRun {
+		t.Error("NotRun = true, want false")
+	}
+	_, err = call[int64, uint64](client, "svc", "unsigned", -1)
+	fails(t, err, aegis.ErrInvalid, "uint64", "-1")
+	_, err = call[[]string, payment](client, "svc", "same", []string{"alice", "bob"})
+	if e := fails(t, err, aegis.ErrInvalid, "aegis_test.payment", "array"); strings.Contains(e.Message, "*aegis_test") {
+		t.Errorf("the error %q names a pointer", e.Message)
+	}
+	v, err := call[any, any](client, "svc", "any", map[string]any{"a": 7, "b": 300, "c": -1, "d": map[int]int{7: 1}})
+	if want := map[string]any{"a": int64(7), "b": int64(300), "c": int64(-1), "d": map[string]any{"7": int64(1)}}; err != nil || !reflect.DeepEqual(v, any(want)) {
+		t.Errorf("got %#v, %v, want %#v", v, err, want)
+	}
+}
+
+// TestValuesThatCannotBeSent checks that nothing that a user's type does panics out of a call, a publish or a command, or ends the
+// process.
+func TestValuesThatCannotBeSent(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	cycle := &tree{Name: "a"}
+	cycle.Kids = []*tree{{Name: "b", Parent: cycle}}
+	self := map[string]any{}
+	self["self"] = self
+	for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, clumsy{}} {
+		svc := newService(t, srv, "svc", aegis.WithCodec(codec))
+		handle(t, svc, "panics", func(context.Context, string) (panics, error) { return panics{}, nil })
+		handle(t, svc, "cycle", func(context.Context, string) (*tree, error) { return cycle, nil })
+		handle(t, svc, "take", func(context.Context, panics) (string, error) { return "", nil })
+		start(t, svc)
+		for _, v := range []any{cycle, self, panics{}, make(chan int), func() {}} {
+			_, err := call[any, string](svc, "svc", "cycle", v)
+			if e := fails(t, err, aegis.ErrInvalid, "svc.cycle"); !e.NotRun {
+				t.Errorf("%T: NotRun = false, want true", v)
+			}
+			err = aegis.Publish(t.Context(), svc, "order", "created", v)
+			if e := fails(t, err, aegis.ErrInvalid, "order.created"); !e.NotRun {
+				t.Errorf("%T: NotRun = false, want true", v)
+			}
+			fails(t, aegis.PublishBatch(t.Context(), svc, "order", "created", []any{v}), aegis.ErrInvalid, "order.created")
+			_, err = aegis.SendCommand[any, string](t.Context(), svc, "svc", "run", v)
+			fails(t, err, aegis.ErrInvalid, "svc.run")
+		}
+		if codec == (clumsy{}) {
+			continue
+		}
+		_, err := call[string, string](svc, "svc", "panics", "")
+		fails(t, err, aegis.ErrInternal, "panics")
+		_, err = call[string, string](svc, "svc", "cycle", "")
+		fails(t, err, aegis.ErrInternal, "cycle")
+		_, err = call[map[string]int, string](svc, "svc", "take", map[string]int{"a": 1})
+		fails(t, err, aegis.ErrInvalid, "svc.take", "UnmarshalJSON")
+		if err := svc.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// clumsy is a codec that panics.
+type clumsy struct{}
+
+func (clumsy) ContentType() string         { return "application/clumsy" }
+func (clumsy) Marshal(any) ([]byte, error) { panic("clumsy") }
+func (clumsy) Unmarshal([]byte, any) error { panic("clumsy") }
+
+// TestPayloadOfOtherClients checks payloads that clients without aegis send, and answers of services without it.
+func TestPayloadOfOtherClients(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	handle(t, svc, "limit", func(_ context.Context, n int) (int, error) { return n, nil })
+	handle(t, svc, "any", func(_ context.Context, v any) (string, error) { return fmt.Sprintf("%T %v", v, v), nil })
+	start(t, svc)
+	nc := client.Conn()
+	ask := func(method, data, label string) *nats.Msg {
+		t.Helper()
+		m := nats.NewMsg("rpc.svc." + method)
+		m.Data = []byte(data)
+		if label != "" {
+			m.Header.Set("Content-Type", label)
+		}
+		answer, err := nc.RequestMsg(m, 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return answer
+	}
+	for _, test := range []struct{ data, label, answer string }{
+		{"7", "", "7 "}, {"7", "application/json", "7 "}, {"55", "", "55"}, {" 7", "", "7 "}, {"\x07", "", "\x07"},
+		{"7", "application/msgpack", "\xd07"}, {"\x07", "application/msgpack; v=1", "\x07"}, {"\xcc\xc8", "", "\xcc\xc8"},
+	} {
+		if m := ask("limit", test.data, test.label); string(m.Data) != test.answer || len(m.Header) > 0 {
+			t.Errorf("%q (%s) is answered with %q, %v, want %q", test.data, test.label, m.Data, m.Header, test.answer)
+		}
+	}
+	for _, test := range []struct{ data, label, says string }{
+		{"\xef\xbb\xbf{}", "", "byte order mark"}, {"\xef\xbb\xbf7", "application/json", "byte order mark"}, {"\xff\xfe7\x00", "", "byte order mark"},
+		{"", "", "empty"}, {"5000000000000000000000", "", "int"}, {"\xcb\x3f\xf8\x00\x00\x00\x00\x00\x00", "", "the number 1.5 does not fit int"},
+	} {
+		m := ask("limit", test.data, test.label)
+		if text := m.Header.Get("Nats-Service-Error"); m.Header.Get("Nats-Service-Error-Code") != "400" || !strings.Contains(text, test.says) {
+			t.Errorf("%q: got %v, want 400 with %q", test.data, m.Header, test.says)
+		}
+	}
+	var answer string
+	if err := json.Unmarshal(ask("any", `{"a":7}`, "").Data, &answer); err != nil || answer != "map[string]interface {} map[a:7]" {
+		t.Error(answer, err)
+	}
+	sub, err := nc.Subscribe("rpc.other.limit", func(m *nats.Msg) { _ = m.Respond([]byte("7")) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = sub.Unsubscribe() }()
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := call[int, int](client, "other", "limit", 1); err != nil || n != 7 {
+		t.Errorf("got %d, %v, want 7", n, err)
+	}
+}
+
+// TestRaw passes payloads of each format on, as every kind of message.
+func TestRaw(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	type Raw = aegis.Raw
+	for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
+		name := "relay-" + strings.TrimPrefix(codec.ContentType(), "application/")
+		client := newService(t, srv, "client", aegis.WithCodec(codec))
+		relay := newService(t, srv, name, aegis.WithCodec(codec))
+		target := newService(t, srv, "target-"+name, aegis.WithCodec(codec))
+		handle(t, target, "same", func(_ context.Context, v map[string]int) (map[string]int, error) { return v, nil })
+		handle(t, relay, "same", func(_ context.Context, r Raw) (Raw, error) { return call[Raw, Raw](relay, "target-"+name, "same", r) })
+		handle(t, relay, "digit", func(_ context.Context, r Raw) (Raw, error) { return r, nil })
+		handle(t, relay, "nothing", func(context.Context, Raw) (Raw, error) { return Raw{}, nil })
+		events := make(chan Raw, 10)
+		subscribe(t, relay, "order.*", func(ctx context.Context, e aegis.Event[Raw]) error {
+			events <- e.Data
+			if e.Type == "copy" {
+				return nil
+			}
+			return aegis.Publish(ctx, relay, "order", "copy", e.Data)
+		})
+		handleCommand(t, target, "run", func(_ context.Context, c *aegis.Command[map[string]int]) (map[string]int, error) { return c.Data, nil })
+		handleCommand(t, relay, "run", func(ctx context.Context, c *aegis.Command[Raw]) (Raw, error) {
+			j, err := aegis.SendCommand[Raw, Raw](ctx, relay, "target-"+name, "run", c.Data)
+			if err != nil {
+				return Raw{}, err
+			}
+			return j.Wait(ctx)
+		})
+		start(t, target)
+		start(t, relay)
+
+		sent := map[string]int{"a": 7, "b": 5_000_000}
+		check := func(what string, got map[string]int, err error) {
+			t.Helper()
+			if err != nil || !maps.Equal(got, sent) {
+				t.Errorf("%s: %s: got %v, %v, want %v", codec.ContentType(), what, got, err, sent)
+			}
+		}
+		got, err := call[map[string]int, map[string]int](client, name, "same", sent)
+		check("call", got, err)
+		publish(t, client, "order", "created", sent)
+		for range 2 {
+			r := <-events
+			var got map[string]int
+			err := r.Decode(&got)
+			check("event", got, err)
+			var wrong []string
+			fails(t, r.Decode(&wrong), aegis.ErrInvalid, "[]string")
+			fails(t, r.Decode(nil), aegis.ErrInvalid)
+			fails(t, r.Decode(5), aegis.ErrInvalid, "int")
+		}
+		check("command", wait(t, send[map[string]int, map[string]int](t, client, name, "run", sent)), nil)
+		for n := range 130 {
+			if got, err := call[int, int](client, name, "digit", n); err != nil || got != n {
+				t.Errorf("%d comes back as %d, %v", n, got, err)
+			}
+		}
+		r, err := call[int, Raw](client, name, "nothing", 1)
+		if err != nil {
+			t.Error(err)
+		}
+		fails(t, r.Decode(new(int)), aegis.ErrInvalid, "empty")
+		_, err = call[Raw, map[string]int](client, "target-"+name, "same", Raw{})
+		fails(t, err, aegis.ErrInvalid, "empty")
+		if err := errors.Join(relay.Stop(t.Context()), target.Stop(t.Context())); err != nil {
+			t.Error(err)
+		}
+	}
+
+	// A format that no service supports passes, too.
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	handle(t, svc, "same", func(_ context.Context, r Raw) (Raw, error) {
+		var v any
+		fails(t, r.Decode(&v), aegis.ErrInvalid, "text/xml")
+		return r, nil
+	})
+	handle(t, svc, "other", func(context.Context, Raw) (string, error) { return "aegis's own", nil })
+	start(t, svc)
+	for method, want := range map[string][2]string{"same": {"<x/>", "text/xml"}, "other": {"\xabaegis's own", ""}} {
+		m, err := client.Conn().RequestMsg(&nats.Msg{Subject: "rpc.svc." + method, Data: []byte("<x/>"), Header: nats.Header{"Content-Type": {"text/xml"}}}, 5*time.Second)
+		if err != nil || string(m.Data) != want[0] || m.Header.Get("Content-Type") != want[1] {
+			t.Errorf("%s: got %q, %v, %v", method, m.Data, m.Header, err)
+		}
+	}
+
+	// As a part of another value, it is a part of the JSON.
+	type envelope struct{ Inner Raw }
+	var e envelope
+	if err := aegis.MsgPack.Unmarshal([]byte(`{"Inner":{"a":[1]}}`), &e); err != nil {
+		t.Fatal(err)
+	}
+	var inner map[string][]int
+	if err := e.Inner.Decode(&inner); err != nil || inner["a"][0] != 1 {
+		t.Error(inner, err)
+	}
+	if data, err := aegis.MsgPack.Marshal(e); err != nil || string(data) != `{"Inner":{"a":[1]}}` {
+		t.Errorf("got %q, %v", data, err)
+	}
+	r, err := call[string, Raw](client, "svc", "other", "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if data, err := aegis.MsgPack.Marshal(envelope{r}); err == nil {
+		t.Errorf("got %q, want an error", data)
+	}
+}
+
+func TestDeadLetterDecode(t *testing.T) {
+	t.Parallel()
+	for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON, gobbledygook{}} {
+		srv := startServer(t, withJetStream(t))
+		svc := newService(t, srv, "risk", aegis.WithCodec(codec))
+		subscribe(t, svc, "order.paid", func(context.Context, aegis.Event[payment]) error { return errors.New("no") }, aegis.Attempts(1))
+		start(t, svc)
+		want := payment{"ACC", "AAPL", 5, money{18725}, true}
+		publish(t, svc, "order", "paid", want)
+		var letter aegis.DeadLetter
+		eventually(t, "the dead letter is stored", func() bool {
+			for d, err := range svc.DeadLetters(t.Context()) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				letter = d
+			}
+			return letter.Sequence > 0
+		})
+		var got payment
+		var r aegis.Raw
+		if err := letter.Decode(&got); err != nil || got != want {
+			t.Errorf("got %+v, %v, want %+v", got, err, want)
+		}
+		if err := letter.Decode(&r); err != nil {
+			t.Error(err)
+		}
+		var wrong int
+		fails(t, letter.Decode(&wrong), aegis.ErrInvalid, "int")
+		fails(t, aegis.DeadLetter{}.Decode(&wrong), aegis.ErrInvalid, "empty")
+		if err := svc.Stop(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestTextIsCutBetweenCharacters checks that long texts stay valid UTF-8.
+func TestTextIsCutBetweenCharacters(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	long := strings.Repeat("€", 2000) // of three bytes each
+	handle(t, svc, "m", func(_ context.Context, s string) (string, error) { return "", errors.New(s) })
+	handleCommand(t, svc, "run", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		if err := c.Progress(50, c.Data); err != nil {
+			t.Error(err)
+		}
+		return "", errors.New(c.Data)
+	}, aegis.Attempts(1))
+	start(t, svc)
+	for _, text := range []string{long, "x" + long, "xx" + long, "a\xffb", "\xe2\x82"} {
+		whole := func(what, s string) {
+			t.Helper()
+			if !utf8.ValidString(s) || strings.ContainsRune(s, utf8.RuneError) || strings.Contains(s, "€?") || !strings.Contains(s, strings.ToValidUTF8(text, "?")[:1]) {
+				t.Errorf("%s of %.9q: got %.9q... %q", what, text, s, s[max(len(s)-9, 0):])
+			}
+		}
+		m, err := client.Conn().Request("rpc.svc.m", []byte(`"`+strings.ToValidUTF8(text, "?")+`"`), 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole("header", m.Header.Get("Nats-Service-Error"))
+		_, err = call[string, string](client, "svc", "m", text)
+		whole("error", fails(t, err, aegis.ErrInternal).Message)
+		job := send[string, string](t, client, "svc", "run", text)
+		for p, err := range job.Updates(t.Context()) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p.Percent == 50 {
+				whole("progress", p.Message)
+			}
+		}
+		_, err = job.Wait(t.Context())
+		whole("outcome", fails(t, err, aegis.ErrInternal).Message)
+	}
+	for d, err := range svc.DeadLetters(t.Context()) {
+		if err != nil || !utf8.ValidString(d.Reason) || strings.Contains(d.Reason, "€?") {
+			t.Errorf("reason %q, %v", d.Reason, err)
+		}
+	}
+}
+
 // FuzzMsgPack checks that malformed input causes no panic, and no more allocations than are proportionate to its length.
 func FuzzMsgPack(f *testing.F) {
 	for _, v := range []any{1, "s", []int{1, 2}, map[string]any{"i": 1, "L": []string{"a"}, "P": map[string]any{"M": map[string]int{"x": 1}}}, everything{}} {
@@ -671,3 +1028,344 @@ func FuzzMsgPack(f *testing.F) {
 		}
 	})
 }
+
+// FuzzMsgPackEqualsJSON generates a type and a value of it. In MessagePack it has to arrive as it does in JSON, or as it was sent.
+// The same payload is then decoded into another type, where MessagePack may fail, but must not give anything else than JSON does.
+func FuzzMsgPackEqualsJSON(f *testing.F) {
+	for seed := range 64 {
+		tape := make([]byte, 64+seed)
+		r := rand.New(rand.NewPCG(1, uint64(seed)))
+		for i := range tape {
+			tape[i] = byte(r.Uint32())
+		}
+		f.Add(tape)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		g := &generator{tape: data}
+		sent := reflect.New(g.anyType(0))
+		g.fill(sent.Elem(), 0)
+		text, failed := json.Marshal(sent.Interface())
+		packed, err := aegis.MsgPack.Marshal(sent.Interface())
+		if failed == nil && err != nil {
+			t.Fatalf("%T: JSON can carry %s, MessagePack fails: %v", sent.Interface(), text, err)
+		}
+		if err != nil {
+			return
+		}
+		decode := func(typ reflect.Type) (want, got reflect.Value, failed, err error) {
+			want, got = reflect.New(typ), reflect.New(typ)
+			if failed = failedOf(text, want); text == nil {
+				failed = errors.New("JSON can't carry it")
+			}
+			return want.Elem(), got.Elem(), failed, aegis.MsgPack.Unmarshal(packed, got.Interface())
+		}
+		want, got, failed, err := decode(sent.Type().Elem())
+		switch {
+		case failed == nil && err != nil:
+			t.Fatalf("%T: JSON decodes %s, MessagePack %q fails: %v", sent.Interface(), text, packed, err)
+		case err == nil && !(failed == nil && alike(got, want, false)) && !alike(got, sent.Elem(), failed != nil):
+			t.Fatalf("%T: sent %s, %#v; MessagePack %q arrives as %#v, want %#v, %v", sent.Interface(), text, sent.Elem(), packed, got, want, failed)
+		}
+		if want, got, failed, err := decode(g.anyType(0)); failed == nil && err == nil && !alike(got, want, true) {
+			t.Fatalf("%T into %v: sent %s, MessagePack %q arrives as %#v, want %#v", sent.Interface(), got.Type(), text, packed, got, want)
+		}
+		var any1, any2 any
+		if failedOf(text, reflect.ValueOf(&any1)) == nil && aegis.MsgPack.Unmarshal(packed, &any2) == nil && text != nil &&
+			!alike(reflect.ValueOf(&any2).Elem(), reflect.ValueOf(&any1).Elem(), true) {
+			t.Fatalf("%T into any: sent %s, MessagePack %q arrives as %#v, want %#v", sent.Interface(), text, packed, any2, any1)
+		}
+	})
+}
+
+func failedOf(text []byte, into reflect.Value) error { return json.Unmarshal(text, into.Interface()) }
+
+// A generator makes types and values from the bytes of a tape.
+type generator struct{ tape []byte }
+
+func (g *generator) pick(n int) int {
+	if len(g.tape) == 0 {
+		return 0
+	}
+	c := g.tape[0]
+	g.tape = g.tape[1:]
+	return int(c) % n
+}
+
+func (g *generator) bits() (n uint64) {
+	for range g.pick(9) {
+		n = n<<8 | uint64(g.pick(256))
+	}
+	return n
+}
+
+var leafTypes = []reflect.Type{
+	reflect.TypeFor[bool](), reflect.TypeFor[int](), reflect.TypeFor[int8](), reflect.TypeFor[int16](), reflect.TypeFor[int32](),
+	reflect.TypeFor[int64](), reflect.TypeFor[uint](), reflect.TypeFor[uint8](), reflect.TypeFor[uint16](), reflect.TypeFor[uint32](),
+	reflect.TypeFor[uint64](), reflect.TypeFor[float32](), reflect.TypeFor[float64](), reflect.TypeFor[string](), reflect.TypeFor[[]byte](),
+	reflect.TypeFor[[3]byte](), reflect.TypeFor[time.Time](), reflect.TypeFor[any](), reflect.TypeFor[json.RawMessage](),
+	reflect.TypeFor[netip.Addr](), reflect.TypeFor[decimal](), reflect.TypeFor[money](), reflect.TypeFor[binaryOnly](), reflect.TypeFor[byteLike](),
+	reflect.TypeFor[time.Duration](), reflect.TypeFor[json.Number](), reflect.TypeFor[base](), reflect.TypeFor[Anonymous](), reflect.TypeFor[tree](),
+	reflect.TypeFor[everything](), reflect.TypeFor[payment](), reflect.TypeFor[struct {
+		base
+		Own any
+	}](), reflect.TypeFor[struct {
+		*Anonymous
+		Own int
+	}](), reflect.TypeFor[struct {
+		base `json:"meta"`
+		ID   string `json:"id"`
+	}](), reflect.TypeFor[struct {
+		Anonymous
+		Inner int
+	}](),
+}
+
+// binaryOnly has no methods but those for binary data.
+type binaryOnly struct{ n uint16 }
+
+func (b binaryOnly) MarshalBinary() ([]byte, error) {
+	return binary.BigEndian.AppendUint16(nil, b.n), nil
+}
+func (b *binaryOnly) UnmarshalBinary(data []byte) error {
+	if len(data) != 2 {
+		return errors.New("want 2 bytes")
+	}
+	b.n = binary.BigEndian.Uint16(data)
+	return nil
+}
+
+var keyTypes = []reflect.Type{
+	reflect.TypeFor[string](), reflect.TypeFor[int8](), reflect.TypeFor[int](), reflect.TypeFor[uint64](), reflect.TypeFor[textKey](),
+	reflect.TypeFor[byteLike](), reflect.TypeFor[bool](), reflect.TypeFor[float64](),
+}
+
+var someTags = []reflect.StructTag{
+	``, ``, `json:"t1"`, `json:"t2,omitempty"`, `json:",omitempty"`, `json:"-"`, `json:"-,"`, `json:",omitzero"`, `json:",string"`,
+	`msgpack:"x" json:"t3"`, `json:"t:4"`, `json:"t'5"`, `json:"t6,inline"`, `json:"t7, omitempty"`, `json:"ü"`, `json:"a b"`,
+}
+
+func (g *generator) anyType(depth int) reflect.Type {
+	kind := g.pick(12)
+	switch {
+	case depth > 3 || kind < 6:
+		return leafTypes[g.pick(len(leafTypes))]
+	case kind == 6:
+		return reflect.SliceOf(g.anyType(depth + 1))
+	case kind == 7:
+		return reflect.ArrayOf(g.pick(4), g.anyType(depth+1))
+	case kind == 8:
+		return reflect.MapOf(keyTypes[g.pick(len(keyTypes))], g.anyType(depth+1))
+	case kind == 9:
+		return reflect.PointerTo(g.anyType(depth + 1))
+	}
+	var fields []reflect.StructField
+	for i := range g.pick(5) {
+		fields = append(fields, reflect.StructField{Name: string(rune('A' + i)), Type: g.anyType(depth + 1), Tag: someTags[g.pick(len(someTags))]})
+	}
+	return reflect.StructOf(fields)
+}
+
+// fill gives v a value.
+func (g *generator) fill(v reflect.Value, depth int) {
+	if depth > 8 {
+		return
+	}
+	switch p := v.Addr().Interface().(type) {
+	case *time.Time:
+		*p = time.Unix(int64(g.bits()>>28), int64(g.pick(2)*g.pick(256)*1000)).UTC()
+		return
+	case *json.RawMessage:
+		*p = json.RawMessage([]string{`1`, `"x"`, `{"a":[true]}`, `null`}[g.pick(4)])
+		return
+	case *netip.Addr:
+		if g.pick(2) == 0 {
+			*p = netip.AddrFrom4([4]byte{10, 0, 0, byte(g.pick(256))})
+		}
+		return
+	case *decimal:
+		p.units = int64(g.bits())
+		return
+	case *money:
+		p.cents = int64(g.pick(256))
+		return
+	case *binaryOnly:
+		p.n = uint16(g.bits())
+		return
+	case *textKey:
+		p.name = string(rune('a' + g.pick(26)))
+		return
+	case *json.Number:
+		*p = json.Number([]string{"0", "1.5", "-7", "1e3"}[g.pick(4)])
+		return
+	}
+	switch v.Kind() {
+	case reflect.Bool:
+		v.SetBool(g.pick(2) == 1)
+	case reflect.Int, reflect.Int8, reflect.Int16, reflect.Int32, reflect.Int64:
+		v.SetInt(int64(g.bits()))
+	case reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:
+		v.SetUint(g.bits())
+	case reflect.Float32, reflect.Float64:
+		switch g.pick(3) {
+		case 0:
+			v.SetFloat(float64(int8(g.pick(256))))
+		case 1:
+			v.SetFloat(float64(g.pick(256)) / 10)
+		default:
+			v.SetFloat(math.Float64frombits(g.bits() << 2))
+		}
+	case reflect.String:
+		v.SetString([]string{"", "x", "7", "ü", "\xff", "aGk=", "<&>", `\ufffd`}[g.pick(8)])
+	case reflect.Slice:
+		if n := g.pick(4); n > 0 {
+			v.Set(reflect.MakeSlice(v.Type(), n-1, n-1))
+		}
+		fallthrough
+	case reflect.Array:
+		for i := range v.Len() {
+			g.fill(v.Index(i), depth+1)
+		}
+	case reflect.Map:
+		if n := g.pick(4); n > 0 {
+			v.Set(reflect.MakeMap(v.Type()))
+			for range n - 1 {
+				key, elem := reflect.New(v.Type().Key()).Elem(), reflect.New(v.Type().Elem()).Elem()
+				g.fill(key, depth+1)
+				g.fill(elem, depth+1)
+				v.SetMapIndex(key, elem)
+			}
+		}
+	case reflect.Pointer:
+		if g.pick(3) > 0 {
+			v.Set(reflect.New(v.Type().Elem()))
+			g.fill(v.Elem(), depth+1)
+		}
+	case reflect.Interface:
+		if g.pick(4) > 0 {
+			x := reflect.New(g.anyType(2)).Elem()
+			g.fill(x, depth+1)
+			v.Set(x)
+		}
+	case reflect.Struct:
+		for i := range v.NumField() {
+			if v.Field(i).CanSet() && v.Type().Field(i).Tag.Get("json") != "-" {
+				g.fill(v.Field(i), depth+1)
+			}
+		}
+	}
+}
+
+// alike reports whether a value that arrived in MessagePack is the same as one that arrived in JSON, or was sent. It allows for
+// what the documentation of MsgPack says about times, and about numbers, bytes and times in an any; if rough is set, also about a
+// float32 that arrives as a float64, and for what omitempty leaves out.
+func alike(got, want reflect.Value, rough bool) bool {
+	if !got.IsValid() || !want.IsValid() {
+		return got.IsValid() == want.IsValid()
+	}
+	if got.Kind() == reflect.Interface {
+		got, want = got.Elem(), want.Elem()
+		if got.IsValid() && want.IsValid() && got.Type() != want.Type() || got.IsValid() != want.IsValid() {
+			var v any // want is what was sent, perhaps: compare with what JSON makes of it
+			var sent any
+			if want.IsValid() {
+				sent = want.Interface()
+			}
+			if text, err := json.Marshal(sent); err != nil || json.Unmarshal(text, &v) != nil {
+				return true
+			}
+			want = reflect.ValueOf(v)
+		}
+		if !got.IsValid() || !want.IsValid() {
+			return got.IsValid() == want.IsValid()
+		}
+		switch {
+		case isNumber(got) && isNumber(want):
+			a, _ := strconv.ParseFloat(fmt.Sprint(got), 64)
+			b, _ := strconv.ParseFloat(fmt.Sprint(want), 64)
+			return a == b || a != a && b != b || float32(a) == float32(b)
+		case got.Type() == reflect.TypeFor[[]byte]() && want.Kind() == reflect.String:
+			return base64.StdEncoding.EncodeToString(got.Bytes()) == want.String()
+		case got.Type() == reflect.TypeFor[[]byte]() && want.Type() == reflect.TypeFor[[]any]():
+			return got.Len() == want.Len()
+		case got.Type() == reflect.TypeFor[time.Time]() && want.Kind() == reflect.String:
+			at, err := time.Parse(time.RFC3339Nano, want.String())
+			return err == nil && at.Equal(got.Interface().(time.Time))
+		case got.Type() == reflect.TypeFor[[]byte]() && want.Kind() == reflect.Map: // binaryOnly has no exported fields
+			return want.Len() == 0
+		}
+	}
+	if got.Type() != want.Type() {
+		return false
+	}
+	if got.Type() == reflect.TypeFor[binaryOnly]() && want.IsZero() {
+		return true // JSON does not carry it
+	}
+	if got.Type() == reflect.TypeFor[json.RawMessage]() {
+		return want.Len() == 0 || json.Valid(got.Bytes()) // binary data is in base 64, keys in another order
+	}
+	if got.Type() == reflect.TypeFor[time.Time]() {
+		return got.Interface().(time.Time).Equal(want.Interface().(time.Time))
+	}
+	switch got.Kind() {
+	case reflect.String: // JSON replaces each byte that is not UTF-8
+		return got.String() == want.String() || string([]rune(got.String())) == want.String()
+	case reflect.Float32, reflect.Float64:
+		return got.Float() == want.Float() || rough && float32(got.Float()) == float32(want.Float()) || got.Float() != got.Float() && want.Float() != want.Float()
+	case reflect.Pointer:
+		if rough && isNull(want) {
+			return got.IsNil()
+		}
+		return got.IsNil() == want.IsNil() && (got.IsNil() || alike(got.Elem(), want.Elem(), rough))
+	case reflect.Slice, reflect.Array:
+		if got.Len() != want.Len() || !rough && got.Kind() == reflect.Slice && got.IsNil() != want.IsNil() {
+			return false
+		}
+		for i := range got.Len() {
+			if !alike(got.Index(i), want.Index(i), rough) {
+				return false
+			}
+		}
+		return true
+	case reflect.Map:
+		if got.Len() != want.Len() || !rough && got.IsNil() != want.IsNil() {
+			return false
+		}
+		for m := want.MapRange(); m.Next(); {
+			found := false
+			for _, key := range got.MapKeys() {
+				found = found || alike(key, m.Key(), rough) && alike(got.MapIndex(key), m.Value(), rough)
+			}
+			if !found {
+				return false
+			}
+		}
+		return true
+	case reflect.Struct:
+		fields := 0
+		for i := range got.NumField() {
+			if f := got.Type().Field(i); f.IsExported() || f.Anonymous {
+				fields++
+				if !alike(got.Field(i), want.Field(i), rough) {
+					return false
+				}
+			}
+		}
+		if fields > 0 {
+			return true
+		}
+	}
+	return reflect.DeepEqual(got.Interface(), want.Interface())
+}
+
+// isNull reports whether v is nil, or a pointer to nil.
+func isNull(v reflect.Value) bool {
+	switch v.Kind() {
+	case reflect.Pointer, reflect.Interface:
+		return v.IsNil() || isNull(v.Elem())
+	case reflect.Slice, reflect.Map:
+		return v.IsNil()
+	}
+	return false
+}
+
+func isNumber(v reflect.Value) bool { return v.CanInt() || v.CanUint() || v.CanFloat() }

@@ -426,7 +426,7 @@ func (c *Command[T]) Progress(percent float64, message string) error {
 	if c.run == nil {
 		return newError(ErrInvalid, "Progress: the command is not from HandleCommand")
 	}
-	return c.run.report(Progress{Percent: percent, Message: message[:min(len(message), maxProgress)]}).orNil()
+	return c.run.report(Progress{Percent: percent, Message: cutText(message, maxProgress)}).orNil()
 }
 
 func (x *run) report(p Progress) *Error {

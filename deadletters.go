@@ -1,6 +1,7 @@
 package aegis
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,13 @@ type DeadLetter struct {
 	Header                    nats.Header // the message's own, and Aegis-Id, Aegis-Subject and Aegis-Time
 	Data                      []byte      // nil if the message was too large to be copied; Reason then says where it is stored
 	Sequence                  uint64      // the dead letter's number in the stream AEGIS_DEAD
+
+	codec Codec // of the service that has listed it
+}
+
+// Decode decodes Data into what v points to, as [Raw.Decode] does.
+func (d DeadLetter) Decode(v any) error {
+	return Raw{d.Data, codecFor(d.Header, d.Data, cmp.Or(d.codec, MsgPack))}.Decode(v)
 }
 
 func (s *Service) deadStream() jetstream.StreamConfig {
@@ -69,7 +77,7 @@ func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] 
 			case failure != nil:
 				yield(DeadLetter{}, failure)
 				return
-			case m == nil || m.Sequence > stream.CachedInfo().State.LastSeq || !yield(letterOf(m), nil):
+			case m == nil || m.Sequence > stream.CachedInfo().State.LastSeq || !yield(s.letterOf(m), nil):
 				return
 			}
 			next = m.Sequence
@@ -78,7 +86,7 @@ func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] 
 }
 
 // letterOf returns the dead letter in a stored message.
-func letterOf(m *jetstream.RawStreamMsg) DeadLetter {
+func (s *Service) letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 	d := DeadLetter{
 		Subject:  m.Header.Get(headerSubject),
 		Consumer: m.Header.Get(headerConsumer),
@@ -87,6 +95,7 @@ func letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 		Header:   copyHeader(m.Header),
 		Data:     m.Data,
 		Sequence: m.Sequence,
+		codec:    s.cfg.codec,
 	}
 	d.Attempts, _ = strconv.Atoi(m.Header.Get(headerAttempts))
 	for _, key := range []string{headerConsumer, headerReason, headerAttempts} {
@@ -174,7 +183,7 @@ func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 		headerID:              {d.id},
 		headerTime:            {d.time.Format(time.RFC3339Nano)},
 		headerConsumer:        {d.consumer},
-		headerReason:          {strings.Map(func(r rune) rune { return max(r, ' ') }, reason[:min(len(reason), maxReason)])},
+		headerReason:          {strings.Map(func(r rune) rune { return max(r, ' ') }, cutText(reason, maxReason))},
 		headerAttempts:        {strconv.Itoa(attempts)},
 		jetstream.MsgIDHeader: {fmt.Sprintf("%s-%d-%s", d.consumer, d.sequence, strconv.FormatInt(d.time.UnixNano(), 36))},
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"unicode/utf8"
 
 	"github.com/nats-io/nats.go"
 )
@@ -66,7 +67,7 @@ func (e *Error) Error() string {
 // Is reports whether target has the same code, or is the error of package context for it.
 func (e *Error) Is(target error) bool {
 	t, ok := target.(*Error)
-	return ok && t.Code == e.Code || e.Code == ErrTimeout.Code && target == context.DeadlineExceeded ||
+	return ok && t != nil && t.Code == e.Code || e.Code == ErrTimeout.Code && target == context.DeadlineExceeded ||
 		e.Code == ErrCanceled.Code && target == context.Canceled
 }
 
@@ -159,9 +160,10 @@ func (e *Error) encode(c Codec) (nats.Header, []byte) {
 	if c != JSON {
 		c = MsgPack
 	}
-	data, _ := c.Marshal(e) // can't fail: strings and booleans only
-	text := e.Error()
-	return nats.Header{headerErrorCode: {status}, headerErrorText: {text[:min(len(text), maxErrorText)]}}, data
+	out := *e
+	out.Message = cutText(e.Message, len(e.Message))
+	data, _ := c.Marshal(&out) // can't fail: strings and booleans only
+	return nats.Header{headerErrorCode: {status}, headerErrorText: {cutText(e.Error(), maxErrorText)}}, data
 }
 
 // decodeError returns the error in an answer, nil if the answer is a success.
@@ -191,11 +193,23 @@ func kindOf(status string) *Error {
 // drops Details and Cause if the error is still larger than letterRoom.
 func (e *Error) cut() *Error {
 	out := *e
-	out.Message = out.Message[:min(len(out.Message), maxErrorText)]
+	out.Message = cutText(out.Message, maxErrorText)
 	if data, err := MsgPack.Marshal(&out); err == nil && len(data) > letterRoom {
 		out.Details, out.Cause = nil, nil
 	}
 	return &out
+}
+
+// cutText returns the first characters of text, at most so many bytes, with ? instead of what is not valid UTF-8.
+func cutText(text string, most int) string {
+	if len(text) > most {
+		end := most
+		for end > max(most-utf8.UTFMax, 0) && !utf8.RuneStart(text[end]) {
+			end--
+		}
+		text = text[:end]
+	}
+	return strings.ToValidUTF8(text, "?")
 }
 
 // checkNames returns an error if a service, or its method or command, has an invalid name.

@@ -148,10 +148,8 @@ func (m *meter) ended(from string, failure *Error) {
 		m.succeeded.Add(1)
 	} else {
 		code := cmp.Or(failure.Code, ErrInternal.Code) // another service may have sent anything
-		code = strings.ToValidUTF8(code[:min(len(code), 64)], "?")
-		m.codes.get(code, func() *atomic.Uint64 { return &atomic.Uint64{} }).Add(1)
-		text := failure.Error()
-		m.last.Store(new(strings.Clone(text[:min(len(text), maxErrorText)])))
+		m.codes.get(cutText(code, 64), func() *atomic.Uint64 { return &atomic.Uint64{} }).Add(1)
+		m.last.Store(new(strings.Clone(cutText(failure.Error(), maxErrorText))))
 	}
 	if from != "" {
 		c := m.callers.get(from, func() *caller { return &caller{} })

@@ -265,7 +265,7 @@ func unpack(b []byte, v reflect.Value, s *shape, depth int) ([]byte, error) {
 		}
 		return unpack(b, v.Elem(), s.elem, depth)
 	case s.kind == reflect.Interface:
-		value := reflect.New(t.anyType()).Elem()
+		value := reflect.New(t.anyType(s.typ)).Elem()
 		rest, err := unpack(b, value, shapeOf(value.Type()), depth)
 		v.Set(value)
 		return rest, err
@@ -365,8 +365,8 @@ func unpackList(b []byte, v reflect.Value, s *shape, n, depth int) (_ []byte, er
 // unpackByJSON decodes the first value of b into v by way of JSON, and returns the bytes after it. It fails if JSON can't express
 // the value.
 func unpackByJSON(b []byte, v reflect.Value, depth int) ([]byte, error) {
-	var value any
-	rest, err := unpack(b, reflect.ValueOf(&value).Elem(), shapeOf(reflect.TypeFor[any]()), depth)
+	var value jsonAny
+	rest, err := unpack(b, reflect.ValueOf(&value).Elem(), shapeOf(reflect.TypeFor[jsonAny]()), depth)
 	if err != nil {
 		return nil, err
 	}
@@ -509,9 +509,12 @@ func (t *token) nested() uint64 {
 	return 0
 }
 
-// digits returns the integer in decimal.
+// digits returns the number in decimal.
 func (t *token) digits() string {
-	if t.negative {
+	switch {
+	case t.class == float:
+		return strconv.FormatFloat(t.float(), 'g', -1, 64)
+	case t.negative:
 		return strconv.FormatInt(int64(t.n), 10)
 	}
 	return strconv.FormatUint(t.n, 10)
@@ -520,10 +523,8 @@ func (t *token) digits() string {
 // String returns the number, or what else the value is, for an error.
 func (t *token) String() string {
 	switch t.class {
-	case integer:
+	case integer, float:
 		return "the number " + t.digits()
-	case float:
-		return fmt.Sprintf("the number %v", t.float())
 	case text:
 		return fmt.Sprintf("the string %.64q", t.body)
 	}
@@ -538,10 +539,21 @@ func (t *token) float() float64 {
 	return math.Float64frombits(t.n)
 }
 
-// anyType returns the type that the value has in an any.
-func (t *token) anyType() reflect.Type {
-	if t.class == integer && !t.negative && t.n > math.MaxInt64 {
+// A jsonAny is an any with a value that is on its way to JSON. There a float32 has fewer digits than a float64 of the same value.
+type jsonAny any
+
+// anyType returns the type that the value has in an any, or in a jsonAny if in says so.
+func (t *token) anyType(in reflect.Type) reflect.Type {
+	forJSON := in == reflect.TypeFor[jsonAny]()
+	switch {
+	case t.class == integer && !t.negative && t.n > math.MaxInt64:
 		return reflect.TypeFor[uint64]()
+	case forJSON && t.class == float && t.size == 4:
+		return reflect.TypeFor[float32]()
+	case forJSON && t.class == array:
+		return reflect.TypeFor[[]jsonAny]()
+	case forJSON && t.class == mapping:
+		return reflect.TypeFor[map[string]jsonAny]()
 	}
 	return anyTypes[t.class]
 }
@@ -598,10 +610,13 @@ func (t *token) setScalar(v reflect.Value) bool {
 		v.SetBool(t.n == 1)
 	case t.class == text && v.Kind() == reflect.String:
 		v.SetString(string(t.body))
-	case t.class == float && v.CanFloat() && !v.OverflowFloat(t.float()):
+	case t.class == float && v.CanFloat() && int(t.size)*8 <= v.Type().Bits():
 		v.SetFloat(t.float())
-	case t.class == integer && v.CanFloat():
-		f, _ := strconv.ParseFloat(t.digits(), v.Type().Bits()) // can't fail
+	case (t.class == float || t.class == integer) && v.CanFloat():
+		f, err := strconv.ParseFloat(t.digits(), v.Type().Bits()) // rounds as encoding/json does
+		if err != nil {
+			return false
+		}
 		v.SetFloat(f)
 	case t.class == integer && v.CanInt() && (t.negative || t.n <= math.MaxInt64) && !v.OverflowInt(int64(t.n)):
 		v.SetInt(int64(t.n))
