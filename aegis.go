@@ -101,7 +101,6 @@ type Service struct {
 
 	elections   lookup[*watch[claim]] // by <service>.<group>
 	directories lookup[*directory]    // by service
-	exclusive   *candidate            // campaigns for the exclusive handlers; nil if there are none
 	leading     atomic.Int32          // how many functions of Lead are running
 	campaigns   sync.WaitGroup        // counts the candidates that campaign
 
@@ -124,12 +123,14 @@ type Service struct {
 	closed     atomic.Bool    // the connections are being closed, or were
 	done       chan struct{}  // closed at the end of Stop
 
-	mu              sync.Mutex // guards the rest
-	state           state
-	endpoints       map[string]*endpoint // by kind and name
-	candidates      map[*candidate]bool
-	mayBeRegistered bool                 // whether the registry may have an entry of this instance
-	internalSubs    []*nats.Subscription // subscriptions that belong to no endpoint; Stop ends them when it begins
+	exclusive       atomic.Pointer[candidate] // campaigns for the exclusive handlers; nil if there are none
+	mayBeRegistered atomic.Bool               // whether the registry may have an entry of this instance; set only before Stop begins
+
+	mu           sync.Mutex // guards the rest
+	state        state
+	endpoints    map[string]*endpoint // by kind and name
+	candidates   map[*candidate]bool
+	internalSubs []*nats.Subscription // subscriptions that belong to no endpoint; Stop ends them when it begins
 }
 
 type state int

@@ -87,16 +87,8 @@ func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] 
 
 // letterOf returns the dead letter in a stored message.
 func (s *Service) letterOf(m *jetstream.RawStreamMsg) DeadLetter {
-	d := DeadLetter{
-		Subject:  m.Header.Get(headerSubject),
-		Consumer: m.Header.Get(headerConsumer),
-		Reason:   m.Header.Get(headerReason),
-		Time:     m.Time,
-		Header:   copyHeader(m.Header),
-		Data:     m.Data,
-		Sequence: m.Sequence,
-		codec:    s.cfg.codec,
-	}
+	d := DeadLetter{Time: m.Time, Header: copyHeader(m.Header), Data: m.Data, Sequence: m.Sequence, codec: s.cfg.codec}
+	d.Subject, d.Consumer, d.Reason = m.Header.Get(headerSubject), m.Header.Get(headerConsumer), m.Header.Get(headerReason)
 	d.Attempts, _ = strconv.Atoi(m.Header.Get(headerAttempts))
 	for _, key := range []string{headerConsumer, headerReason, headerAttempts} {
 		delete(d.Header, key)

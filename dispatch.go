@@ -123,10 +123,8 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 		return newError(ErrInvalid, "%s %q (%s) has a handler already%s", e.kind, e.name, e.subject, hint)
 	}
 	if cfg.exclusive {
-		if s.exclusive == nil {
-			s.exclusive = s.newCandidate(defaultGroup, s.cfg.failover)
-		}
-		e.lease = s.exclusive
+		s.exclusive.CompareAndSwap(nil, s.newCandidate(defaultGroup, s.cfg.failover))
+		e.lease = s.exclusive.Load()
 	}
 	s.endpoints[key] = e
 	serving := s.state == started

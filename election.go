@@ -112,12 +112,12 @@ type candidate struct {
 // A term is a period of leadership. It is also a ctx, which ends when the lease does.
 type term struct {
 	context.Context
-	cancel   context.CancelFunc
 	number   uint64
 	until    atomic.Int64    // when the lease ends, by the clock; 0 once the term is over
 	lapse    *time.Timer     // ends the term at that time
 	resigned context.Context // ends when the leadership is to be given up because the instance is unhealthy
-	resign   context.CancelFunc
+
+	cancel, resign context.CancelFunc // end the term's ctx, and resigned
 }
 
 type termKey struct{}
@@ -172,7 +172,7 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 		return newError(ErrInvalid, "Lead: %+v: %s", p, wantPolicy)
 	case fn == nil:
 		return newError(ErrInvalid, "Lead: the function is nil")
-	case group == defaultGroup && s.exclusiveCandidate() != nil:
+	case group == defaultGroup && s.exclusive.Load() != nil:
 		return newError(ErrInvalid, "Lead: group %q belongs to the exclusive handlers of %s: choose another", group, s.name)
 	}
 	stopped := newError(ErrClosed, "Lead: service %s was stopped", s.name)
@@ -180,9 +180,9 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 	if !c.enter() {
 		return stopped
 	}
-	defer c.withdraw()
 	_, failure := s.openStream(ctx, s.leadersStream(), leadersPrefix+c.key)
 	if failure != nil && failure.Code != ErrTimeout.Code && failure.Code != ErrCanceled.Code && s.pick() != nil {
+		c.withdraw()
 		return failure
 	} // otherwise the server may come back while c campaigns
 	campaigning, cancel := context.WithCancel(ctx)
@@ -209,16 +209,7 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 
 // IsLeader reports whether this instance leads the service, that is, its group "default", at this moment. It is exact, because it
 // compares the end of the lease with the clock. It does not block.
-func (s *Service) IsLeader() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for c := range s.candidates {
-		if c.group == defaultGroup && c.term.Load().holds() {
-			return true
-		}
-	}
-	return false
-}
+func (s *Service) IsLeader() bool { return s.terms()[defaultGroup] != 0 }
 
 // Leader returns the id of the instance that leads the service, that is, its group "default", as far as this instance knows. The
 // first call asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls answer from a
@@ -279,8 +270,8 @@ func (s *Service) leadersStream() jetstream.StreamConfig {
 	return config
 }
 
-// enter adds c to the service's candidates and makes Stop wait for withdraw. It has to be called before campaign. It reports
-// false if the service was stopped already; then withdraw must not be called.
+// enter adds c to the service's candidates and makes Stop wait for withdraw, which campaign calls at its end. It has to be called
+// before campaign. It reports false if the service was stopped already; then neither of the two may be called.
 func (c *candidate) enter() bool {
 	c.svc.mu.Lock()
 	defer c.svc.mu.Unlock()
@@ -302,6 +293,7 @@ func (c *candidate) withdraw() {
 // campaign calls lead each time the candidate is elected, until ctx ends. The leadership ends when lead returns. The term that
 // lead gets is a child of parent.
 func (c *candidate) campaign(ctx, parent context.Context, lead func(*term)) {
+	defer c.withdraw()
 	c.watch = c.svc.leaders(c.svc.name, c.group)
 	for ctx.Err() == nil {
 		if t := c.win(ctx, parent); t != nil {
@@ -424,10 +416,8 @@ func (c *candidate) hold(ctx context.Context, t *term, lead func(*term)) {
 		t.end()
 		t.resign()
 		c.svc.statusChanged()
-		if c.started.Load() && c.svc.exclusiveBusy() { // handlers still run: the next leader has to wait until the lease ends
-			released = false
-		}
-		if released {
+		// If exclusive handlers still run, the next leader has to wait until the lease ends.
+		if released = released && !(c.started.Load() && c.svc.exclusiveBusy()); released {
 			c.release(t)
 		}
 		c.svc.log.Info("the leadership has ended", "group", c.group, "term", t.number, "released", released)
@@ -521,17 +511,10 @@ func parseClaim(data []byte) (c claim) {
 	return c
 }
 
-// exclusiveCandidate returns the candidate for the exclusive handlers, nil if there are none.
-func (s *Service) exclusiveCandidate() *candidate {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.exclusive
-}
-
 // campaignForExclusive starts the campaign for the leadership of the service, which goes on until Stop. It has to be called after
 // the exclusive handlers were opened. It does nothing if there are none, or if the campaign was started before.
 func (s *Service) campaignForExclusive(ctx context.Context) error {
-	c := s.exclusiveCandidate()
+	c := s.exclusive.Load()
 	if c == nil || c.started.Load() {
 		return nil
 	}
@@ -541,10 +524,7 @@ func (s *Service) campaignForExclusive(ctx context.Context) error {
 	s.probePublish(leadersPrefix+c.key, readSubject(leadersBucket))
 	s.leaderOf(ctx, s.name) // so that notActive knows the leader from the start, if it can be known
 	if c.started.CompareAndSwap(false, true) && c.enter() {
-		go func() {
-			defer c.withdraw()
-			c.campaign(s.quitting, s.base, s.lead)
-		}()
+		go c.campaign(s.quitting, s.base, s.lead)
 	}
 	return nil
 }

@@ -77,8 +77,7 @@ func Publish[T any](ctx context.Context, s *Service, domain, eventType string, d
 	}
 	out, failure := p.encode(&data, "")
 	if failure == nil {
-		x := &exchange{subject: p.subject, header: p.header, data: out.data}
-		failure = s.storeWithRetries(ctx, x, s.eventStream(), p.cfg)
+		failure = s.storeWithRetries(ctx, &exchange{subject: p.subject, header: p.header, data: out.data}, s.eventStream(), p.cfg)
 	}
 	return failure.orNil()
 }
@@ -383,7 +382,9 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 	case r.permanent || r.delivery.attempt >= f.cfg.attempts:
 		f.deadLetter(r, failure, r.delivery.attempt)
 	default:
-		f.retry(r, failure)
+		pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
+		f.logger(r).Warn("an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
+		f.acknowledge(r.in, nakAfter(pause))
 	}
 }
 

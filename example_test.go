@@ -255,6 +255,64 @@ func ExampleSubscribe() {
 	// Output: payment captured from payments: {1-AAPL 19}
 }
 
+// This example subscribes to events of several types, whose data differ. The handler decodes each as what it is.
+func ExampleRaw() {
+	type Created struct {
+		ID  string `json:"id"`
+		Qty int    `json:"qty"`
+	}
+	type Canceled struct {
+		ID     string `json:"id"`
+		Reason string `json:"reason"`
+	}
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+
+	svc, err := aegis.New("orders", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	handled := make(chan string, 2)
+	err = aegis.Subscribe(svc, "order.*", func(_ context.Context, e aegis.Event[aegis.Raw]) error {
+		switch e.Type {
+		case "created":
+			var c Created
+			if err := e.Data.Decode(&c); err != nil {
+				return err // after the last attempt, the event becomes a dead letter
+			}
+			handled <- fmt.Sprintf("created %s: %d", c.ID, c.Qty)
+		case "canceled":
+			var c Canceled
+			if err := e.Data.Decode(&c); err != nil {
+				return err
+			}
+			handled <- fmt.Sprintf("canceled %s: %s", c.ID, c.Reason)
+		}
+		return nil
+	}, aegis.Concurrency(1)) // in order
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := svc.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+
+	if err := aegis.Publish(ctx, svc, "order", "created", Created{ID: "1-AAPL", Qty: 100}); err != nil {
+		log.Fatal(err)
+	}
+	if err := aegis.Publish(ctx, svc, "order", "canceled", Canceled{ID: "1-AAPL", Reason: "no funds"}); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(<-handled)
+	fmt.Println(<-handled)
+	// Output:
+	// created 1-AAPL: 100
+	// canceled 1-AAPL: no funds
+}
+
 // Broadcast delivers each event to every instance of the service. Here, each instance drops an entry from its cache.
 func ExampleBroadcast() {
 	url, stop := embeddedServer()

@@ -3,9 +3,8 @@ package aegis
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
-	"math"
+	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -65,17 +64,16 @@ type feed struct {
 	fetching sync.WaitGroup     // counts fetch, and the requests to parked lanes
 	mu       sync.Mutex         // guards the rest
 	drained  bool               // whether drain was called
-	cancel   context.CancelFunc // ends fetch
+	cancel   context.CancelFunc // ends fetch, if that has begun
 }
 
-// A lane is one of a feed's consumers. The fields from opened to ackFloor belong to openConsumer and fetch, which don't run at
+// A lane is one of a feed's consumers. The fields from maxBatch to ackFloor belong to openConsumer and fetch, which don't run at
 // the same time.
 type lane struct {
 	config   jetstream.ConsumerConfig
 	redrive  string        // the subject of redriven dead letters, besides the one in config; "" for none
-	opened   bool          // whether the consumer exists, or did before somebody deleted it
-	maxBatch int64         // messages that may be asked for at once
-	expiry   time.Duration // of a pull request
+	maxBatch int64         // messages that may be asked for at once; 0 until the consumer was first opened
+	expiry   time.Duration // of a pull request that waits for messages
 	ackWait  time.Duration // of the consumer
 	ackFloor uint64        // all messages up to this stream sequence are acknowledged
 	parked   atomic.Bool   // whether the consumer was empty, and is asked for its next message only
@@ -84,28 +82,22 @@ type lane struct {
 
 func newLane(consumer, subject string) *lane {
 	return &lane{config: jetstream.ConsumerConfig{
-		Durable:        consumer,
-		FilterSubjects: []string{subject},
-		DeliverPolicy:  jetstream.DeliverAllPolicy,
-		AckPolicy:      jetstream.AckExplicitPolicy,
-		AckWait:        10 * time.Second,
-		MaxDeliver:     -1, // attempts are counted here, so that the last one leads to a dead letter
-		MaxAckPending:  maxAckPending,
-		MaxWaiting:     maxWaiting,
+		Durable: consumer, FilterSubjects: []string{subject}, DeliverPolicy: jetstream.DeliverAllPolicy,
+		AckPolicy: jetstream.AckExplicitPolicy, AckWait: 10 * time.Second, MaxAckPending: maxAckPending, MaxWaiting: maxWaiting,
+		MaxDeliver: -1, // attempts are counted here, so that the last one leads to a dead letter
 	}}
 }
 
 func newFeed(e *endpoint, cfg *handlerConfig, stream jetstream.StreamConfig, lanes ...*lane) *feed {
-	return &feed{endpoint: e, cfg: cfg, stream: stream, lanes: lanes, wake: make(chan struct{}, 1)}
+	return &feed{endpoint: e, cfg: cfg, stream: stream, lanes: lanes, wake: make(chan struct{}, 1), cancel: func() {}}
 }
 
 // open makes the consumers, and the stream for dead letters, and starts fetch.
 func (f *feed) open(ctx context.Context) error {
-	failure := f.openConsumers(ctx)
-	if failure == nil {
-		_, failure = f.svc.openStream(ctx, f.svc.deadStream(), f.letters())
+	if failure := f.openConsumers(ctx); failure != nil {
+		return failure
 	}
-	if failure != nil {
+	if _, failure := f.svc.openStream(ctx, f.svc.deadStream(), f.letters()); failure != nil {
 		return failure
 	}
 	for _, l := range f.lanes { // the caller of open calls checkDenials afterwards
@@ -139,15 +131,13 @@ func (f *feed) openConsumers(ctx context.Context) *Error {
 		subjects = append(subjects, l.config.FilterSubjects[0])
 	}
 	stream, failure := f.svc.openStream(ctx, f.stream, subjects...)
-	shortest := time.Duration(math.MaxInt64)
 	for _, l := range f.lanes {
 		if failure == nil {
 			failure = f.svc.patiently(ctx, func(ctx context.Context) *Error { return f.openConsumer(ctx, stream, l) })
-			shortest = min(shortest, l.ackWait)
 		}
 	}
 	if failure == nil {
-		f.ackWait.Store(int64(shortest))
+		f.ackWait.Store(int64(slices.MinFunc(f.lanes, func(a, b *lane) int { return cmp.Compare(a.ackWait, b.ackWait) }).ackWait))
 	}
 	return failure
 }
@@ -161,13 +151,13 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 		config.FilterSubjects = append(slices.Clone(config.FilterSubjects), l.redrive)
 	}
 	what := "the consumer " + config.Durable + " of " + f.stream.Name
-	js, failure := f.svc.jetStream()
-	if failure != nil {
-		return failure
+	c := f.svc.pick()
+	if c == nil {
+		return f.svc.disconnectedError()
 	}
-	consumer, err := js.Consumer(ctx, f.stream.Name, config.Durable)
+	consumer, err := c.js.Consumer(ctx, f.stream.Name, config.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		if l.opened { // somebody has deleted it
+		if l.maxBatch > 0 { // it was opened before, and somebody has deleted it
 			if stream.CachedInfo().State.LastSeq < l.ackFloor {
 				l.ackFloor = 0 // the stream is a new one
 			}
@@ -176,16 +166,15 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 				config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, l.ackFloor+1
 			}
 		}
-		if consumer, err = js.CreateConsumer(ctx, f.stream.Name, config); errors.Is(err, jetstream.ErrConsumerExists) {
+		if consumer, err = c.js.CreateConsumer(ctx, f.stream.Name, config); errors.Is(err, jetstream.ErrConsumerExists) {
 			// Another instance was faster.
-			consumer, err = js.Consumer(ctx, f.stream.Name, config.Durable)
+			consumer, err = c.js.Consumer(ctx, f.stream.Name, config.Durable)
 		}
 	}
 	if err != nil {
 		return f.svc.jetStreamError(begin, err, what)
 	}
-	info := consumer.CachedInfo()
-	have := info.Config
+	have := consumer.CachedInfo().Config
 	filters := append(have.FilterSubjects, have.FilterSubject)
 	if !slices.Contains(filters, subject) || have.AckPolicy != jetstream.AckExplicitPolicy || have.MaxDeliver > 0 {
 		return notRun(newError(ErrInvalid, "%s, which exists, is not one for %s with explicit acknowledgement and max_deliver -1: delete it, or choose another name by Durable", what, subject))
@@ -193,19 +182,13 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 	ordered, redriven := config.MaxAckPending == 1, slices.ContainsFunc(filters, func(p string) bool { return covers(p, l.redrive) })
 	if ordered != (have.MaxAckPending == 1) || len(config.FilterSubjects) > 1 && !redriven {
 		have.MaxAckPending, have.FilterSubject, have.FilterSubjects = config.MaxAckPending, "", config.FilterSubjects
-		if _, err := js.UpdateConsumer(ctx, f.stream.Name, have); err != nil {
+		if _, err := c.js.UpdateConsumer(ctx, f.stream.Name, have); err != nil {
 			return f.svc.jetStreamError(begin, err, what)
 		}
 	}
-	l.ackFloor = info.AckFloor.Stream
-	l.maxBatch, l.expiry = int64(f.limit), fetchExpiry
-	if have.MaxRequestBatch > 0 {
-		l.maxBatch = min(l.maxBatch, int64(have.MaxRequestBatch))
-	}
-	if have.MaxRequestExpires > 0 {
-		l.expiry = min(l.expiry, have.MaxRequestExpires)
-	}
-	l.opened, l.ackWait = true, have.AckWait
+	l.ackFloor, l.ackWait = consumer.CachedInfo().AckFloor.Stream, have.AckWait
+	l.maxBatch = int64(min(f.limit, cmp.Or(have.MaxRequestBatch, f.limit))) // 0 in the configuration means no limit
+	l.expiry = min(fetchExpiry, cmp.Or(have.MaxRequestExpires, fetchExpiry))
 	return nil
 }
 
@@ -256,8 +239,8 @@ func (f *feed) worthAsking(free int64) bool {
 // until one has something. A lane that has nothing is parked: a request for its next message waits there. After 15 messages the
 // lanes are asked once in reverse order, so that one start in 16 goes to the least urgent and nothing waits forever.
 func (f *feed) ask(ctx context.Context, free int64) bool {
-	bring := func(l *lane, n int64, now bool) (came int) {
-		f.pullFrom(ctx, l, l.pull(n, now), func(m *nats.Msg) {
+	bring := func(l *lane, n int64, expiry time.Duration) (came int) {
+		f.pullFrom(ctx, l, min(n, l.maxBatch), expiry, func(m *nats.Msg) {
 			came++
 			f.queue <- m
 		})
@@ -265,14 +248,12 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 		return came
 	}
 	if len(f.lanes) == 1 {
-		bring(f.lanes[0], f.claim(free), false)
+		bring(f.lanes[0], f.claim(free), f.lanes[0].expiry)
 		return true
 	}
-	lanes, reverse := f.lanes, f.starts >= 15
+	lanes, reverse := slices.All(f.lanes), f.starts >= 15
 	if reverse {
-		lanes = slices.Clone(lanes)
-		slices.Reverse(lanes)
-		free = max(free/16, 1)
+		lanes, free = slices.Backward(f.lanes), max(free/16, 1)
 	}
 	for _, l := range lanes {
 		if l.parked.Load() {
@@ -282,16 +263,16 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 		if n == 0 { // a command from a parked lane has taken the place
 			return false
 		}
-		if came := bring(l, n, true); came > 0 {
+		if came := bring(l, n, 0); came > 0 {
 			if f.starts += came; reverse {
 				f.starts = 0
 			}
 			return true
 		}
 		l.parked.Store(true)
-		next, begin := l.pull(1, false), clock()
+		expiry, begin := l.expiry, clock()
 		f.fetching.Go(func() {
-			f.pullFrom(ctx, l, next, func(m *nats.Msg) { f.accept(l, m, begin) })
+			f.pullFrom(ctx, l, 1, expiry, func(m *nats.Msg) { f.accept(l, m, begin) })
 			l.parked.Store(false)
 			signal(f.wake)
 		})
@@ -306,66 +287,44 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 // would disturb.
 func (f *feed) accept(from *lane, m *nats.Msg, begin time.Duration) {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
-	if urgent || f.claim(1) == 0 {
-		if clock()-begin < time.Duration(f.ackWait.Load()) {
-			f.acknowledge(m, nak)
-		}
-		return
+	if !urgent && f.claim(1) == 1 {
+		f.queue <- m
+	} else if clock()-begin < time.Duration(f.ackWait.Load()) {
+		f.acknowledge(m, nak)
 	}
-	f.queue <- m
 }
 
 // claim adds up to n to claimed, as many as the limit allows, and returns how many.
 func (f *feed) claim(n int64) int64 {
 	for {
 		claimed := f.claimed.Load()
-		if n = min(n, int64(f.limit)-claimed); n <= 0 {
-			return 0
-		}
-		if f.claimed.CompareAndSwap(claimed, claimed+n) {
+		if n = max(min(n, int64(f.limit)-claimed), 0); f.claimed.CompareAndSwap(claimed, claimed+n) {
 			return n
 		}
 	}
 }
 
-// A pullRequest asks a consumer for messages: with NoWait for those that are there now, otherwise also for those that come
-// before the request expires.
-type pullRequest struct {
-	Batch   int64         `json:"batch"`
-	Expires time.Duration `json:"expires,omitempty"`
-	NoWait  bool          `json:"no_wait,omitempty"`
-}
-
-// pull returns the request for up to n messages of a lane, and only for those that are there if now is true.
-func (l *lane) pull(n int64, now bool) pullRequest {
-	ask := pullRequest{Batch: min(n, l.maxBatch), NoWait: now}
-	if !now {
-		ask.Expires = l.expiry
-	}
-	return ask
-}
-
-// pullFrom asks a lane for messages, and passes them to take. It returns when no more will come.
-func (f *feed) pullFrom(ctx context.Context, l *lane, ask pullRequest, take func(*nats.Msg)) {
-	data, _ := json.Marshal(ask) // can't fail: numbers and a boolean only
+// pullFrom asks a lane for up to n messages, and passes them to take: those that are there and those that come before expiry is
+// over or, if expiry is 0, only those that are there now. It returns when no more will come.
+func (f *feed) pullFrom(ctx context.Context, l *lane, n int64, expiry time.Duration, take func(*nats.Msg)) {
 	c := f.svc.pick()
 	if c == nil {
 		f.failed.Store(true)
 		return
 	}
 	drops, end := c.drops.Load(), clock()+fetchExpiry+fetchSlack
-	msgs := make(chan *nats.Msg, ask.Batch+1)
+	msgs := make(chan *nats.Msg, n+1)
 	sub, err := c.nc.ChanSubscribe(c.newInbox(), msgs)
 	if err == nil {
 		defer func() { _ = sub.Unsubscribe() }() // fails only on a closed connection
+		data := fmt.Appendf(nil, `{"batch":%d,"expires":%d,"no_wait":%t}`, n, expiry, expiry == 0)
 		err = c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, sub.Subject, data)
 	}
 	tick := time.NewTicker(fetchTick)
 	defer tick.Stop()
 	f.requests.Add(1)
 	defer f.requests.Add(-1)
-	drain := ctx.Done()
-	n, drained := ask.Batch, false
+	drain, drained := ctx.Done(), false
 	for err == nil && n > 0 && !drained {
 		select {
 		case m := <-msgs:
@@ -409,9 +368,7 @@ func (f *feed) pullFrom(ctx context.Context, l *lane, ask pullRequest, take func
 func (f *feed) drain(context.Context) {
 	f.mu.Lock()
 	f.drained = true
-	if f.cancel != nil {
-		f.cancel()
-	}
+	f.cancel()
 	f.mu.Unlock()
 	f.fetching.Wait()
 }
@@ -442,13 +399,6 @@ func (f *feed) giveBack(m *nats.Msg) {
 	f.acknowledge(m, how)
 }
 
-// retry makes the server redeliver a message after a pause, because an attempt at it failed.
-func (f *feed) retry(r *request, failure *Error) {
-	pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
-	f.logger(r).Warn("an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
-	f.acknowledge(r.in, nakAfter(pause))
-}
-
 // keepAlive extends the ack wait of messages that take long to handle, so that the server does not redeliver them before their
 // deadline. It returns when the endpoint is finished. Then it deletes the consumer of a Broadcast subscription without WithID,
 // because no other instance will ever use that.
@@ -476,11 +426,11 @@ func (f *feed) keepAlive() {
 func (f *feed) pending() (n int64) {
 	f.counting.Lock()
 	defer f.counting.Unlock()
-	if js, failure := f.svc.jetStream(); failure == nil && (f.counted == 0 || clock()-f.counted > pendingAge) {
+	if c := f.svc.pick(); c != nil && (f.counted == 0 || clock()-f.counted > pendingAge) {
 		ctx, cancel := context.WithTimeout(f.svc.base, pendingTimeout)
 		defer cancel()
 		for _, l := range f.lanes {
-			if consumer, err := js.Consumer(ctx, f.stream.Name, l.config.Durable); err == nil {
+			if consumer, err := c.js.Consumer(ctx, f.stream.Name, l.config.Durable); err == nil {
 				l.pending = int64(consumer.CachedInfo().NumPending)
 			}
 		}
@@ -495,7 +445,6 @@ func (f *feed) pending() (n int64) {
 // A delivery is what is known about a stored message besides its payload.
 type delivery struct {
 	id       string
-	subject  string // to which the message was first sent, even if it was redriven
 	consumer string
 	time     time.Time // when the message was first stored
 	sequence uint64    // in the stream
@@ -512,34 +461,22 @@ func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 			"endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
 		return nil
 	}
-	d := &delivery{
-		id:       id,
-		subject:  m.Subject,
-		consumer: meta.Consumer,
-		time:     meta.Timestamp,
-		sequence: meta.Sequence.Stream,
-		attempt:  int(meta.NumDelivered),
-	}
+	d := &delivery{consumer: meta.Consumer, time: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
+	r := &request{svc: f.svc, in: m, deadline: arrived.Add(f.cfg.deadline), delivery: d}
+	r.msg = Message{Kind: f.kind, Subject: m.Subject, Header: m.Header, Data: m.Data}
 	if strings.HasPrefix(m.Subject, redrivePrefix) { // the headers say where the message came from
-		d.subject = m.Header.Get(headerSubject)
+		r.msg.Subject = m.Header.Get(headerSubject)
 		if t, err := time.Parse(time.RFC3339Nano, m.Header.Get(headerTime)); err == nil {
 			d.time = t
 		}
 	} else if f.kind == kindEvent {
-		d.id = m.Header.Get(jetstream.MsgIDHeader)
+		id = m.Header.Get(jetstream.MsgIDHeader)
 	}
 	if f.kind == kindEvent {
 		// Publish puts <domain>.<type>: before an idempotency key, because events of other types may have the same key.
-		d.id = cmp.Or(strings.TrimPrefix(d.id, strings.TrimPrefix(d.subject, eventPrefix)+":"), strconv.FormatUint(d.sequence, 10))
+		id = cmp.Or(strings.TrimPrefix(id, strings.TrimPrefix(r.msg.Subject, eventPrefix)+":"), strconv.FormatUint(d.sequence, 10))
 	}
-	r := &request{
-		svc:      f.svc,
-		msg:      Message{Kind: f.kind, Subject: d.subject, Header: m.Header, Data: m.Data},
-		in:       m,
-		id:       d.id,
-		deadline: arrived.Add(f.cfg.deadline),
-		delivery: d,
-	}
+	d.id, r.id = id, id
 	if name := m.Header.Get(headerSource); isName(name, maxService) {
 		r.msg.Source = name
 	}

@@ -33,16 +33,16 @@ func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, s
 
 // openStreamOnce asks each of the questions that this takes once, until ctx ends.
 func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (jetstream.Stream, *Error) {
-	begin := clock()
-	js, failure := s.jetStream()
-	if failure != nil {
-		return nil, failure
+	begin, c := clock(), s.pick()
+	if c == nil {
+		return nil, s.disconnectedError()
 	}
-	stream, err := js.Stream(ctx, want.Name)
+	stream, err := c.js.Stream(ctx, want.Name)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		stream, err = js.CreateStream(ctx, want)
-		if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) { // another instance was faster
-			if stream, err = js.Stream(ctx, want.Name); errors.Is(err, jetstream.ErrStreamNotFound) { // the cluster has not finished
+		if stream, err = c.js.CreateStream(ctx, want); errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+			// Another instance was faster.
+			if stream, err = c.js.Stream(ctx, want.Name); errors.Is(err, jetstream.ErrStreamNotFound) {
+				// The cluster has not finished.
 				return nil, newError(ErrTimeout, "the stream %s is being made by another instance", want.Name)
 			}
 		}
@@ -51,7 +51,8 @@ func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfi
 		return nil, s.jetStreamError(begin, err, "the stream "+want.Name)
 	}
 	have := stream.CachedInfo().Config
-	fix := ""
+	missing := slices.IndexFunc(subjects, func(subject string) bool { return !takes(stream, subject) })
+	var fix string
 	switch {
 	case have.NoAck:
 		fix = "it has to confirm what it stores: set no_ack to false"
@@ -65,29 +66,17 @@ func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfi
 		fix = "set allow_msg_ttl"
 	case want.SubjectDeleteMarkerTTL > 0 && have.SubjectDeleteMarkerTTL == 0:
 		fix = "set subject_delete_marker_ttl, such as 1h, so that other instances learn what has expired"
+	case missing >= 0:
+		fix = "it does not take " + subjects[missing] + ": add " + want.Subjects[0] + " to its subjects"
+	default:
+		return stream, nil
 	}
-	for _, subject := range subjects {
-		if !takes(stream, subject) {
-			fix = cmp.Or(fix, "it does not take "+subject+": add "+want.Subjects[0]+" to its subjects")
-		}
-	}
-	if fix != "" {
-		return nil, notRun(newError(ErrInvalid, "the stream %s, which exists, can't be used: %s", want.Name, fix))
-	}
-	return stream, nil
+	return nil, notRun(newError(ErrInvalid, "the stream %s, which exists, can't be used: %s", want.Name, fix))
 }
 
 // takes reports whether all subjects of a pattern go to the stream.
 func takes(stream jetstream.Stream, subject string) bool {
 	return slices.ContainsFunc(stream.CachedInfo().Config.Subjects, func(p string) bool { return covers(p, subject) })
-}
-
-// jetStream returns the JetStream API of a connection that is up.
-func (s *Service) jetStream() (jetstream.JetStream, *Error) {
-	if c := s.pick(); c != nil {
-		return c.js, nil
-	}
-	return nil, s.disconnectedError()
 }
 
 const apiTimeout = 2 * time.Second // for an answer from JetStream, before it is asked again
@@ -110,14 +99,14 @@ func (s *Service) patiently(ctx context.Context, ask func(ctx context.Context) *
 // askJetStream calls ask like patiently, for a function that uses the jetstream package. what is the subject of the error text.
 func (s *Service) askJetStream(ctx context.Context, what string, ask func(context.Context, jetstream.JetStream) error) *Error {
 	return s.patiently(ctx, func(ctx context.Context) *Error {
-		begin := clock()
-		js, failure := s.jetStream()
-		if failure == nil {
-			if err := ask(ctx, js); err != nil {
-				failure = s.jetStreamError(begin, err, what)
-			}
+		begin, c := clock(), s.pick()
+		if c == nil {
+			return s.disconnectedError()
 		}
-		return failure
+		if err := ask(ctx, c.js); err != nil {
+			return s.jetStreamError(begin, err, what)
+		}
+		return nil
 	})
 }
 
@@ -222,14 +211,8 @@ func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 // bucket returns the configuration of the stream that is the key-value bucket called name.
 func (s *Service) bucket(name string) jetstream.StreamConfig {
 	return jetstream.StreamConfig{
-		Name:              "KV_" + name,
-		Subjects:          []string{"$KV." + name + ".>"},
-		MaxMsgsPerSubject: 1,
-		Discard:           jetstream.DiscardNew,
-		AllowRollup:       true,
-		DenyDelete:        true,
-		AllowDirect:       true,
-		Replicas:          s.cfg.replicas,
+		Name: "KV_" + name, Subjects: []string{"$KV." + name + ".>"}, MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew,
+		AllowRollup: true, DenyDelete: true, AllowDirect: true, Replicas: s.cfg.replicas,
 	}
 }
 
@@ -254,8 +237,7 @@ func (s *Service) readKey(ctx context.Context, c *conn, bucket, key string) (val
 		} `json:"message"`
 		Error *jetstream.APIError `json:"error"`
 	}
-	err := json.Unmarshal(answer.Data, &got)
-	switch {
+	switch err := json.Unmarshal(answer.Data, &got); {
 	case err != nil:
 		return nil, 0, newError(ErrInternal, "%s: %v", what, err)
 	case got.Error != nil && got.Error.Code == 404:
@@ -280,8 +262,7 @@ var errConflict = &Error{Code: "CONFLICT"}
 // key. If x is for a certain connection and got no answer there, x.on is replaced by another connection.
 func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstream.StreamConfig, revision uint64) (now []byte, at uint64, failure *Error) {
 	x.header = withHeader(x.header, jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(revision, 10))
-	at, failure = s.store(ctx, x, bucket)
-	switch {
+	switch at, failure = s.store(ctx, x, bucket); {
 	case failure == nil:
 		return x.data, at, nil
 	case failure.Code == errConflict.Code: // perhaps because an earlier attempt to store x has succeeded
@@ -384,7 +365,6 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 		return w.svc.jetStreamError(begin, err, "the bucket "+w.bucket)
 	}
 	defer func() {
-		cancel()
 		go func() { // receives until the watcher notices that ctx has ended, because it may be blocked in a send
 			for range watcher.Updates() {
 			}

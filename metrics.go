@@ -6,12 +6,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"maps"
 	"math"
 	"net/http"
+	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -66,10 +65,8 @@ type EndpointStats struct {
 func (s *Service) Stats() Stats { return s.stats(s.readings()) }
 
 func (s *Service) stats(readings []*reading) Stats {
-	st := Stats{
-		Service: s.name, Instance: s.id, Version: s.cfg.version, Uptime: time.Since(s.since),
-		Breakers: map[string]string{}, Leading: s.terms(),
-	}
+	st := Stats{Service: s.name, Instance: s.id, Version: s.cfg.version, Uptime: time.Since(s.since), Leading: s.terms()}
+	st.Breakers = map[string]string{}
 	maps.DeleteFunc(st.Leading, func(_ string, term uint64) bool { return term == 0 })
 	for _, r := range readings {
 		st.Endpoints = append(st.Endpoints, r.EndpointStats)
@@ -207,12 +204,8 @@ func (s *Service) readings() []*reading {
 
 func (m *meter) read(kind, name string) *reading {
 	r := &reading{EndpointStats: EndpointStats{
-		Kind: kind, Name: name,
-		Codes: map[string]uint64{}, Callers: map[string]uint64{},
-		InFlight:    m.inFlight.Load(),
-		Shed:        m.shed.Load(),
-		Expired:     m.expired.Load(),
-		DeadLetters: m.dead.Load(),
+		Kind: kind, Name: name, Codes: map[string]uint64{}, Callers: map[string]uint64{},
+		InFlight: m.inFlight.Load(), Shed: m.shed.Load(), Expired: m.expired.Load(), DeadLetters: m.dead.Load(),
 	}, Failed: map[string]uint64{}, last: m.last.Load()}
 	for code, n := range m.codes.all() {
 		r.Codes[code] = n.Load()
@@ -258,10 +251,7 @@ func (r *reading) quantile(q float64) time.Duration {
 // the text of its error.
 func (s *Service) Handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		s.writeMetrics(w)
-	})
+	mux.HandleFunc("GET /metrics", s.serveMetrics)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		checks := map[string]*Error{"service": nil}
 		if isClosed(s.done) {
@@ -305,9 +295,10 @@ func writeHealth(w http.ResponseWriter, checks map[string]*Error) {
 	_ = json.NewEncoder(w).Encode(body) // fails only if the client has gone
 }
 
-// writeMetrics writes all metrics in the text format of Prometheus:
+// serveMetrics writes all metrics in the text format of Prometheus:
 // https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
-func (s *Service) writeMetrics(w io.Writer) {
+func (s *Service) serveMetrics(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	escape := strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 	var families []*bytes.Buffer
 	// family begins a metric, and returns the function that adds a sample to it. The labels are name, value, name, value.
@@ -441,27 +432,19 @@ func addCalls(sums map[Dependency]Dependency, answer []byte) {
 		}
 		for from, n := range r.Callers {
 			key := Dependency{From: from, To: st.Name, Endpoint: r.Name}
-			sum := cmp.Or(sums[key], key)
-			sum.Requests += n
-			sum.Errors += r.Failed[from]
-			sums[key] = sum
+			sum := sums[key]
+			sums[key] = Dependency{from, st.Name, r.Name, sum.Requests + n, sum.Errors + r.Failed[from]}
 		}
 	}
 }
 
+var mermaidSpecial = regexp.MustCompile("[\"<>#&;`|\x00-\x1f]") // the characters that Mermaid may take for syntax
+
 // Mermaid returns a flowchart of deps for a README or a wiki (https://mermaid.js.org/syntax/flowchart.html). It has an arrow from
 // each caller to each service that it calls, labelled with the endpoints, their requests, and how many of those failed.
 func Mermaid(deps []Dependency) string {
-	escape := func(s string) string { // Mermaid's entities begin with #
-		var b strings.Builder
-		for _, r := range s {
-			if strings.ContainsRune("\"<>#&;`|", r) || r < ' ' {
-				fmt.Fprintf(&b, "#%d;", r)
-			} else {
-				b.WriteRune(r)
-			}
-		}
-		return b.String()
+	escape := func(s string) string { // Mermaid's entities begin with #. The conversion makes s valid UTF-8.
+		return mermaidSpecial.ReplaceAllStringFunc(string([]rune(s)), func(c string) string { return fmt.Sprintf("#%d;", c[0]) })
 	}
 	type arrow struct{ from, to string }
 	var arrows []arrow
@@ -482,7 +465,7 @@ func Mermaid(deps []Dependency) string {
 	var b strings.Builder
 	b.WriteString("flowchart LR\n")
 	for i, name := range slices.Sorted(maps.Keys(nodes)) {
-		nodes[name] = "s" + strconv.Itoa(i)
+		nodes[name] = fmt.Sprintf("s%d", i)
 		fmt.Fprintf(&b, "    %s[\"%s\"]\n", nodes[name], escape(name))
 	}
 	for _, a := range arrows {

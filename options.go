@@ -18,8 +18,8 @@ import (
 )
 
 // This file has all settings: of a service, of a handler, and of a call. An option stores its value unchecked. For each of the
-// three there is one constructor, which applies the options to the defaults, and one check method, which returns an error for the
-// first setting that is invalid.
+// three there is one constructor, which applies the options to the defaults, and returns an error for the first setting that is
+// invalid.
 
 // Settings of a service.
 
@@ -30,20 +30,18 @@ type config struct {
 	urls         []string
 	urlsFrom     string // where urls come from, for error texts
 	nats         []nats.Option
-	pool         int
 	id           *string // nil if WithID was not given
 	version      string
 	codec        Codec
 	logger       *slog.Logger
-	timeout      time.Duration
-	concurrency  int
-	replicas     int
 	breaker      BreakerPolicy // Failures is 0 if there is none
 	failover     FailoverPolicy
-	heartbeat    time.Duration
-	metadata     map[string]string
+	metadata     map[string]string // never nil, because that would be null in the answers on $SRV
 	healthChecks []*healthCheck
 	middleware   []Middleware
+
+	pool, concurrency, replicas int
+	timeout, heartbeat          time.Duration
 }
 
 // WithURL sets the servers to connect to, which are tried in random order. If it is given more than once, the last one counts.
@@ -71,7 +69,7 @@ func WithVersion(version string) Option { return func(c *config) { c.version = v
 
 // WithMetadata sets the metadata that the instance advertises in the registry. The entry has to fit the server's max_payload.
 func WithMetadata(md map[string]string) Option {
-	return func(c *config) { c.metadata = maps.Clone(md) }
+	return func(c *config) { c.metadata = maps.Collect(maps.All(md)) }
 }
 
 // WithCodec sets the codec in which the service sends requests, events and commands. The default is [MsgPack]. A service
@@ -111,9 +109,7 @@ func WithFailover(p FailoverPolicy) Option { return func(c *config) { c.failover
 
 // WithBreaker puts a circuit breaker in front of each service that is called. By default there is none.
 func WithBreaker(p BreakerPolicy) Option {
-	return func(c *config) {
-		c.breaker = BreakerPolicy{Failures: cmp.Or(p.Failures, 5), Cooldown: cmp.Or(p.Cooldown, 5*time.Second)}
-	}
+	return func(c *config) { c.breaker = BreakerPolicy{cmp.Or(p.Failures, 5), cmp.Or(p.Cooldown, 5*time.Second)} }
 }
 
 // WithMiddleware wraps every handler of the service. The first one given is the outermost.
@@ -130,27 +126,13 @@ var versionPattern = regexp.MustCompile(`^(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}$`) // 
 
 func newConfig(opts []Option) (*config, *Error) {
 	c := &config{
-		urls:        []string{nats.DefaultURL},
-		pool:        2,
-		version:     "0.0.0",
-		codec:       MsgPack,
-		logger:      slog.Default(),
-		timeout:     5 * time.Second,
-		concurrency: 1024,
-		replicas:    1,
-		failover:    Balanced,
-		heartbeat:   10 * time.Second,
-	}
-	if env := os.Getenv("NATS_URL"); env != "" {
-		c.urls, c.urlsFrom = strings.Split(env, ","), "$NATS_URL: WithURL"
+		urls: strings.Split(cmp.Or(os.Getenv("NATS_URL"), nats.DefaultURL), ","), urlsFrom: "$NATS_URL: WithURL",
+		version: "0.0.0", codec: MsgPack, logger: slog.Default(), failover: Balanced, metadata: map[string]string{},
+		pool: 2, concurrency: 1024, replicas: 1, timeout: 5 * time.Second, heartbeat: 10 * time.Second,
 	}
 	for _, opt := range opts {
 		opt(c)
 	}
-	return c, c.check()
-}
-
-func (c *config) check() *Error {
 	var ok checks
 	ok.want(len(c.urls) > 0, "WithURL(): no URL given")
 	ok.want(c.pool >= 1 && c.pool <= 64, "WithPool(%d): want 1 to 64 connections", c.pool)
@@ -178,7 +160,7 @@ func (c *config) check() *Error {
 		ok.want(!names[h.name] && h.fn != nil, "WithHealthCheck(%q): want a name that no other check has, and a function", h.name)
 		names[h.name] = true
 	}
-	return ok.failure
+	return c, ok.failure
 }
 
 // checks keeps the error for the first setting that is invalid.
@@ -207,15 +189,12 @@ type BreakerPolicy struct {
 type HandlerOption func(*handlerConfig)
 
 type handlerConfig struct {
-	kind                 string // of the messages that it handles
-	concurrency          int
-	attempts             int
-	backoff, maxPause    time.Duration
-	deadline             time.Duration
-	durable              *string // nil if Durable was not given
-	broadcast, fromStart bool
-	exclusive            bool
-	misplaced            string // the error text for an option that this kind of handler can't have; "" if there is none
+	kind                            string // of the messages that it handles
+	concurrency, attempts           int
+	backoff, maxPause, deadline     time.Duration
+	durable                         *string // nil if Durable was not given
+	broadcast, fromStart, exclusive bool
+	misplaced                       string // the error text for an option that this kind of handler can't have; "" if there is none
 }
 
 // Concurrency sets how many messages the handler works on at once in each instance, 1 to 1,048,576. The default is the service's
@@ -289,23 +268,12 @@ const storedKinds = "events and commands"
 
 func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerConfig, *Error) {
 	c := &handlerConfig{
-		kind:        kind,
-		concurrency: s.cfg.concurrency,
-		attempts:    5,
-		backoff:     500 * time.Millisecond,
-		maxPause:    time.Minute,
-		deadline:    5 * time.Minute,
-	}
-	if kind == kindCommand {
-		c.attempts = 3
+		kind: kind, concurrency: s.cfg.concurrency, attempts: map[string]int{kindRPC: 1, kindEvent: 5, kindCommand: 3}[kind],
+		backoff: 500 * time.Millisecond, maxPause: time.Minute, deadline: 5 * time.Minute,
 	}
 	for _, opt := range opts {
 		opt(c)
 	}
-	return c, c.check()
-}
-
-func (c *handlerConfig) check() *Error {
 	var ok checks
 	ok.want(c.misplaced == "", "%s", c.misplaced)
 	ok.want(c.concurrency >= 1 && c.concurrency <= maxConcurrency, "Concurrency(%d): want 1 to %d", c.concurrency, maxConcurrency)
@@ -314,7 +282,7 @@ func (c *handlerConfig) check() *Error {
 	ok.want(c.deadline > 0, "Deadline(%v): want more than 0", c.deadline)
 	ok.want(c.durable == nil || isToken(*c.durable, 64), "Durable(%q): want 1 to 64 of a-z, A-Z, 0-9, - and _", deref(c.durable))
 	ok.want(!c.broadcast || !c.exclusive, "Broadcast() is for all instances and Exclusive() for one: choose one of them")
-	return ok.failure
+	return c, ok.failure
 }
 
 // Settings of a call.
@@ -403,14 +371,10 @@ func newCallConfig(kind string, opts []CallOption) (*callConfig, *Error) {
 	if len(opts) == 0 {
 		return callConfigs[kind], nil
 	}
-	c := *callConfigs[kind]
+	c := new(*callConfigs[kind])
 	for _, opt := range opts {
-		opt(&c)
+		opt(c)
 	}
-	return &c, c.check()
-}
-
-func (c *callConfig) check() *Error {
 	var ok checks
 	if p := c.retry; p != nil {
 		ok.want(p.Attempts >= 0 && p.Backoff >= 0 && p.MaxBackoff >= 0 && p.AttemptTimeout >= 0, "Retry(%+v): negative", *p)
@@ -436,7 +400,7 @@ func (c *callConfig) check() *Error {
 		ok.want(c.kind == kindCommand, "AtPriority(%d): only commands have a priority", *p)
 		ok.want(*p >= Normal && *p <= Critical, "AtPriority(%d): want Low, Normal, High or Critical", *p)
 	}
-	return ok.failure
+	return c, ok.failure
 }
 
 // policy returns the retry policy that follows from Retry, Sticky and Idempotent.
@@ -450,14 +414,13 @@ func (c *callConfig) policy() RetryPolicy {
 	case c.idempotent:
 		p = RetryPolicy{}
 	}
-	p.Attempts = cmp.Or(p.Attempts, 3)
 	if c.sticky {
 		p.Attempts = math.MaxInt
 	}
-	p.Backoff = cmp.Or(p.Backoff, 50*time.Millisecond)
-	p.MaxBackoff = cmp.Or(p.MaxBackoff, time.Second)
-	p.AttemptTimeout = cmp.Or(p.AttemptTimeout, time.Second)
-	return p
+	return RetryPolicy{
+		Attempts: cmp.Or(p.Attempts, 3), Backoff: cmp.Or(p.Backoff, 50*time.Millisecond),
+		MaxBackoff: cmp.Or(p.MaxBackoff, time.Second), AttemptTimeout: cmp.Or(p.AttemptTimeout, time.Second),
+	}
 }
 
 // deref returns the string that p points to, "" for nil.

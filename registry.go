@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"iter"
-	"maps"
 	"math/rand/v2"
 	"reflect"
 	"slices"
@@ -53,10 +52,7 @@ type Endpoint struct {
 }
 
 const (
-	statusActive    = "ACTIVE"
-	statusStandby   = "STANDBY"
-	statusUnhealthy = "UNHEALTHY"
-	statusStopping  = "STOPPING"
+	statusActive, statusStandby, statusUnhealthy, statusStopping = "ACTIVE", "STANDBY", "UNHEALTHY", "STOPPING"
 
 	registryBucket = "aegis_registry"
 	registryPrefix = "$KV." + registryBucket + "."
@@ -359,9 +355,8 @@ func (s *Service) statusChanged() {
 
 // instance returns what the entry of this instance has to say now.
 func (s *Service) instance() Instance {
-	i := Instance{
-		Service: s.name, ID: s.id, Version: s.cfg.version, Status: statusActive, Metadata: s.cfg.metadata, Started: s.since,
-	}
+	i := Instance{Service: s.name, ID: s.id, Version: s.cfg.version, Metadata: s.cfg.metadata, Started: s.since}
+	i.Status = statusActive
 	for _, e := range s.allEndpoints() {
 		i.Endpoints = append(i.Endpoints, Endpoint{e.kind, e.name, e.subject, e.lease != nil})
 		i.Load += int(e.meter.inFlight.Load())
@@ -408,7 +403,7 @@ func (s *Service) register(ctx context.Context) *Error {
 		defer s.mu.Unlock()
 		return newError(ErrClosed, "Start: service %s was stopped", s.name)
 	}
-	s.mayBeRegistered = true
+	s.mayBeRegistered.Store(true)
 	s.heartbeating.Add(1)
 	s.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
@@ -455,15 +450,12 @@ func (s *Service) sendHeartbeats(failure *Error) {
 
 // deregister ends the heartbeats and deletes the entry of this instance, if there may be one. If that fails, the entry expires.
 func (s *Service) deregister(ctx context.Context) {
-	s.mu.Lock()
-	known := s.mayBeRegistered
-	s.mu.Unlock()
 	s.endHeartbeats()
 	select {
 	case <-closedAfter(s.heartbeating.Wait): // a heartbeat may be in flight; it ends at the latest when base does
 	case <-ctx.Done():
 	}
-	if known {
+	if s.mayBeRegistered.Load() {
 		_ = s.writeEntry(ctx, "unregister")
 	}
 }
@@ -473,8 +465,7 @@ func (s *Service) answerSurvey(m *nats.Msg) {
 	if m.Reply == "" {
 		return
 	}
-	identity := micro.ServiceIdentity{Name: s.name, ID: s.id, Version: s.cfg.version, Metadata: map[string]string{}}
-	maps.Copy(identity.Metadata, s.cfg.metadata)
+	identity := micro.ServiceIdentity{Name: s.name, ID: s.id, Version: s.cfg.version, Metadata: s.cfg.metadata}
 	var answer any
 	switch verb, _, _ := strings.Cut(strings.TrimPrefix(m.Subject, "$SRV."), "."); verb {
 	case micro.PingVerb.String():
@@ -518,9 +509,8 @@ func (s *Service) microStats(identity micro.ServiceIdentity) micro.Stats {
 			continue
 		}
 		e := &micro.EndpointStats{
-			Name: microName(r.Name), Subject: r.subject, QueueGroup: s.name,
-			NumRequests: int(r.Requests), NumErrors: int(r.Errors), LastError: deref(r.last),
-			ProcessingTime: r.sum, AverageProcessingTime: r.sum / time.Duration(max(r.handled, 1)),
+			Name: microName(r.Name), Subject: r.subject, QueueGroup: s.name, NumRequests: int(r.Requests), NumErrors: int(r.Errors),
+			LastError: deref(r.last), ProcessingTime: r.sum, AverageProcessingTime: r.sum / time.Duration(max(r.handled, 1)),
 		}
 		e.Data, _ = json.Marshal(r) // can't fail, because it is strings and numbers
 		st.Endpoints = append(st.Endpoints, e)
