@@ -104,18 +104,18 @@ type Service struct {
 	leading     atomic.Int32          // how many functions of Lead are running
 	campaigns   sync.WaitGroup        // counts the candidates that campaign
 
-	since         time.Time       // when the service was made
-	unhealthy     atomic.Bool     // whether a health check fails
-	healthMu      sync.Mutex      // held by updateHealth
-	entryChanged  chan struct{}   // tells heartbeats to write the registry entry now
-	heartbeatCtx  context.Context // ends when heartbeats has to return
-	endHeartbeats context.CancelFunc
-	heartbeating  sync.WaitGroup // counts the goroutine of heartbeats
+	since        time.Time       // when the service was made
+	unhealthy    atomic.Bool     // whether a health check fails
+	healthMu     sync.Mutex      // held by updateHealth
+	entryChanged chan struct{}   // tells heartbeats to write the registry entry now
+	heartbeatCtx context.Context // ends when heartbeats has to return
+	heartbeating sync.WaitGroup  // counts the goroutine of heartbeats
 
-	quitting   context.Context // ends when Stop begins
-	quit       context.CancelFunc
-	base       context.Context // the parent of every handler's ctx; ends when Stop's time is up
-	cancel     context.CancelFunc
+	quitting context.Context // ends when Stop begins
+	base     context.Context // the parent of every handler's ctx; ends when Stop's time is up
+
+	endHeartbeats, quit, cancel context.CancelFunc // end heartbeatCtx, quitting and base
+
 	tasks      sync.WaitGroup // counts the goroutines that end when base does
 	ready      atomic.Bool    // whether Start has succeeded
 	draining   atomic.Bool    // set when Stop's time is up: messages that no handler has begun are refused or given back
@@ -135,11 +135,7 @@ type Service struct {
 
 type state int
 
-const (
-	created state = iota
-	started
-	stopping
-)
+const created, started, stopping state = 0, 1, 2
 
 // New makes an instance of the service called name (a letter, then letters, digits, - and _, at most 64) and connects it. It
 // blocks until every connection of the pool is made, each for at most nats.go's connect timeout (2 s for each server). Use
@@ -157,18 +153,11 @@ func New(name string, opts ...Option) (*Service, error) {
 	}
 	id := cmp.Or(deref(cfg.id), fmt.Sprintf("%s-%08x", name, rand.Uint32()))
 	s := &Service{
-		name:         name,
-		id:           id,
-		cfg:          cfg,
-		log:          cfg.logger.With("service", name, "instance", id),
-		endpoints:    map[string]*endpoint{},
-		candidates:   map[*candidate]bool{},
-		entryChanged: make(chan struct{}, 1),
-		done:         make(chan struct{}),
-		since:        time.Now(),
+		name: name, id: id, cfg: cfg, log: cfg.logger.With("service", name, "instance", id), since: time.Now(),
+		calls: lookup[*meter]{most: 1024}, cancels: cancels{cancel: map[string]context.CancelFunc{}},
+		endpoints: map[string]*endpoint{}, candidates: map[*candidate]bool{},
+		entryChanged: make(chan struct{}, 1), done: make(chan struct{}),
 	}
-	s.calls.most = 1024
-	s.cancels.cancel = map[string]context.CancelFunc{}
 	s.quitting, s.quit = context.WithCancel(context.Background())
 	s.base, s.cancel = context.WithCancel(context.Background())
 	s.heartbeatCtx, s.endHeartbeats = context.WithCancel(context.Background())
@@ -206,7 +195,10 @@ func (s *Service) Start(ctx context.Context) error {
 	s.mu.Lock()
 	if s.state != created {
 		defer s.mu.Unlock()
-		return s.stateErrorLocked("Start")
+		if s.state == stopping {
+			return newError(ErrClosed, "Start: service %s was stopped", s.name)
+		}
+		return newError(ErrInvalid, "Start: service %s was started already", s.name)
 	}
 	s.state = started
 	s.mu.Unlock()
@@ -283,10 +275,8 @@ func (s *Service) Run(ctx context.Context) error {
 	return errors.Join(err, s.Stop(ctx))
 }
 
-const (
-	cancelGrace   = 200 * time.Millisecond // for the next handler to return after Stop has cancelled all, and for Stop's last steps
-	returnTimeout = 5 * time.Second        // for all of them to return, and for their commands to be queued again
-)
+const cancelGrace = 200 * time.Millisecond // for the next handler to return after Stop has cancelled all; for Stop's last steps
+const returnTimeout = 5 * time.Second      // for all of them to return, and for their commands to be queued again
 
 // Stop stops serving. It takes no more requests, waits until those that have arrived are answered, releases the leadership,
 // leaves the registry, and closes the connections. Calls of this service that still wait for an answer then fail with
@@ -370,15 +360,12 @@ func (s *Service) close() {
 		c.disconnected() // so that the calls that wait on c fail, and no other begins
 		closing.Go(c.nc.Close)
 	}
-	s.quit()
-	s.endHeartbeats()
-	closed := closedAfter(func() {
+	select {
+	case <-closedAfter(func() {
 		closing.Wait()
 		s.heartbeating.Wait()
 		s.tasks.Wait()
-	})
-	select {
-	case <-closed:
+	}):
 	case <-time.After(cancelGrace):
 	}
 }
@@ -408,18 +395,6 @@ func (s *Service) allEndpoints() []*endpoint {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Collect(maps.Values(s.endpoints))
-}
-
-// stateErrorLocked returns the error for an operation, called verb, that is not possible in the present state. It is nil if the
-// service has been neither started nor stopped.
-func (s *Service) stateErrorLocked(verb string) error {
-	switch s.state {
-	case stopping:
-		return newError(ErrClosed, "%s: service %s was stopped", verb, s.name)
-	case started:
-		return newError(ErrInvalid, "%s: service %s was started already", verb, s.name)
-	}
-	return nil
 }
 
 func (s *Service) closedError() *Error { return newError(ErrClosed, "service %s was stopped", s.name) }

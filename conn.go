@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"maps"
 	mrand "math/rand/v2"
 	"net/url"
@@ -30,12 +29,12 @@ import (
 type conn struct {
 	nc           *nats.Conn
 	js           jetstream.JetStream
-	inbox        string        // the prefix of this connection's reply subjects, with the dot at its end
-	up           atomic.Bool   // whether it is connected, as far as nats.go's callbacks have said
-	drops        atomic.Uint32 // how often the connection was lost
-	reconnects   atomic.Uint32
+	inbox        string                // the prefix of this connection's reply subjects, with the dot at its end
+	up           atomic.Bool           // whether it is connected, as far as nats.go's callbacks have said
 	lastReported atomic.Pointer[error] // the latest error that nats.go has passed to AsyncErrorCB
 	maxPayload   atomic.Int64          // the server's max_payload
+
+	drops, reconnects atomic.Uint32 // how often the connection was lost, and how often it was made again
 
 	sendMu  sync.Mutex // guards the next two
 	pending []outgoing // messages that the goroutine which added the first of them will publish
@@ -50,7 +49,7 @@ type conn struct {
 const maxSlots = 8192 // calls that may wait for their answers on one connection
 
 // connect makes one connection of the pool.
-func (s *Service) connect() (*conn, error) {
+func (s *Service) connect() (_ *conn, err error) {
 	c := &conn{slots: map[*slot]bool{}}
 	c.up.Store(true) // until close, only the callbacks below change it from here on, and nats.go runs them in order
 	opts := nats.GetDefaultOptions()
@@ -95,11 +94,7 @@ func (s *Service) connect() (*conn, error) {
 		}
 	}
 	opts.AsyncErrorCB = func(nc *nats.Conn, sub *nats.Subscription, err error) {
-		subject := ""
-		if sub != nil {
-			subject = sub.Subject
-		}
-		s.log.Error("NATS reports an error", "subject", subject, "error", err)
+		s.log.Error("NATS reports an error", "subject", cmp.Or(sub, &nats.Subscription{}).Subject, "error", err)
 		if errors.Is(err, nats.ErrPermissionViolation) {
 			s.denials.note(err)
 			c.wakeSlots()
@@ -109,13 +104,11 @@ func (s *Service) connect() (*conn, error) {
 			failed(nc, sub, err)
 		}
 	}
-	nc, err := opts.Connect()
-	if err != nil {
+	if c.nc, err = opts.Connect(); err != nil {
 		return nil, newError(ErrUnavailable, "connecting to %s: %v", redacted(opts.Servers), err)
 	}
-	c.nc = nc
-	c.js, _ = jetstream.New(nc) // without options it can't fail
-	c.maxPayload.Store(nc.MaxPayload())
+	c.js, _ = jetstream.New(c.nc) // without options it can't fail
+	c.maxPayload.Store(c.nc.MaxPayload())
 	c.inbox = opts.InboxPrefix + "." + rand.Text()[:connectionToken] + "."
 	return c, nil
 }
@@ -150,9 +143,8 @@ func (s *Service) pick() *conn { return s.pickOther(nil) }
 // pickOther returns the next connection that is up, if possible another one than c, or nil if none is up.
 func (s *Service) pickOther(c *conn) *conn {
 	n := s.next.Add(1)
-	var other *conn
 	for i := range uint32(len(s.conns)) {
-		if other = s.conns[(n+i)%uint32(len(s.conns))]; other.up.Load() && other != c {
+		if other := s.conns[(n+i)%uint32(len(s.conns))]; other.up.Load() && other != c {
 			return other
 		}
 	}
@@ -210,8 +202,7 @@ func (s *Service) withRetries(
 	for n := 1; ; n++ {
 		x.until = end
 		if cfg.idempotent {
-			now := clock()
-			x.until = now + min(end-now, policy.AttemptTimeout)
+			x.until = min(end, clock()+min(policy.AttemptTimeout, maxBudget))
 		}
 		answer, failure, again := attempt()
 		if failure == nil {
@@ -230,11 +221,8 @@ func (s *Service) withRetries(
 			last = failure
 		}
 		sleep(ctx, min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
-		if err := ctx.Err(); err != nil || clock() >= end {
-			timeout := newError(ErrTimeout, "gave up on %s after %d attempts", x.subject, n)
-			if errors.Is(err, context.Canceled) {
-				timeout.Code = ErrCanceled.Code
-			}
+		if ended := asError(ctx.Err()); ended != nil || clock() >= end {
+			timeout := newError(cmp.Or(ended, ErrTimeout), "gave up on %s after %d attempts", x.subject, n)
 			timeout.NotRun, timeout.Cause = failure.NotRun, last
 			return nil, timeout
 		}
@@ -242,10 +230,8 @@ func (s *Service) withRetries(
 }
 
 // These two errors are compared by identity.
-var (
-	errNoResponders = notRun(newError(ErrUnavailable, "no responders")) // nobody has subscribed to the subject
-	errDropped      = &Error{}                                          // the connection was lost before anything was written
-)
+var errNoResponders = notRun(newError(ErrUnavailable, "no responders")) // nobody has subscribed to the subject
+var errDropped = &Error{}                                               // the connection was lost before anything was written
 
 // request publishes x and waits for its answer, at most until x.until. If the connection was lost before anything was written, it
 // tries another one, unless x is for a certain connection. errNoResponders is returned as it is; the caller has to explain it.
@@ -285,8 +271,7 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 // roundTrip sends x on c and waits for its answer in the slot. It returns errDropped if c was lost before anything was written.
 func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange) (*nats.Msg, *Error) {
 	sl.calls += 1 + mrand.Uint64N(1<<20) // a random step, so that nobody can guess the next number from the last
-	var buf [256]byte
-	b := append(buf[:0], sl.prefix...)
+	b := append(make([]byte, 0, 256), sl.prefix...)
 	b = strconv.AppendUint(b, sl.calls, 36)
 	if x.correlation != "" {
 		b = append(append(b, '-'), x.correlation...)
@@ -299,7 +284,7 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 	}
 	sl.wakeAt(x.until)
 
-	switch err := c.publish(outgoing{x.subject, x.reply, x.header, x.data, x.until, sl.drops}); {
+	switch err := c.publish(outgoing{nats.Msg{Subject: x.subject, Reply: x.reply, Header: x.header, Data: x.data}, x.until, sl.drops}); {
 	case err == nil:
 		x.sent = true
 	case errors.Is(err, nats.ErrReconnectBufExceeded):
@@ -314,23 +299,28 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 		return nil, newError(ErrUnavailable, "publishing to %s: %v", x.subject, err)
 	}
 
-	for {
-		var m *nats.Msg
+	var failure *Error
+	for failure == nil {
 		select {
-		case m = <-sl.answers:
-		case <-ctx.Done():
-			return nil, describeUnanswered(asError(ctx.Err()), sl, x)
-		}
-		if m != nil && m.Subject == x.reply {
-			if isNoResponders(m) {
+		case m := <-sl.answers:
+			switch {
+			case m == nil || m.Subject != x.reply:
+				failure = s.answerLost(c, sl, x.subject)
+			case isNoResponders(m):
 				return nil, errNoResponders
+			default:
+				return m, nil
 			}
-			return m, nil
-		}
-		if failure := s.answerLost(c, sl, x.subject); failure != nil {
-			return nil, describeUnanswered(failure, sl, x)
+		case <-ctx.Done():
+			failure = asError(ctx.Err())
 		}
 	}
+	if failure.Code != ErrDenied.Code { // the call may have run: add what it takes to find it in the logs of both sides
+		within := (x.until - sl.since).Round(time.Millisecond)
+		failure = newError(failure, "no answer from %s within %v: %s", x.subject, within, failure.Message)
+		failure.Details = map[string]string{"correlation_id": parseAddress(x.reply).correlationID()}
+	}
+	return nil, failure
 }
 
 // isNoResponders reports whether m is the server's answer to a message whose subject nobody has subscribed to.
@@ -342,12 +332,11 @@ func (s *Service) answerLost(c *conn, sl *slot, subject string) *Error {
 	noAnswers := s.denials.since(sl.since, toSubscribe+sl.sub.Subject)
 	if noAnswers != nil {
 		noAnswers.NotRun = false // the message itself may have arrived
-		sl.refused = true
+		sl.missed = maxMissed    // so that release ends the slot, which can't hear any answer
 	}
-	if denied := cmp.Or(s.denials.since(sl.since, toPublish+subject), noAnswers); denied != nil {
+	switch denied := cmp.Or(s.denials.since(sl.since, toPublish+subject), noAnswers); {
+	case denied != nil:
 		return denied
-	}
-	switch {
 	case s.closed.Load():
 		return s.closedError()
 	case c.drops.Load() != sl.drops:
@@ -356,16 +345,6 @@ func (s *Service) answerLost(c *conn, sl *slot, subject string) *Error {
 		return newError(ErrTimeout, "%v", context.DeadlineExceeded)
 	}
 	return nil
-}
-
-// describeUnanswered adds to the error of a call that may have run what it takes to find the call in the logs of both sides.
-func describeUnanswered(e *Error, sl *slot, x *exchange) *Error {
-	if e.Code == ErrDenied.Code {
-		return e
-	}
-	e.Message = fmt.Sprintf("no answer from %s within %v: %s", x.subject, (x.until - sl.since).Round(time.Millisecond), e.Message)
-	e.Details = map[string]string{"correlation_id": parseAddress(x.reply).correlationID()}
-	return e
 }
 
 // An address is what a reply subject says about the caller:
@@ -383,12 +362,9 @@ type address struct {
 const connectionToken = 12 // characters of <connection>, which have 60 random bits
 
 // parseAddress returns what a reply subject says, or the zero address if it is not in the form above.
-func parseAddress(reply string) (a address) {
+func parseAddress(reply string) address {
 	last := max(strings.LastIndexByte(reply, '.'), 0)
 	ms, err := strconv.ParseUint(strings.TrimPrefix(reply[last:], "."), 10, 40)
-	if err != nil || ms == 0 || last == 0 {
-		return a
-	}
 	first := last
 	for range 3 {
 		first = strings.LastIndexByte(reply[:max(first, 0)], '.')
@@ -396,8 +372,8 @@ func parseAddress(reply string) (a address) {
 	service := reply[:max(first, 0)]
 	service = service[strings.LastIndexByte(service, '.')+1:]
 	call := reply[first+1 : last]
-	if len(call) <= connectionToken || call[connectionToken] != '.' || !isName(service, maxService) {
-		return a
+	if err != nil || ms == 0 || len(call) <= connectionToken || call[connectionToken] != '.' || !isName(service, maxService) {
+		return address{}
 	}
 	return address{service, call, time.Duration(ms) * time.Millisecond}
 }
@@ -419,8 +395,7 @@ type slot struct {
 	prefix  string // of the reply subjects
 	answers chan *nats.Msg
 	alarm   *time.Timer // wakes the caller when its time is up
-	missed  int         // how many calls ended without an answer; late answers may still come and fill the channel
-	refused bool        // the server has denied the subscription
+	missed  int         // how many calls ended without an answer, whose late answers may still come and fill the channel
 	calls   uint64      // the number of the latest call
 
 	// Of the present call:
@@ -474,14 +449,12 @@ func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
 	sl := &slot{prefix: prefix, calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sl.alarm = time.AfterFunc(time.Hour, sl.wake)
 	c.slotsMu.Lock()
-	full := len(c.slots) >= maxSlots
-	if !full {
-		c.slots[sl] = true
-	}
-	c.slotsMu.Unlock()
-	if full {
+	if len(c.slots) >= maxSlots {
+		defer c.slotsMu.Unlock()
 		return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers: try later, or use WithPool for more connections", maxSlots))
 	}
+	c.slots[sl] = true
+	c.slotsMu.Unlock()
 	subject := prefix
 	if strings.HasSuffix(prefix, ".") {
 		subject += ">"
@@ -505,7 +478,7 @@ func (c *conn) release(sl *slot, answered bool) {
 	if !answered {
 		sl.missed++
 	}
-	if sl.missed >= maxMissed || sl.refused {
+	if sl.missed >= maxMissed {
 		c.endSlot(sl)
 		return
 	}
@@ -526,11 +499,9 @@ func (c *conn) endSlot(sl *slot) {
 // An outgoing is a message that waits to be published. It is dropped at its deadline, until, or if the connection is lost
 // meanwhile, so that drops is not the connection's any more.
 type outgoing struct {
-	subject, reply string
-	header         nats.Header
-	data           []byte
-	until          time.Duration
-	drops          uint32
+	nats.Msg
+	until time.Duration
+	drops uint32
 }
 
 // publish sends m together with the messages that other goroutines publish at the same time. Without this, nats.go would write to
@@ -542,7 +513,7 @@ type outgoing struct {
 // the waiting caller learns that from its slot.
 func (c *conn) publish(m outgoing) (err error) {
 	if !m.surelyFits(c.maxPayload.Load()) {
-		return c.write(m)
+		return c.nc.PublishMsg(&m.Msg)
 	}
 	c.sendMu.Lock()
 	c.pending = append(c.pending, m)
@@ -561,7 +532,7 @@ func (c *conn) publish(m outgoing) (err error) {
 		if m.until <= now || m.drops != c.drops.Load() {
 			continue
 		}
-		if failure := c.write(m); i == 0 {
+		if failure := c.nc.PublishMsg(&m.Msg); i == 0 {
 			err = failure
 		}
 	}
@@ -575,12 +546,12 @@ func (c *conn) publish(m outgoing) (err error) {
 // surelyFits reports whether nats.go will accept the size of m and the keys of its header. It is on the safe side: of what it
 // turns down, nats.go may still accept some.
 func (m *outgoing) surelyFits(limit int64) bool {
-	for key := range m.header {
+	for key := range m.Header {
 		if !isToken(key, 128) {
 			return false
 		}
 	}
-	return messageSize(m.header, m.data)+64 <= limit
+	return messageSize(m.Header, m.Data)+64 <= limit
 }
 
 // messageSize returns about the size that the server compares with its max_payload.
@@ -592,10 +563,6 @@ func messageSize(h nats.Header, data []byte) int64 {
 		}
 	}
 	return int64(size)
-}
-
-func (c *conn) write(m outgoing) error {
-	return c.nc.PublishMsg(&nats.Msg{Subject: m.subject, Reply: m.reply, Header: m.header, Data: m.data})
 }
 
 // notify publishes a message that nobody answers. It may be lost.
@@ -632,11 +599,8 @@ type denials struct {
 	latest map[string]time.Duration // the time of the latest denial; the key is toPublish or toSubscribe, and the subject
 }
 
-const (
-	toPublish   = "publish to "
-	toSubscribe = "subscribe to "
-	maxDenials  = 256
-)
+const toPublish, toSubscribe = "publish to ", "subscribe to "
+const maxDenials = 256
 
 var denialPattern = regexp.MustCompile(`(Publish|Subscription) to "([^"]+)"`)
 
@@ -646,10 +610,7 @@ func (d *denials) note(err error) {
 	if m == nil {
 		return
 	}
-	what := toPublish + m[2]
-	if m[1] == "Subscription" {
-		what = toSubscribe + m[2]
-	}
+	what := map[string]string{"Publish": toPublish, "Subscription": toSubscribe}[m[1]] + m[2]
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.latest == nil || len(d.latest) >= maxDenials {
@@ -726,8 +687,5 @@ func sleep(ctx context.Context, d time.Duration) bool {
 
 // withDeadline returns ctx, with a timeout of d if it has no deadline.
 func withDeadline(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
-	if _, ok := ctx.Deadline(); ok {
-		return ctx, func() {}
-	}
-	return context.WithTimeout(ctx, d)
+	return context.WithTimeout(ctx, timeLeft(ctx, d))
 }

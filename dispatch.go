@@ -1,6 +1,7 @@
 package aegis
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -63,8 +64,7 @@ type endpoint struct {
 	sharing             sync.Mutex // held by share, so that the latest state is the last that the source is told
 	kind, name, subject string
 	run                 HandlerFunc
-	limit               int   // how many workers there may be
-	maxIdle             int   // how many idle workers stay
+	limit, maxIdle      int   // how many workers there may be, and how many idle ones stay
 	reserve             int64 // bytes of the server's max_payload that an answer must leave free
 
 	queue      chan *nats.Msg
@@ -75,6 +75,7 @@ type endpoint struct {
 	workerIdle chan struct{}   // tells shed that a worker is idle
 	meter      *meter
 
+	opened      atomic.Bool    // whether open was called
 	idle        atomic.Int32   // how many workers wait for a message, or are just starting
 	workersDone sync.WaitGroup // counts the workers, and shed
 	helpersDone sync.WaitGroup // counts goroutines of the source, which end after finished is closed
@@ -82,7 +83,6 @@ type endpoint struct {
 	mu       sync.Mutex // guards the rest
 	workers  map[*worker]bool
 	shedding bool // whether shed runs
-	opened   bool
 }
 
 // A worker is a goroutine that handles one message after another.
@@ -101,10 +101,8 @@ const queueSize = 16384 // messages that the read loops can leave before a worke
 
 // addEndpoint adds a handler, wrapped in the service's middleware, and opens it if the service has been started.
 func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
-	e.svc, e.meter = s, newMeter()
-	e.limit = cfg.concurrency
-	e.maxIdle = min(e.limit, runtime.GOMAXPROCS(0))
-	e.workers = map[*worker]bool{}
+	e.svc, e.meter, e.workers = s, newMeter(), map[*worker]bool{}
+	e.limit, e.maxIdle = cfg.concurrency, min(cfg.concurrency, runtime.GOMAXPROCS(0))
 	e.queue, e.waiting = make(chan *nats.Msg, queueSize), make(chan job, e.limit)
 	e.stopping, e.finished, e.workerIdle = make(chan struct{}), make(chan struct{}), make(chan struct{}, 1)
 	for _, mw := range slices.Backward(s.cfg.middleware) {
@@ -114,7 +112,7 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 	s.mu.Lock()
 	if s.state == stopping {
 		defer s.mu.Unlock()
-		return s.stateErrorLocked("adding " + e.name)
+		return newError(ErrClosed, "adding %s: service %s was stopped", e.name, s.name)
 	}
 	key := e.kind + " " + e.name
 	if s.endpoints[key] != nil {
@@ -153,15 +151,14 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 
 // open starts the first worker and then the source.
 func (e *endpoint) open(ctx context.Context) error {
+	if e.opened.Swap(true) { // by a Start that runs at the same time as addEndpoint, or by that
+		return nil
+	}
 	e.mu.Lock()
-	opened := e.opened
-	if e.opened = true; !opened && !isClosed(e.stopping) {
+	if !isClosed(e.stopping) {
 		e.startWorkerLocked()
 	}
 	e.mu.Unlock()
-	if opened { // by a Start that runs at the same time as addEndpoint, or by that
-		return nil
-	}
 	if err := e.source.open(ctx); err != nil {
 		return err
 	}
@@ -244,10 +241,7 @@ func (e *endpoint) work(w *worker) {
 		now := time.Now()
 		w.since.Store(int64(now.Sub(clockStart)))
 		w.msg.Store(j.msg)
-		if j.arrived.IsZero() {
-			j.arrived = now
-		}
-		e.source.serve(j.msg, j.arrived)
+		e.source.serve(j.msg, cmp.Or(j.arrived, now))
 		w.msg.Store(nil)
 		e.idle.Add(1)
 	}
@@ -294,7 +288,7 @@ func (e *endpoint) leave(w *worker, noMore bool) bool {
 
 // shed keeps up to limit messages waiting and rejects the rest, until a worker is idle.
 func (e *endpoint) shed() {
-	for {
+	for more := true; more; {
 		select {
 		case m := <-e.queue:
 			select {
@@ -307,13 +301,10 @@ func (e *endpoint) shed() {
 		case <-e.stopping:
 		}
 		e.mu.Lock()
-		if e.idle.Load() > 0 || isClosed(e.stopping) {
-			e.shedding = false
-			if len(e.waiting) > 0 && len(e.workers) < e.limit { // workers may have left before shed put it there
-				e.startWorkerLocked()
-			}
-			e.mu.Unlock()
-			return
+		more = e.idle.Load() == 0 && !isClosed(e.stopping)
+		e.shedding = more
+		if !more && len(e.waiting) > 0 && len(e.workers) < e.limit { // workers may have left before shed put it there
+			e.startWorkerLocked()
 		}
 		e.mu.Unlock()
 	}
@@ -373,15 +364,14 @@ func (e *endpoint) dispatch(r *request) {
 	var data []byte
 	failure := errGoexit
 	defer func() {
-		if p := recover(); p != nil {
+		switch p := recover(); {
+		case p != nil:
 			failure = newError(ErrInternal, "panic in %s: %v", e.name, p)
 			e.logger(r).Error("handler panicked", "error", p, "stack", string(debug.Stack()))
-		}
-		if failure == errGoexit {
+		case failure == errGoexit:
 			failure = newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name)
-		}
-		if failure == nil && r.run != nil {
-			failure = r.run.whyLost()
+		case failure == nil && r.run != nil:
+			failure = asError(r.run.whyLost().orNil()) // a copy, because others have it too
 		}
 		if r.ran && r.termOver() {
 			r.fenced = true
@@ -390,9 +380,7 @@ func (e *endpoint) dispatch(r *request) {
 			failure = f
 		}
 		if failure != nil {
-			f := *failure
-			f.Source, f.NotRun = e.svc.name, !r.ran
-			failure = &f
+			failure.Source, failure.NotRun = e.svc.name, !r.ran
 		}
 		r.end()
 		e.meter.handled(r.msg.Source, begin, failure)
@@ -411,7 +399,7 @@ var errGoexit = &Error{} // stands for the result of a handler until it returns;
 // decode decodes the payload of m, the message that ctx belongs to, into v.
 func decode(ctx context.Context, m *Message, v any) (*request, error) {
 	r := requestOf(ctx)
-	if r == nil {
+	if r == noRequest {
 		return nil, newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
 	}
 	c := codecFor(m.Header, m.Data, r.svc.cfg.codec)
@@ -463,10 +451,7 @@ func (r *request) Value(key any) any {
 	r.mu.Lock()
 	timed := r.timed
 	r.mu.Unlock()
-	if timed == nil {
-		return r.Context.Value(key)
-	}
-	return timed.Value(key)
+	return cmp.Or(timed, r.Context).Value(key)
 }
 
 func (r *request) Deadline() (time.Time, bool) { return r.deadline, true }
@@ -487,20 +472,16 @@ func (r *request) live() context.Context {
 }
 
 // endedContext is the ctx of every handler that has returned without using its ctx.
-var endedContext = func() context.Context {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	return ctx
-}()
+var endedContext, endContext = context.WithCancel(context.Background())
+
+func init() { endContext() }
 
 // abort ends the ctx while the handler is running.
 func (r *request) abort() {
 	r.live()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.cancel != nil {
-		r.cancel()
-	}
+	r.cancel()
 }
 
 // end ends the ctx because the handler has returned.
@@ -508,7 +489,7 @@ func (r *request) end() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.timed == nil {
-		r.timed = endedContext
+		r.timed, r.cancel = endedContext, endContext
 		return
 	}
 	r.svc.cancels.remove(r.reply)
@@ -518,11 +499,13 @@ func (r *request) end() {
 // termOver reports whether the handler is exclusive and its term is over.
 func (r *request) termOver() bool { return r.term != nil && !r.term.holds() }
 
-// requestOf returns the request that ctx is, or is derived from. It is nil if ctx does not come from a handler.
+// requestOf returns the request that ctx is, or is derived from. It is noRequest if ctx does not come from a handler.
 func requestOf(ctx context.Context) *request {
 	r, _ := ctx.Value(requestKey{}).(*request)
-	return r
+	return cmp.Or(r, noRequest)
 }
+
+var noRequest = &request{} // has no message, so no headers and no correlation id; compared by identity, and never changed
 
 const (
 	headerContentType = "Content-Type"
@@ -535,34 +518,17 @@ const (
 // through, and meant for logs. In a handler there always is one. Elsewhere it is what [WithHeader] set as Aegis-Correlation-Id,
 // else "". If a call got no answer, Details["correlation_id"] of its error has the call's id, even if ctx had none.
 func CorrelationID(ctx context.Context) string {
-	if id := addedHeaders(ctx).Get(headerCorrelation); id != "" {
-		return id
-	}
-	if r := requestOf(ctx); r != nil {
-		return r.correlationID()
-	}
-	return ""
+	return cmp.Or(addedHeaders(ctx).Get(headerCorrelation), requestOf(ctx).correlationID())
 }
 
 // correlationID returns the id from the header or from the reply subject. If neither has one, it returns r.id or, for a caller
 // that does not use aegis, the reply subject.
 func (r *request) correlationID() string {
-	if id := r.msg.Header.Get(headerCorrelation); id != "" {
-		return id
-	}
-	if r.from.call != "" {
-		return r.from.correlationID()
-	}
-	return r.id + r.reply
+	return cmp.Or(r.msg.Header.Get(headerCorrelation), r.from.correlationID(), r.id+r.reply)
 }
 
 // Headers returns the headers of the message that ctx's handler was called for, nil if there are none. They must not be changed.
-func Headers(ctx context.Context) nats.Header {
-	if r := requestOf(ctx); r != nil {
-		return r.msg.Header
-	}
-	return nil
-}
+func Headers(ctx context.Context) nats.Header { return requestOf(ctx).msg.Header }
 
 type headersKey struct{}
 
@@ -592,9 +558,6 @@ func addedHeaders(ctx context.Context) nats.Header {
 func headersFor(ctx context.Context) (h nats.Header, correlation string) {
 	h = addedHeaders(ctx)
 	r := requestOf(ctx)
-	if r == nil {
-		return h, ""
-	}
 	inherit := func(key, value string) {
 		if value != "" && h[key] == nil {
 			h = withHeader(h, key, value)

@@ -1,6 +1,7 @@
 package aegis
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -131,32 +132,29 @@ func retryable(failure *Error) bool {
 	return failure != nil && (isUnanswered(failure) || failure.NotRun && slices.Contains(transientCodes, failure.Code))
 }
 
-const (
-	headerErrorCode = "Nats-Service-Error-Code" // a number, as in HTTP
-	headerErrorText = "Nats-Service-Error"
-)
+// The headers of an error: its status, which is a number, as in HTTP, and its text.
+const headerErrorCode, headerErrorText = "Nats-Service-Error-Code", "Nats-Service-Error"
 
-// statusCodes has a status for each sentinel, in the manner of nats.go/micro. Of those with the same status, kindOf returns the
-// first.
-var statusCodes = []struct {
-	kind   *Error
-	status string
-}{
-	{ErrInvalid, "400"}, {ErrDenied, "403"}, {ErrNotFound, "404"}, {ErrFenced, "409"}, {ErrNotActive, "421"},
-	{ErrOverloaded, "429"}, {ErrCanceled, "499"}, {ErrInternal, "500"}, {ErrUnimplemented, "501"}, {ErrUnavailable, "503"},
-	{ErrTimeout, "504"}, {ErrCircuitOpen, "503"}, {ErrClosed, "503"},
+// sentinels has a sentinel for each status, in the manner of nats.go/micro.
+var sentinels = map[string]*Error{
+	"400": ErrInvalid, "403": ErrDenied, "404": ErrNotFound, "409": ErrFenced, "421": ErrNotActive, "429": ErrOverloaded,
+	"499": ErrCanceled, "500": ErrInternal, "501": ErrUnimplemented, "503": ErrUnavailable, "504": ErrTimeout,
 }
+
+// statuses has the status for the code of each sentinel. Two of them share that of ErrUnavailable.
+var statuses = func() map[string]string {
+	all := map[string]string{ErrCircuitOpen.Code: "503", ErrClosed.Code: "503"}
+	for status, kind := range sentinels {
+		all[kind.Code] = status
+	}
+	return all
+}()
 
 const maxErrorText = 1 << 10 // bytes
 
 // encode returns the error as headers, which any NATS client can read, and as a payload, which has every field of it.
 func (e *Error) encode(c Codec) (nats.Header, []byte) {
-	status := "422" // for a handler's own code
-	for _, s := range statusCodes {
-		if s.kind.Code == e.Code {
-			status = s.status
-		}
-	}
+	status := cmp.Or(statuses[e.Code], "422") // for a handler's own code
 	if c != JSON {
 		c = MsgPack
 	}
@@ -180,14 +178,7 @@ func decodeError(m *nats.Msg) *Error {
 }
 
 // kindOf returns the sentinel for a status.
-func kindOf(status string) *Error {
-	for _, s := range statusCodes {
-		if s.status == status {
-			return s.kind
-		}
-	}
-	return ErrInternal
-}
+func kindOf(status string) *Error { return cmp.Or(sentinels[status], ErrInternal) }
 
 // cut returns a copy of e that is small enough to be stored in the record of a command. It shortens Message to maxErrorText, and
 // drops Details and Cause if the error is still larger than letterRoom.
@@ -230,12 +221,9 @@ func isName(s string, most int) bool {
 
 // isToken reports whether s is one token of a subject, of 1 to most letters, digits, - and _.
 func isToken(s string, most int) bool {
-	for _, c := range []byte(s) {
-		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' && c != '_' {
-			return false
-		}
-	}
-	return len(s) > 0 && len(s) <= most
+	return s != "" && len(s) <= most && !strings.ContainsFunc(s, func(c rune) bool {
+		return (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' && c != '_'
+	})
 }
 
 // covers reports whether all subjects that match the pattern sub also match pattern.

@@ -53,7 +53,7 @@ func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) e
 		return failure
 	}
 	e := &endpoint{kind: kindRPC, name: method, subject: "rpc." + s.name + "." + method, run: run}
-	q := &requests{endpoint: e}
+	q := &requests{endpoint: e, own: map[*conn]*nats.Subscription{}, shared: map[*conn]*nats.Subscription{}}
 	e.source = q
 	overloaded := notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, cfg.concurrency))
 	overloaded.Source = s.name
@@ -69,8 +69,8 @@ func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) e
 type requests struct {
 	*endpoint
 
-	mu          sync.Mutex           // guards the rest
-	own, shared []*nats.Subscription // one for each connection, in the same order
+	mu          sync.Mutex                   // guards the rest
+	own, shared map[*conn]*nats.Subscription // by connection
 	drained     bool
 }
 
@@ -78,7 +78,7 @@ type requests struct {
 func (q *requests) open(context.Context) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.subscribeLocked(&q.own, q.subject+"."+q.svc.id)
+	return q.subscribeLocked(q.own, q.subject+"."+q.svc.id)
 }
 
 // share subscribes to the shared subject, or ends these subscriptions.
@@ -88,15 +88,15 @@ func (q *requests) share(on bool) error {
 	switch {
 	case len(q.own) == 0: // open was not called yet
 	case on && len(q.shared) == 0 && !q.drained:
-		return q.subscribeLocked(&q.shared, q.subject)
+		return q.subscribeLocked(q.shared, q.subject)
 	case !on:
 		q.endLocked(q.shared)
-		q.shared = nil
+		q.shared = map[*conn]*nats.Subscription{} // a new one, because drain may still use the other
 	}
 	return nil
 }
 
-func (q *requests) subscribeLocked(subs *[]*nats.Subscription, subject string) error {
+func (q *requests) subscribeLocked(subs map[*conn]*nats.Subscription, subject string) error {
 	for _, c := range q.svc.conns {
 		if q.drained {
 			return q.svc.closedError()
@@ -105,16 +105,16 @@ func (q *requests) subscribeLocked(subs *[]*nats.Subscription, subject string) e
 		if err != nil {
 			return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
 		}
-		*subs = append(*subs, sub)
+		subs[c] = sub
 	}
 	return nil
 }
 
 // endLocked ends subscriptions. Messages that the server has sent already still reach the queue. If a connection is down, there
 // are none, and its subscription ends at once, because otherwise it would come back with the connection.
-func (q *requests) endLocked(subs []*nats.Subscription) {
-	for i, sub := range subs {
-		if q.svc.conns[i].up.Load() {
+func (q *requests) endLocked(subs map[*conn]*nats.Subscription) {
+	for c, sub := range subs {
+		if c.up.Load() {
 			_ = sub.Drain() // fails only on a closed connection
 		} else {
 			_ = sub.Unsubscribe() // likewise
@@ -130,14 +130,11 @@ func (q *requests) drain(ctx context.Context) {
 	q.endLocked(q.shared)
 	own, shared := q.own, q.shared
 	q.mu.Unlock()
-	for i, c := range q.svc.conns {
+	for _, c := range q.svc.conns {
 		// The answer to a flush comes after all that the server sent before it ended the subscriptions.
 		if c.flush(ctx) != nil {
-			for _, subs := range [][]*nats.Subscription{own, shared} {
-				if i < len(subs) {
-					_ = subs[i].Unsubscribe() // otherwise it would come back with the connection; this fails only on a closed one
-				}
-			}
+			_ = own[c].Unsubscribe()    // otherwise it would come back with the connection; this fails only on a closed one,
+			_ = shared[c].Unsubscribe() // or if there is no such subscription
 		}
 	}
 }
@@ -147,18 +144,13 @@ func (q *requests) pending() int64 { return 0 }
 
 // serve handles one request and answers it.
 func (q *requests) serve(m *nats.Msg, arrived time.Time) {
-	r := &request{
-		svc:   q.svc,
-		msg:   Message{Kind: q.kind, Subject: m.Subject, Header: m.Header, Data: m.Data},
-		in:    m,
-		reply: m.Reply,
-		from:  parseAddress(m.Reply),
-	}
-	r.msg.Source = r.from.service
+	from := parseAddress(m.Reply)
+	msg := Message{Kind: q.kind, Subject: m.Subject, Source: from.service, Header: m.Header, Data: m.Data}
+	r := &request{svc: q.svc, msg: msg, in: m, reply: m.Reply, from: from}
+	r.deadline = arrived.Add(cmp.Or(from.budget, q.svc.cfg.timeout))
 	if m.Reply == "" {
 		r.id = rand.Text()
 	}
-	r.deadline = arrived.Add(cmp.Or(r.from.budget, q.svc.cfg.timeout))
 	switch {
 	case time.Until(r.deadline) <= 0:
 		q.meter.expired.Add(1)
@@ -175,10 +167,8 @@ func (q *requests) serve(m *nats.Msg, arrived time.Time) {
 	}
 }
 
-var (
-	errExpiredEarly  = newError(ErrTimeout, "its caller gave up before a handler was free")
-	errCanceledEarly = newError(ErrCanceled, "its caller cancelled before a handler was free")
-)
+var errExpiredEarly = newError(ErrTimeout, "its caller gave up before a handler was free")
+var errCanceledEarly = newError(ErrCanceled, "its caller cancelled before a handler was free")
 
 // refuse answers a request that no handler has seen.
 func (q *requests) refuse(m *nats.Msg, from string, failure *Error) {
@@ -197,9 +187,7 @@ func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	if m.Reply == "" {
 		return
 	}
-	if failure != nil && c == nil {
-		c = sniff(m.Data)
-	}
+	c = cmp.Or(c, sniff(m.Data))
 	out := &nats.Msg{Subject: m.Reply, Data: data}
 	if failure != nil {
 		out.Header, out.Data = failure.encode(c)
@@ -208,12 +196,9 @@ func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	}
 	err := q.send(m, out)
 	if errors.Is(err, nats.ErrMaxPayload) {
-		tooLarge := newError(ErrInternal, "the answer of %s has %d bytes, more than the server's max_payload of %d: split it, or raise that limit",
-			q.name, len(out.Data), q.svc.Conn().MaxPayload())
-		if failure != nil {
-			tooLarge.Code, tooLarge.NotRun = failure.Code, failure.NotRun
-		}
-		tooLarge.Source = q.svc.name
+		tooLarge := newError(cmp.Or(failure, ErrInternal), "the answer of %s has %d bytes, more than the server's max_payload of %d: "+
+			"split it, or raise that limit", q.name, len(out.Data), q.svc.Conn().MaxPayload())
+		tooLarge.Source, tooLarge.NotRun = q.svc.name, failure != nil && failure.NotRun
 		out.Header, out.Data = tooLarge.encode(c)
 		err = q.send(m, out)
 	}
@@ -274,13 +259,11 @@ func (s *Service) call(
 	if label := labelOf(out.codec); label != "" {
 		x.header = withHeader(x.header, headerContentType, label)
 	}
-	breaker := s.breaker(service)
+	b := s.breaker(service)
 	meter := s.calls.get(x.subject[len("rpc."):], newMeter)
 	begin := meter.begin()
 	defer func() { meter.handled("", begin, failure) }()
-	answer, failure := s.withRetries(ctx, &x, cfg, func() (*nats.Msg, *Error, bool) {
-		return s.attempt(ctx, &x, breaker, service, cfg)
-	})
+	answer, failure := s.withRetries(ctx, &x, cfg, func() (*nats.Msg, *Error, bool) { return s.attempt(ctx, &x, b, service, cfg) })
 	if failure != nil {
 		return failure
 	}
@@ -315,16 +298,15 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 	}
 	unreached := failure.NotRun && slices.Contains(transientCodes, failure.Code)
 	missing := !answered && isUnanswered(failure)
+	v := inconclusive // the failure says nothing about the service
 	switch {
 	case failure.Code == ErrNotActive.Code:
-		b.report(probe, inconclusive)
 	case unreached && (answered || noResponders), missing && failure.Code == ErrTimeout.Code:
-		b.report(probe, bad)
+		v = bad
 	case answered || noResponders:
-		b.report(probe, good)
-	default: // the failure says nothing about the service
-		b.report(probe, inconclusive)
+		v = good
 	}
+	b.report(probe, v)
 	return nil, failure, unreached || missing && cfg.idempotent
 }
 
@@ -366,11 +348,7 @@ type breaker struct {
 // A verdict is what the end of a call says about the service.
 type verdict int
 
-const (
-	inconclusive verdict = iota
-	good
-	bad
-)
+const inconclusive, good, bad verdict = 0, 1, 2
 
 // breaker returns the circuit breaker in front of a service. Without WithBreaker it is nil, which lets every call through.
 func (s *Service) breaker(service string) *breaker {
@@ -402,13 +380,12 @@ func (b *breaker) admit() (probe bool, wait time.Duration) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.until.IsZero() {
+	switch wait := time.Until(b.until); {
+	case b.until.IsZero():
 		return false, 0
-	}
-	if wait := time.Until(b.until); wait > 0 {
+	case wait > 0:
 		return false, wait
-	}
-	if b.probing {
+	case b.probing:
 		return false, b.policy.Cooldown
 	}
 	b.probing = true
