@@ -96,13 +96,12 @@ func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
 	if target.Kind() != reflect.Pointer || target.IsNil() {
 		return &json.InvalidUnmarshalError{Type: reflect.TypeOf(v)}
 	}
-	target = target.Elem()
 	rest, err := skip(data, 0)
 	if err == nil && len(rest) > 0 {
 		err = fmt.Errorf("%d bytes left over after the value", len(rest))
 	}
 	if err == nil {
-		_, err = unpack(data, target, shapeOf(target.Type()), 0)
+		_, err = unpack(data, target.Elem(), shapeOf(target.Type().Elem()))
 	}
 	if err != nil {
 		return fmt.Errorf("msgpack: %w", err)
@@ -123,7 +122,7 @@ func marshal(c Codec, v any) (out payload, err error) {
 	switch {
 	case ok:
 		out.data, out.codec = raw.data, cmp.Or(raw.codec, c)
-	case c == MsgPack && faithful(reflect.ValueOf(v), 0):
+	case c == MsgPack && !needsJSON(reflect.ValueOf(v), 0):
 		out.codec = c
 		out.data, err = pack(v)
 	case c == MsgPack:

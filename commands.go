@@ -69,12 +69,8 @@ const (
 )
 
 func (s *Service) commandStream() jetstream.StreamConfig {
-	return jetstream.StreamConfig{
-		Name:      commandStream,
-		Subjects:  []string{commandPrefix + "*.*", commandPrefix + "*.*.*"},
-		Retention: jetstream.WorkQueuePolicy,
-		Replicas:  s.cfg.replicas,
-	}
+	return jetstream.StreamConfig{Name: commandStream, Subjects: []string{commandPrefix + "*.*", commandPrefix + "*.*.*"},
+		Retention: jetstream.WorkQueuePolicy, Replicas: s.cfg.replicas}
 }
 
 // recordStream returns the configuration of the bucket's stream.
@@ -225,7 +221,7 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 	}
 	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn, reserve: letterRoom}
 	var lanes []*lane
-	for _, level := range levels {
+	for _, level := range []Priority{Critical, High, Normal, Low} { // the most urgent first
 		suffix := suffixes[level]
 		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(suffix, ".", "~", 1), e.subject+suffix))
 	}
@@ -420,20 +416,16 @@ func (x *run) check() bool {
 // Errors: [ErrCanceled] if the command was cancelled, and [ErrFenced] if another instance has taken it over, so that the handler
 // should return; [ErrInvalid] if percent is out of range or the handler has returned.
 func (c *Command[T]) Progress(percent float64, message string) error {
-	if !(percent >= 0 && percent <= 100) {
+	x := c.run
+	switch {
+	case !(percent >= 0 && percent <= 100):
 		return newError(ErrInvalid, "Progress(%v): want 0 to 100", percent)
-	}
-	if c.run == nil {
+	case x == nil:
 		return newError(ErrInvalid, "Progress: the command is not from HandleCommand")
-	}
-	return c.run.report(Progress{Percent: percent, Message: cutText(message, maxProgress)}).orNil()
-}
-
-func (x *run) report(p Progress) *Error {
-	if x.reporting.Err() != nil {
+	case x.reporting.Err() != nil:
 		return cmp.Or(x.whyLost(), newError(ErrInvalid, "Progress: the handler has returned"))
 	}
-	if x.reported.Swap(&p) == nil {
+	if x.reported.Swap(&Progress{Percent: percent, Message: cutText(message, maxProgress)}) == nil {
 		x.src.goHelper(x.writeProgress)
 	}
 	return nil
@@ -462,8 +454,7 @@ func (src *commandSource) done(r *request, data []byte, failure *Error) {
 	x.writing.Lock() // waits for a write of progress, which may find that the command is lost
 	defer x.writing.Unlock()
 	x.endReports(nil)
-	lost := x.whyLost()
-	switch {
+	switch lost := x.whyLost(); {
 	case lost != nil:
 		x.yieldTo(lost)
 	case failure == nil:
@@ -558,5 +549,6 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 	case failure != nil:
 		return failure
 	}
-	return s.queueCommand(ctx, d.Subject, key, revision, copyHeader(d.Header), payload{data: d.Data}, callConfigs[kindCommand])
+	x := &exchange{subject: d.Subject, header: copyHeader(d.Header), data: d.Data}
+	return s.queueCommand(ctx, x, key, revision, callConfigs[kindCommand])
 }

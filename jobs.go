@@ -31,11 +31,8 @@ const (
 	Critical
 )
 
-// levels has the priorities, the most urgent first. suffixes has what each adds to a command's subject.
-var (
-	levels   = []Priority{Critical, High, Normal, Low}
-	suffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".low"}
-)
+// suffixes has what a priority adds to a command's subject.
+var suffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".low"}
 
 // SendCommand sends a command, which one instance of the service executes. It returns when the server has stored the command. The
 // command is then queued until an instance takes it, even if none runs now.
@@ -92,7 +89,8 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 		return nil
 	}
 	// The record is new, or its sender may have stopped before it queued the command.
-	failure = s.queueCommand(ctx, subject+suffixes[now.Priority], key, revision, header, out, cfg)
+	x := &exchange{subject: subject + suffixes[now.Priority], header: header, data: out.data}
+	failure = s.queueCommand(ctx, x, key, revision, cfg)
 	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again, so make the record final, which expires
 		rec.State = canceled
 		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
@@ -100,32 +98,28 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	return failure
 }
 
-// queueCommand stores the message that makes a worker look at the record. revision is that of the record; the message id contains
-// it, so that a command that is queued again later is not taken for a duplicate.
-func (s *Service) queueCommand(
-	ctx context.Context, subject, key string, revision uint64, header nats.Header, out payload, cfg *callConfig,
-) *Error {
-	header = withHeader(header, jetstream.MsgIDHeader, key+"@"+strconv.FormatUint(revision, 10))
-	return s.storeWithRetries(ctx, &exchange{subject: subject, header: header, data: out.data}, s.commandStream(), cfg)
+// queueCommand stores x, the message that makes a worker look at the record. revision is that of the record; the message id
+// contains it, so that a command that is queued again later is not taken for a duplicate.
+func (s *Service) queueCommand(ctx context.Context, x *exchange, key string, revision uint64, cfg *callConfig) *Error {
+	x.header = withHeader(x.header, jetstream.MsgIDHeader, key+"@"+strconv.FormatUint(revision, 10))
+	return s.storeWithRetries(ctx, x, s.commandStream(), cfg)
 }
 
 // digest returns the same text for equal data, whatever the codec and the order of the keys of a map.
 func digest(h nats.Header, data []byte) string {
-	canonical := data
 	var v any
 	var err error
-	switch c := codecFor(h, data, JSON); c {
-	case JSON:
+	if c := codecFor(h, data, JSON); c == JSON {
 		d := json.NewDecoder(bytes.NewReader(data))
 		d.UseNumber() // otherwise large numbers would become equal
 		err = d.Decode(&v)
-	default:
+	} else {
 		err = c.Unmarshal(data, &v)
 	}
 	if sorted, unsorted := json.Marshal(v); err == nil && unsorted == nil {
-		canonical = sorted
+		data = sorted
 	}
-	sum := sha256.Sum256(canonical)
+	sum := sha256.Sum256(data)
 	return hex.EncodeToString(sum[:16])
 }
 

@@ -66,14 +66,14 @@ func shapeOf(t reflect.Type) *shape {
 }
 
 var (
-	timeType      = reflect.TypeFor[time.Time]()
-	byteType      = reflect.TypeFor[byte]()
-	isZeroer      = reflect.TypeFor[interface{ IsZero() bool }]()
-	binaryMethods = []reflect.Type{reflect.TypeFor[encoding.BinaryMarshaler](), reflect.TypeFor[encoding.BinaryUnmarshaler]()}
-	formatMethods = []reflect.Type{
-		reflect.TypeFor[json.Marshaler](), reflect.TypeFor[json.Unmarshaler](),
-		reflect.TypeFor[encoding.TextMarshaler](), reflect.TypeFor[encoding.TextUnmarshaler](),
-		reflect.TypeFor[msgpack.Marshaler](), reflect.TypeFor[msgpack.Unmarshaler](),
+	timeType = reflect.TypeFor[time.Time]()
+	byteType = reflect.TypeFor[byte]()
+
+	// The interfaces by which a type has a format of its own. The first two are for binary data.
+	ownFormats = []reflect.Type{
+		reflect.TypeFor[encoding.BinaryMarshaler](), reflect.TypeFor[encoding.BinaryUnmarshaler](),
+		reflect.TypeFor[json.Marshaler](), reflect.TypeFor[json.Unmarshaler](), reflect.TypeFor[encoding.TextMarshaler](),
+		reflect.TypeFor[encoding.TextUnmarshaler](), reflect.TypeFor[msgpack.Marshaler](), reflect.TypeFor[msgpack.Unmarshaler](),
 		reflect.TypeFor[msgpack.CustomEncoder](), reflect.TypeFor[msgpack.CustomDecoder](),
 	}
 )
@@ -97,29 +97,23 @@ func newShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 		s.form = timestamp
 	case s.kind == reflect.Pointer:
 		s.elem = contain(t.Elem())
-	case t == reflect.TypeFor[json.Number](), slices.ContainsFunc(formatMethods, has):
-		s.form = byJSON
-	case s.kind == reflect.Struct && has(binaryMethods[0]) && has(binaryMethods[1]):
+	case s.kind == reflect.Struct && has(ownFormats[0]) && has(ownFormats[1]) && !slices.ContainsFunc(ownFormats[2:], has):
 		s.form = byBinary
-	case slices.ContainsFunc(binaryMethods, has):
+	case t == reflect.TypeFor[json.Number](), slices.ContainsFunc(ownFormats, has):
 		s.form = byJSON
 	case isScalar(s.kind):
 	case s.kind == reflect.Interface && t.NumMethod() == 0:
 		s.walks = true
 	case s.kind == reflect.Slice || s.kind == reflect.Array:
 		s.elem = contain(t.Elem())
-		if s.elem.kind == reflect.Uint8 && t.Elem() != byteType {
-			s.json = true // msgpack v5 would encode it as binary data
-		}
-	case s.kind == reflect.Map:
+		// msgpack v5 would encode bytes of a named type as binary data, too.
+		s.json = s.json || s.elem.kind == reflect.Uint8 && s.elem.typ != byteType
+	case s.kind == reflect.Map && isScalar(t.Key().Kind()):
 		s.key, s.elem = contain(t.Key()), contain(t.Elem())
-		if !isScalar(s.key.kind) {
-			s.form = byJSON
-		}
 	case s.kind == reflect.Struct:
 		s.addFields(contain)
 	default:
-		s.form = byJSON // which says that it does not support the type
+		s.form = byJSON // which says so if it does not support the type
 	}
 	s.json = s.json || s.form == byJSON
 	s.building = false
@@ -133,20 +127,8 @@ func isScalar(k reflect.Kind) bool {
 // addFields adds the fields of a struct. If msgpack v5 does not see the same fields as encoding/json, the form becomes byJSON.
 func (s *shape) addFields(contain func(reflect.Type) *shape) {
 	s.byName = map[string]int{}
-	taken := map[string]bool{}
-	take := func(name string) {
-		if taken[name] {
-			s.form = byJSON
-		}
-		taken[name] = true
-	}
-	add := func(f field) {
-		take(f.name)
-		s.byName[f.name] = len(s.fields)
-		s.fields = append(s.fields, f)
-	}
-	for i := range s.typ.NumField() {
-		f := s.typ.Field(i)
+	var names []string // of what msgpack v5 sees
+	for f := range s.typ.Fields() {
 		tag, tagged := f.Tag.Lookup("json")
 		name, option, _ := strings.Cut(tag, ",")
 		_, own := f.Tag.Lookup("msgpack")
@@ -161,14 +143,20 @@ func (s *shape) addFields(contain func(reflect.Type) *shape) {
 			name == "-" || option != "" && (option != "omitempty" || !inner.omitsAlike()) {
 			s.form = byJSON
 		}
-		if !f.Anonymous {
-			add(field{cmp.Or(name, f.Name), []int{i}, inner})
-			continue
+		added := []field{{name: cmp.Or(name, f.Name), shape: inner}}
+		if f.Anonymous {
+			added = inner.fields
+			names = append(names, f.Name) // in msgpack v5, this names the embedded struct as a whole
 		}
-		for _, e := range inner.fields {
-			add(field{e.name, append([]int{i}, e.index...), e.shape})
+		for _, e := range added {
+			names = append(names, e.name)
+			s.byName[e.name] = len(s.fields)
+			s.fields = append(s.fields, field{e.name, slices.Concat(f.Index, e.index), e.shape})
 		}
-		take(f.Name) // in msgpack v5, this names the embedded struct as a whole
+	}
+	slices.Sort(names)
+	if len(slices.Compact(names)) < len(names) {
+		s.form = byJSON
 	}
 }
 
@@ -179,139 +167,120 @@ func isOdd(r rune) bool {
 
 // omitsAlike reports whether omitempty has the same effect in encoding/json and in msgpack v5.
 func (s *shape) omitsAlike() bool {
+	isZeroer := reflect.TypeFor[interface{ IsZero() bool }]()
 	return s.kind != reflect.Struct && s.kind != reflect.Interface && !s.typ.Implements(isZeroer)
 }
 
-// faithful reports whether MessagePack carries v faithfully. depth is the number of values that v is nested in.
-func faithful(v reflect.Value, depth int) bool {
+// needsJSON reports whether v has to be sent as JSON, because MessagePack does not carry it faithfully. depth is the number of
+// values that v is nested in.
+func needsJSON(v reflect.Value, depth int) bool {
 	if !v.IsValid() { // nil
-		return true
-	}
-	s := shapeOf(v.Type())
-	return !s.json && s.walk(v, depth)
-}
-
-// walk reports whether MessagePack carries each value of an any in v faithfully, and whether v is not nested too deep.
-func (s *shape) walk(v reflect.Value, depth int) bool {
-	if !s.walks {
-		return true
-	}
-	if depth > maxDepth { // perhaps it contains itself, and then encoding/json returns an error
 		return false
 	}
-	switch s.kind {
-	case reflect.Interface:
-		return faithful(v.Elem(), depth)
-	case reflect.Pointer:
-		return v.IsNil() || s.elem.walk(v.Elem(), depth+1)
-	case reflect.Struct:
-		for i := range s.fields {
-			if f := &s.fields[i]; !f.shape.walk(v.FieldByIndex(f.index), depth+1) {
-				return false
-			}
-		}
-	case reflect.Slice, reflect.Array:
-		for i := range v.Len() {
-			if !s.elem.walk(v.Index(i), depth+1) {
-				return false
-			}
-		}
-	case reflect.Map:
+	s := shapeOf(v.Type())
+	return s.json || s.holdsJSON(v, depth)
+}
+
+// holdsJSON reports whether an any in v has a value that needs JSON, or v is nested too deep.
+func (s *shape) holdsJSON(v reflect.Value, depth int) bool {
+	switch {
+	case !s.walks:
+		return false
+	case depth > maxDepth: // perhaps it contains itself, and then encoding/json returns an error
+		return true
+	case s.kind == reflect.Interface:
+		return needsJSON(v.Elem(), depth)
+	case s.kind == reflect.Pointer:
+		return !v.IsNil() && s.elem.holdsJSON(v.Elem(), depth+1)
+	case s.kind == reflect.Struct:
+		return slices.ContainsFunc(s.fields, func(f field) bool { return f.shape.holdsJSON(v.FieldByIndex(f.index), depth+1) })
+	case s.kind == reflect.Map:
 		for m := v.MapRange(); m.Next(); {
-			if !s.elem.walk(m.Value(), depth+1) {
-				return false
+			if s.elem.holdsJSON(m.Value(), depth+1) {
+				return true
 			}
+		}
+		return false
+	}
+	for i := range v.Len() { // of a slice or an array
+		if s.elem.holdsJSON(v.Index(i), depth+1) {
+			return true
 		}
 	}
-	return true
+	return false
 }
 
 // maxDepth bounds the nesting of MessagePack, because encoding and decoding recurse. Otherwise a value that contains itself, or a
 // payload with one byte per level, could overflow the stack.
 const maxDepth = 128
 
-var (
-	errShort = errors.New("the payload ends in the middle of a value")
-	errDeep  = fmt.Errorf("nested deeper than %d levels", maxDepth)
-)
+var errShort = errors.New("the payload ends in the middle of a value")
 
-// unpack decodes the first value of b, which skip has checked, into v, whose type has the shape s. It returns the bytes after the
-// value. It treats what v holds already as encoding/json does, but replaces what an any holds. It is used instead of the decoder
-// of msgpack v5 because that does not check whether a value fits its target, and takes twice as long.
-func unpack(b []byte, v reflect.Value, s *shape, depth int) ([]byte, error) {
+// unpack decodes the first value of b into v, whose type has the shape s, and returns the bytes after the value. skip has checked
+// b: it is well-formed and not nested too deep. unpack treats what v holds already as encoding/json does, but replaces what an any
+// holds. It is used instead of the decoder of msgpack v5 because that does not check whether a value fits its target, and takes
+// twice as long.
+func unpack(b []byte, v reflect.Value, s *shape) ([]byte, error) {
 	var t token
-	rest, err := t.read(b, depth)
-	if err != nil {
-		return nil, err
-	}
+	rest, _ := t.read(b) // here and below, reading can't fail, because skip has read it
 	switch {
 	case s.form == timestamp && t.class == extension:
 		at, err := t.time()
 		v.Set(reflect.ValueOf(at))
 		return rest, err
-	case s.form == timestamp && t.class == text, s.form == byJSON && t.class != binaryData:
-		return unpackByJSON(b, v, depth)
+	case s.form == timestamp && t.class == text, s.form == byJSON && t.class != binaryData,
+		t.class == text && s.kind == reflect.Slice && s.elem.kind == reflect.Uint8: // in base 64
+		return unpackByJSON(b, v)
 	case s.form == byJSON, s.form == byBinary && t.class == binaryData:
 		return rest, t.unmarshal(v)
 	case t.class == null:
 		if s.kind == reflect.Pointer || s.kind == reflect.Interface || s.kind == reflect.Map || s.kind == reflect.Slice {
 			v.SetZero()
 		}
-		return rest, nil
-	case s.form != byKind:
 	case s.kind == reflect.Pointer:
 		if v.IsNil() {
 			v.Set(reflect.New(s.elem.typ))
 		}
-		return unpack(b, v.Elem(), s.elem, depth)
+		return unpack(b, v.Elem(), s.elem)
 	case s.kind == reflect.Interface:
 		value := reflect.New(t.anyType(s.typ)).Elem()
-		rest, err := unpack(b, value, shapeOf(value.Type()), depth)
+		rest, err := unpack(b, value, shapeOf(value.Type()))
 		v.Set(value)
 		return rest, err
-	case t.class == mapping && s.kind == reflect.Struct:
-		return unpackStruct(rest, v, s, t.n, depth+1)
+	case t.class == mapping && s.kind == reflect.Struct && s.form == byKind:
+		return unpackStruct(rest, v, s, int(t.n))
 	case t.class == mapping && s.kind == reflect.Map:
-		return unpackMap(rest, v, s, int(t.n), depth+1)
+		return unpackMap(rest, v, s, int(t.n))
 	case t.class == array && s.kind == reflect.Slice, t.class == array && s.kind == reflect.Array && int(t.n) == v.Len():
-		return unpackList(rest, v, s, int(t.n), depth+1)
+		return unpackList(rest, v, s, int(t.n))
 	case t.class == binaryData && s.kind == reflect.Slice && s.elem.kind == reflect.Uint8:
 		v.SetBytes(bytes.Clone(t.body))
-		return rest, nil
 	case t.class == binaryData && s.kind == reflect.Array && s.elem.typ == byteType && len(t.body) == v.Len():
 		reflect.Copy(v, reflect.ValueOf(t.body))
-		return rest, nil
-	case t.class == text && s.kind == reflect.Slice && s.elem.kind == reflect.Uint8: // in base 64
-		return unpackByJSON(b, v, depth)
-	case t.setScalar(v):
-		return rest, nil
+	case !t.setScalar(v):
+		return nil, fmt.Errorf("%s does not fit %v", t.String(), s.typ)
 	}
-	return nil, fmt.Errorf("%s does not fit %v", t.String(), s.typ)
+	return rest, nil
 }
 
 // unpackStruct decodes n fields of a struct.
-func unpackStruct(b []byte, v reflect.Value, s *shape, n uint64, depth int) (_ []byte, err error) {
+func unpackStruct(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err error) {
 	for next := 0; n > 0; n-- { // next is the position of the field that is expected, because most senders have the same type
 		var name token
-		if b, err = name.read(b, depth); err == nil && !name.makeText() {
-			err = fmt.Errorf("a field's name is %s", name.String())
-		}
-		if err != nil {
-			return nil, err
+		if b, _ = name.read(b); !name.makeText() {
+			return nil, fmt.Errorf("a field's name is %s", name.String())
 		}
 		i, ok := next, next < len(s.fields) && s.fields[next].name == string(name.body)
 		if !ok {
 			i, ok = s.byName[string(name.body)]
 		}
 		if !ok {
-			if b, err = skip(b, depth); err != nil {
-				return nil, err
-			}
+			b, _ = skip(b, 0)
 			continue
 		}
 		f := &s.fields[i]
 		next = i + 1
-		if b, err = unpack(b, v.FieldByIndex(f.index), f.shape, depth); err != nil {
+		if b, err = unpack(b, v.FieldByIndex(f.index), f.shape); err != nil {
 			return nil, fmt.Errorf("%s: %w", f.name, err)
 		}
 	}
@@ -319,15 +288,13 @@ func unpackStruct(b []byte, v reflect.Value, s *shape, n uint64, depth int) (_ [
 }
 
 // unpackMap decodes n entries of a map.
-func unpackMap(b []byte, v reflect.Value, s *shape, n, depth int) (_ []byte, err error) {
+func unpackMap(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err error) {
 	if v.IsNil() {
 		v.Set(reflect.MakeMapWithSize(s.typ, n))
 	}
 	for ; n > 0; n-- {
 		var t token
-		if b, err = t.read(b, depth); err != nil {
-			return nil, err
-		}
+		b, _ = t.read(b)
 		key, elem := reflect.New(s.key.typ).Elem(), reflect.New(s.elem.typ).Elem()
 		if s.key.kind == reflect.String {
 			t.makeText()
@@ -337,7 +304,7 @@ func unpackMap(b []byte, v reflect.Value, s *shape, n, depth int) (_ []byte, err
 		if s.key.form != byKind || !t.setScalar(key) {
 			return nil, fmt.Errorf("a key of the map, %s, does not fit %v", t.String(), s.key.typ)
 		}
-		if b, err = unpack(b, elem, s.elem, depth); err != nil {
+		if b, err = unpack(b, elem, s.elem); err != nil {
 			return nil, fmt.Errorf("%v: %w", key, err)
 		}
 		v.SetMapIndex(key, elem)
@@ -346,7 +313,7 @@ func unpackMap(b []byte, v reflect.Value, s *shape, n, depth int) (_ []byte, err
 }
 
 // unpackList decodes the n elements of a slice or an array.
-func unpackList(b []byte, v reflect.Value, s *shape, n, depth int) (_ []byte, err error) {
+func unpackList(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err error) {
 	if s.kind == reflect.Slice {
 		if v.IsNil() {
 			v.Set(reflect.MakeSlice(s.typ, n, n))
@@ -355,7 +322,7 @@ func unpackList(b []byte, v reflect.Value, s *shape, n, depth int) (_ []byte, er
 		v.SetLen(n)
 	}
 	for i := range n {
-		if b, err = unpack(b, v.Index(i), s.elem, depth); err != nil {
+		if b, err = unpack(b, v.Index(i), s.elem); err != nil {
 			return nil, err
 		}
 	}
@@ -364,9 +331,9 @@ func unpackList(b []byte, v reflect.Value, s *shape, n, depth int) (_ []byte, er
 
 // unpackByJSON decodes the first value of b into v by way of JSON, and returns the bytes after it. It fails if JSON can't express
 // the value.
-func unpackByJSON(b []byte, v reflect.Value, depth int) ([]byte, error) {
+func unpackByJSON(b []byte, v reflect.Value) ([]byte, error) {
 	var value jsonAny
-	rest, err := unpack(b, reflect.ValueOf(&value).Elem(), shapeOf(reflect.TypeFor[jsonAny]()), depth)
+	rest, err := unpack(b, reflect.ValueOf(&value).Elem(), shapeOf(reflect.TypeFor[jsonAny]()))
 	if err != nil {
 		return nil, err
 	}
@@ -380,11 +347,15 @@ func unpackByJSON(b []byte, v reflect.Value, depth int) ([]byte, error) {
 	return rest, json.Unmarshal(data, v.Addr().Interface())
 }
 
-// skip returns the bytes after the first value of b. It fails if that is malformed, and does not allocate. Without that check, a few
-// bytes that announce a long array could make unpack allocate millions of elements.
+// skip returns the bytes after the first value of b, which is nested in depth values. It fails if that is malformed or nested too
+// deep, and does not allocate. Without that check, a few bytes that announce a long array could make unpack allocate millions of
+// elements.
 func skip(b []byte, depth int) ([]byte, error) {
+	if depth > maxDepth {
+		return nil, fmt.Errorf("nested deeper than %d levels", maxDepth)
+	}
 	var t token
-	b, err := t.read(b, depth)
+	b, err := t.read(b)
 	for n := t.nested(); n > 0 && err == nil; n-- {
 		b, err = skip(b, depth+1)
 	}
@@ -419,33 +390,23 @@ type token struct {
 	body     []byte // of a string or binary data; of an extension with its type in the first byte
 }
 
-// read makes t the first token of b, which is nested in depth values, and returns the bytes after it. It checks that b has room for
-// what the token announces. The format is described in https://github.com/msgpack/msgpack/blob/master/spec.md
-func (t *token) read(b []byte, depth int) ([]byte, error) {
-	if depth > maxDepth {
-		return nil, errDeep
-	}
+// read makes t the first token of b, and returns the bytes after it. It checks that b has room for what the token announces. The
+// format is described in https://github.com/msgpack/msgpack/blob/master/spec.md
+func (t *token) read(b []byte) ([]byte, error) {
 	if len(b) == 0 || len(b) <= int(formats[b[0]].size) {
 		return nil, errShort
 	}
 	f := &formats[b[0]]
 	*t = token{class: f.class, size: f.size, negative: f.n < 0, n: uint64(f.n)}
-	switch b = b[1:]; f.size {
-	case 1:
-		t.n = uint64(b[0])
-	case 2:
-		t.n = uint64(binary.BigEndian.Uint16(b))
-	case 4:
-		t.n = uint64(binary.BigEndian.Uint32(b))
-	case 8:
-		t.n = binary.BigEndian.Uint64(b)
+	if f.size > 0 {
+		var word [8]byte
+		copy(word[8-f.size:], b[1:])
+		t.n = binary.BigEndian.Uint64(word[:])
 	}
-	if f.signed {
-		unused := 64 - 8*f.size
-		t.n = uint64(int64(t.n<<unused) >> unused)
-		t.negative = int64(t.n) < 0
+	if f.signed && b[1] >= 0x80 {
+		t.negative, t.n = true, t.n|math.MaxUint64<<(8*f.size) // extends the sign
 	}
-	b = b[f.size:]
+	b = b[1+f.size:]
 	switch t.class {
 	case unused:
 		return nil, errors.New("no value begins with the byte 0xc1")
@@ -487,13 +448,13 @@ var formats = func() (f [256]format) {
 		}
 	}
 	copy(f[0xc0:], []format{
-		{class: null}, {}, {class: boolean}, {class: boolean, n: 1}, {binaryData, 1, 0, false}, {binaryData, 2, 0, false}, {binaryData, 4, 0, false},
-		{extension, 1, 0, false}, {extension, 2, 0, false}, {extension, 4, 0, false}, {float, 4, 0, false}, {float, 8, 0, false},
-		{integer, 1, 0, false}, {integer, 2, 0, false}, {integer, 4, 0, false}, {integer, 8, 0, false},
-		{integer, 1, 0, true}, {integer, 2, 0, true}, {integer, 4, 0, true}, {integer, 8, 0, true},
-		{extension, 0, 1, false}, {extension, 0, 2, false}, {extension, 0, 4, false}, {extension, 0, 8, false}, {extension, 0, 16, false},
-		{text, 1, 0, false}, {text, 2, 0, false}, {text, 4, 0, false}, {array, 2, 0, false}, {array, 4, 0, false},
-		{mapping, 2, 0, false}, {mapping, 4, 0, false},
+		{class: null}, {}, {class: boolean}, {class: boolean, n: 1}, {binaryData, 1, 0, false}, {binaryData, 2, 0, false},
+		{binaryData, 4, 0, false}, {extension, 1, 0, false}, {extension, 2, 0, false}, {extension, 4, 0, false},
+		{float, 4, 0, false}, {float, 8, 0, false}, {integer, 1, 0, false}, {integer, 2, 0, false}, {integer, 4, 0, false},
+		{integer, 8, 0, false}, {integer, 1, 0, true}, {integer, 2, 0, true}, {integer, 4, 0, true}, {integer, 8, 0, true},
+		{extension, 0, 1, false}, {extension, 0, 2, false}, {extension, 0, 4, false}, {extension, 0, 8, false},
+		{extension, 0, 16, false}, {text, 1, 0, false}, {text, 2, 0, false}, {text, 4, 0, false}, {array, 2, 0, false},
+		{array, 4, 0, false}, {mapping, 2, 0, false}, {mapping, 4, 0, false},
 	})
 	return f
 }()
@@ -565,8 +526,7 @@ var anyTypes = [...]reflect.Type{
 
 // time returns the instant of a timestamp.
 func (t *token) time() (at time.Time, err error) {
-	data := t.body[1:]
-	switch {
+	switch data := t.body[1:]; {
 	case int8(t.body[0]) == -1 && len(data) == 4:
 		at = time.Unix(int64(binary.BigEndian.Uint32(data)), 0)
 	case int8(t.body[0]) == -1 && len(data) == 8:
