@@ -35,8 +35,8 @@ type Codec interface {
 //	bool, numbers, string, struct, slice, array, map         MessagePack
 //	[]byte, [n]byte                                          MessagePack, as binary data
 //	time.Time                                                MessagePack, as a timestamp: the instant, without its zone
-//	a struct with MarshalBinary and UnmarshalBinary, and     MessagePack, as binary data
-//	  no other method for a format
+//	a struct with MarshalBinary and UnmarshalBinary, with    MessagePack, as binary data
+//	  no other method for a format, and nothing embedded
 //	a type with methods for JSON or text (MarshalJSON,       JSON
 //	  UnmarshalText, ...), or for MessagePack
 //	a struct with the options omitzero or string, with an    JSON
@@ -47,7 +47,7 @@ type Codec interface {
 //	any                                                      what its value needs
 //	a value nested deeper than 128 levels                    JSON
 //
-// Unmarshal of MsgPack decodes both. A value in an any arrives as nil, a bool, a string, an int64 (a uint64 above its range), a
+// Encoders that a program registers with msgpack v5 are not supported. Unmarshal of MsgPack decodes both. A value in an any arrives as nil, a bool, a string, an int64 (a uint64 above its range), a
 // float64, a []byte, a [time.Time], a []any or a map[string]any. If it is sent as JSON, every number is a float64.
 //
 // MessagePack carries some values that JSON can't: NaN, infinities, strings that are not valid UTF-8, and maps whose keys are

@@ -145,6 +145,23 @@ type (
 	}
 	byteLike byte
 	textKey  struct{ name string }
+	outer    struct {
+		X    int
+		Next *extended
+		Y    int
+	}
+	extended struct { // contains a type that is not finished when its own shape is made
+		outer
+		Z int
+	}
+	endpoint struct {
+		*url.URL
+		Weight int
+	}
+	namedURL struct {
+		url.URL
+		Weight int
+	}
 )
 
 func (d decimal) MarshalJSON() ([]byte, error)  { return strconv.AppendQuote(nil, d.String()), nil }
@@ -299,8 +316,13 @@ func TestMsgPackEqualsJSON(t *testing.T) {
 		}{A: 1, B: 2},
 		"the same name twice": tagged(`json:"x"`, `json:"x"`),
 		"nested deeply":       parent,
-		"nil":                 (*payment)(nil),
-		"nil in everything":   everything{},
+		"embedded, recursive": outer{X: 1, Next: &extended{outer: outer{X: 2, Y: 3}, Z: 4}, Y: 5},
+		"embedded, pointer to a type with MarshalBinary": endpoint{&url.URL{Scheme: "http", Host: "h"}, 7},
+		"embedded, type with MarshalBinary":              namedURL{url.URL{Scheme: "http", Host: "h"}, 7},
+		"pointer to an empty URL":                        struct{ U *url.URL }{&url.URL{}},
+		"text like an escape":                            struct{ R json.RawMessage }{json.RawMessage(`"\\ufffd"`)},
+		"nil":                                            (*payment)(nil),
+		"nil in everything":                              everything{},
 		"pointers": struct {
 			P **int
 			N **int
@@ -997,6 +1019,42 @@ func TestTextIsCutBetweenCharacters(t *testing.T) {
 		if err != nil || !utf8.ValidString(d.Reason) || strings.Contains(d.Reason, "€?") {
 			t.Errorf("reason %q, %v", d.Reason, err)
 		}
+	}
+}
+
+// TestMsgPackDepth checks that what Marshal sends is not too deep for Unmarshal, and that an error is short.
+func TestMsgPackDepth(t *testing.T) {
+	t.Parallel()
+	for levels := range 140 {
+		for _, leaf := range []any{[]int{1}, map[string][][]int{"a": {{1}}}, struct{ A [][]byte }{[][]byte{{1}}}} {
+			v := leaf
+			for range levels {
+				v = []any{v}
+			}
+			var got any
+			data, err := aegis.MsgPack.Marshal(v)
+			if err == nil {
+				err = aegis.MsgPack.Unmarshal(data, &got)
+			}
+			if err != nil {
+				t.Errorf("%T in %d levels: %v", leaf, levels, err)
+			}
+		}
+	}
+	data := bytes.Repeat([]byte("\x81\xa1a"), 127)
+	data = append(append(append(data, 0x81, 0xdb, 0, 0x10, 0, 0), bytes.Repeat([]byte("k"), 1<<20)...), 0xd4, 5, 5)
+	var got any
+	if err := aegis.MsgPack.Unmarshal(data, &got); err == nil || len(err.Error()) > 10_000 {
+		t.Errorf("the error has %d bytes", len(err.Error()))
+	}
+	escaped := map[string]any{"R": `\ufffd`}
+	data, err := aegis.MsgPack.Marshal(escaped)
+	var raw struct{ R json.RawMessage }
+	if err == nil {
+		err = aegis.MsgPack.Unmarshal(data, &raw)
+	}
+	if err != nil || string(raw.R) != `"\\ufffd"` {
+		t.Errorf("got %s, %v", raw.R, err)
 	}
 }
 

@@ -28,6 +28,7 @@ type shape struct {
 	kind   reflect.Kind
 	form   form
 	json   bool   // whether values are sent as JSON, because msgpack v5 does not encode them as encoding/json does
+	levels int    // of the values that its values contain, as far as the type says that
 	walks  bool   // whether it contains an any or may contain itself, so that each value has to be looked at
 	key    *shape // of a map
 	elem   *shape // of a map, slice, array, or pointer
@@ -89,7 +90,7 @@ func newShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 	has := func(method reflect.Type) bool { return t.Implements(method) || reflect.PointerTo(t).Implements(method) }
 	contain := func(t reflect.Type) *shape {
 		inner := newShape(t, made)
-		s.json, s.walks = s.json || inner.json, s.walks || inner.walks
+		s.json, s.walks, s.levels = s.json || inner.json, s.walks || inner.walks, max(s.levels, inner.levels+1)
 		return inner
 	}
 	switch {
@@ -97,8 +98,9 @@ func newShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 		s.form = timestamp
 	case s.kind == reflect.Pointer:
 		s.elem = contain(t.Elem())
-	case s.kind == reflect.Struct && has(ownFormats[0]) && has(ownFormats[1]) && !slices.ContainsFunc(ownFormats[2:], has):
-		s.form = byBinary
+	case s.kind == reflect.Struct && has(ownFormats[0]) && has(ownFormats[1]) && !slices.ContainsFunc(ownFormats[2:], has) &&
+		!slices.ContainsFunc(reflect.VisibleFields(t), func(f reflect.StructField) bool { return f.Anonymous }):
+		s.form, s.walks = byBinary, true
 	case t == reflect.TypeFor[json.Number](), slices.ContainsFunc(ownFormats, has):
 		s.form = byJSON
 	case isScalar(s.kind):
@@ -139,8 +141,8 @@ func (s *shape) addFields(contain func(reflect.Type) *shape) {
 			continue
 		}
 		inner := contain(f.Type)
-		if f.Anonymous && (tagged || inner.kind != reflect.Struct || inner.form != byKind) || strings.ContainsFunc(name, isOdd) ||
-			name == "-" || option != "" && (option != "omitempty" || !inner.omitsAlike()) {
+		if f.Anonymous && (tagged || inner.building || inner.kind != reflect.Struct || inner.form != byKind) ||
+			strings.ContainsFunc(name, isOdd) || name == "-" || option != "" && (option != "omitempty" || !inner.omitsAlike()) {
 			s.form = byJSON
 		}
 		added := []field{{name: cmp.Or(name, f.Name), shape: inner}}
@@ -184,10 +186,12 @@ func needsJSON(v reflect.Value, depth int) bool {
 // holdsJSON reports whether an any in v has a value that needs JSON, or v is nested too deep.
 func (s *shape) holdsJSON(v reflect.Value, depth int) bool {
 	switch {
-	case !s.walks:
+	case !s.walks && depth+s.levels <= maxDepth:
 		return false
-	case depth > maxDepth: // perhaps it contains itself, and then encoding/json returns an error
+	case !s.walks || depth > maxDepth: // perhaps it contains itself, and then encoding/json returns an error
 		return true
+	case s.form == byBinary:
+		return v.IsZero() // msgpack v5 would encode data that is nil, like that of url.URL{}, as a nil pointer
 	case s.kind == reflect.Interface:
 		return needsJSON(v.Elem(), depth)
 	case s.kind == reflect.Pointer:
@@ -305,7 +309,7 @@ func unpackMap(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err error)
 			return nil, fmt.Errorf("a key of the map, %s, does not fit %v", t.String(), s.key.typ)
 		}
 		if b, err = unpack(b, elem, s.elem); err != nil {
-			return nil, fmt.Errorf("%v: %w", key, err)
+			return nil, fmt.Errorf("%s: %w", t.String(), err)
 		}
 		v.SetMapIndex(key, elem)
 	}
@@ -341,7 +345,7 @@ func unpackByJSON(b []byte, v reflect.Value) ([]byte, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case bytes.Contains(data, []byte(`\ufffd`)): // encoding/json has replaced something
+	case bytes.Contains(bytes.ReplaceAll(data, []byte(`\\`), nil), []byte(`\ufffd`)): // encoding/json has replaced something
 		return nil, errors.New("a string is not valid UTF-8")
 	}
 	return rest, json.Unmarshal(data, v.Addr().Interface())
