@@ -2,6 +2,7 @@ package aegis_test
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"slices"
 	"sync/atomic"
@@ -330,4 +331,23 @@ func TestIdempotencyKeyMatchesAcrossEncodings(t *testing.T) {
 	if n := runs.Load(); n != 1 {
 		t.Errorf("got %d runs, want 1", n)
 	}
+}
+
+// A handler that was just added may not be in its sender's copy of the registry yet.
+func TestCommandForHandlerThatWasJustAdded(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	handleCommand(t, svc, "first", func(_ context.Context, c *aegis.Command[int]) (int, error) { return c.Data, nil })
+	start(t, svc)
+	wait(t, send[int, int](t, client, "svc", "first", 1)) // makes the copy
+	for n := range 10 {
+		name := fmt.Sprint("command", n)
+		handleCommand(t, svc, name, func(_ context.Context, c *aegis.Command[int]) (int, error) { return c.Data, nil })
+		if got := wait(t, send[int, int](t, client, "svc", name, n)); got != n {
+			t.Errorf("got %d, want %d", got, n)
+		}
+	}
+	_, err := aegis.SendCommand[int, int](t.Context(), client, "svc", "unknown", 1)
+	fails(t, err, aegis.ErrUnimplemented, "unknown")
 }

@@ -253,9 +253,10 @@ func (s *Service) explainNoResponders(ctx context.Context, x *exchange, service,
 }
 
 // unhandled reports whether instances of a service are running and none of them handles the command with this subject. It reports
+// true only after lookupTimeout, because an instance that has just added the handler may not have registered it yet. It reports
 // false if it can't find out. It starts a copy of the service's entries only if the service is running.
-func (s *Service) unhandled(ctx context.Context, service, subject string) bool {
-	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+func (s *Service) unhandled(caller context.Context, service, subject string) bool {
+	ctx, cancel := context.WithTimeout(caller, lookupTimeout)
 	defer cancel()
 	if !s.directories.has(service) {
 		if _, failure := s.info(ctx, service); failure != nil {
@@ -266,8 +267,12 @@ func (s *Service) unhandled(ctx context.Context, service, subject string) bool {
 	if failure != nil {
 		return false
 	}
-	now := d.snapshot()
-	return len(now.instances) > 0 && now.routes[subject] == nil
+	for now := d.snapshot(); len(now.instances) > 0 && now.routes[subject] == nil; now = d.snapshot() {
+		if !sleep(ctx, 10*time.Millisecond) {
+			return caller.Err() == nil
+		}
+	}
+	return false
 }
 
 // info asks an instance for its $SRV.INFO. asked is "<service>" for any instance of it, or "<service>.<instance>". If the server
