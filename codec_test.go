@@ -242,7 +242,7 @@ func TestMsgPackEqualsJSON(t *testing.T) {
 			C    float64 `json:",omitempty"`
 			D    []int   `json:",omitempty"`
 		}{D: []int{}},
-		"omitempty with a space": tagged(`json:"a, omitempty"`, ``),
+		"omitempty with a space": tagged(0, `json:"a, omitempty"`),
 		"omitzero": struct {
 			A int       `json:",omitzero"`
 			T time.Time `json:",omitzero"`
@@ -250,9 +250,7 @@ func TestMsgPackEqualsJSON(t *testing.T) {
 		"string": struct {
 			A int `json:",string"`
 		}{5},
-		"a field called -": struct {
-			A int `json:"-,"`
-		}{5},
+		"a field called -": tagged(5, `json:"-,"`),
 		"a field left out": struct {
 			A int `json:"-"`
 			B int
@@ -303,18 +301,13 @@ func TestMsgPackEqualsJSON(t *testing.T) {
 		"name with a colon": struct {
 			P float64 `json:"a:b"`
 		}{5},
-		"name with a quote": struct {
-			P float64 `json:"a'b"`
-		}{5},
-		"name with options": struct {
-			P any `json:"p,intern"`
-			Q int `json:"q,alias:p"`
-		}{5.0, 6},
+		"name with a quote": tagged(5, `json:"a'b"`),
+		"name with options": tagged(5, `json:"p,intern"`, `json:"q,alias:p"`),
 		"as array": struct {
 			_msgpack struct{} `msgpack:",as_array"`
 			A, B     int
 		}{A: 1, B: 2},
-		"the same name twice": tagged(`json:"x"`, `json:"x"`),
+		"the same name twice": tagged(5, `json:"x"`, `json:"x"`),
 		"nested deeply":       parent,
 		"embedded, recursive": outer{X: 1, Next: &extended{outer: outer{X: 2, Y: 3}, Z: 4}, Y: 5},
 		"embedded, pointer to a type with MarshalBinary": endpoint{&url.URL{Scheme: "http", Host: "h"}, 7},
@@ -350,13 +343,17 @@ func TestMsgPackEqualsJSON(t *testing.T) {
 	}
 }
 
-// tagged returns a struct with these tags, which go vet would not let pass.
-func tagged(tags ...reflect.StructTag) any {
+// tagged returns a struct whose fields have these tags, which go vet would not let pass, and the value n.
+func tagged(n int, tags ...reflect.StructTag) any {
 	var fields []reflect.StructField
 	for i, tag := range tags {
 		fields = append(fields, reflect.StructField{Name: string(rune('A' + i)), Type: reflect.TypeFor[int](), Tag: tag})
 	}
-	return reflect.New(reflect.StructOf(fields)).Elem().Interface()
+	v := reflect.New(reflect.StructOf(fields)).Elem()
+	for i := range fields {
+		v.Field(i).SetInt(int64(n))
+	}
+	return v.Interface()
 }
 
 // TestMsgPackBetweenTypes checks what becomes of a value whose receiver has another type: what JSON makes of it, or an error.
