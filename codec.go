@@ -109,36 +109,28 @@ func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
 	return nil
 }
 
-// A payload is an encoded value.
-type payload struct {
-	data  []byte
-	codec Codec // of data: JSON if MessagePack was asked for but does not carry the value
-}
-
-// marshal encodes what v is, or points to, with c. If that is a Raw, its payload keeps its format.
-func marshal(c Codec, v any) (out payload, err error) {
+// marshal encodes what v is, or points to, with c, or in JSON if c is MsgPack but does not carry the value. If it is a Raw, its
+// payload keeps its format.
+func marshal(c Codec, v any) (out Raw, err error) {
 	defer recoverTo(&err)
-	raw, ok := v.(*Raw)
-	switch {
+	out.codec = c
+	switch raw, ok := v.(*Raw); {
 	case ok:
-		out.data, out.codec = raw.data, cmp.Or(raw.codec, c)
+		out = Raw{raw.data, cmp.Or(raw.codec, c)}
 	case c == MsgPack && !needsJSON(reflect.ValueOf(v), 0):
-		out.codec = c
 		out.data, err = pack(v)
 	case c == MsgPack:
 		out.codec = JSON
 		out.data, err = json.Marshal(v)
 	default:
-		out.codec = c
 		out.data, err = c.Marshal(v)
 	}
-	if len(out.data) == 1 && isDigit(out.data[0]) { // receivers take it for JSON, but versions before 0.2 for MessagePack
-		switch out.codec {
-		case MsgPack:
-			out.data = []byte{0xd0, out.data[0]} // the same integer in two bytes
-		case JSON:
-			out.data = []byte{out.data[0], ' '}
-		}
+	// Receivers take a single digit for JSON, but versions before 0.2 for MessagePack.
+	switch digit := len(out.data) == 1 && isDigit(out.data[0]); {
+	case digit && out.codec == MsgPack:
+		out.data = []byte{0xd0, out.data[0]} // the same integer in two bytes
+	case digit && out.codec == JSON:
+		out.data = []byte{out.data[0], ' '}
 	}
 	return out, err
 }

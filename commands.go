@@ -192,26 +192,14 @@ func HandleCommand[T, R any](
 	if fn == nil {
 		return newError(ErrInvalid, "command %q: the function is nil", command)
 	}
-	return s.handleCommand(command, func(ctx context.Context, m *Message) ([]byte, error) {
-		cmd := &Command[T]{}
-		r, err := decode(ctx, m, &cmd.Data)
-		if err != nil {
-			return nil, err
-		}
+	run := typed("the result of "+command, func(ctx context.Context, r *request, m *Message, data T) (any, error) {
 		run := r.run
-		cmd.run, cmd.ID, cmd.Source, cmd.Fence, cmd.Last = run, r.delivery.id, m.Source, run.fence.Load(), run.last
+		cmd := &Command[T]{ID: r.id, Source: m.Source, Fence: run.fence.Load(), Last: run.last, Data: data, run: run}
 		cmd.Priority, cmd.Attempt = run.rec.Priority, run.rec.Attempt // nobody changes these while the handler runs
 		result, err := fn(ctx, cmd)
-		if err != nil {
-			return nil, err
-		}
-		out, err := marshal(r.codec, &result)
-		if err != nil {
-			return nil, newError(ErrInternal, "encoding the result of %s: %v", command, err)
-		}
-		r.codec = out.codec
-		return out.data, nil
-	}, opts)
+		return &result, err
+	})
+	return s.handleCommand(command, run, opts)
 }
 
 func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOption) error {
@@ -273,7 +261,7 @@ func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
 		src.acknowledge(m, ackTerminate)
 		return
 	}
-	x := &run{src: src, key: recordKey(src.svc.name, src.name, r.delivery.id), r: r}
+	x := &run{src: src, key: recordKey(src.svc.name, src.name, r.id), r: r}
 	x.reporting, x.endReports = context.WithCancelCause(context.Background())
 	r.run = x
 	if src.svc.draining.Load() || !src.admit(r) {
@@ -372,9 +360,9 @@ func (x *run) write(ctx context.Context, within time.Duration) *Error {
 // lost ends the handler's ctx because the command was cancelled or belongs to another instance, as its record says now. It
 // returns the error that says so.
 func (x *run) lost(now *record) *Error {
-	failure := newError(ErrFenced, "another instance has taken over the command %s", x.r.delivery.id)
+	failure := newError(ErrFenced, "another instance has taken over the command %s", x.r.id)
 	if now != nil && now.State == canceled {
-		failure = newError(ErrCanceled, "the command %s was cancelled", x.r.delivery.id)
+		failure = newError(ErrCanceled, "the command %s was cancelled", x.r.id)
 	}
 	x.endReports(failure)
 	x.r.abort()

@@ -68,16 +68,13 @@ func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] 
 				if err == nil {
 					m, err = stream.GetMsg(ctx, next, jetstream.WithGetMsgSubject(letterPrefix+">"))
 				}
-				if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrMsgNotFound) {
-					return nil
-				}
 				return err
 			})
 			switch {
-			case failure != nil:
+			case failure != nil && failure.Code != ErrNotFound.Code: // there may be no such stream, or no more messages in it
 				yield(DeadLetter{}, failure)
 				return
-			case m == nil || m.Sequence > stream.CachedInfo().State.LastSeq || !yield(s.letterOf(m), nil):
+			case failure != nil || m.Sequence > stream.CachedInfo().State.LastSeq || !yield(s.letterOf(m), nil):
 				return
 			}
 			next = m.Sequence
@@ -172,7 +169,7 @@ func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 	reason := failure.Error()
 	own := nats.Header{
 		headerSubject:         {r.msg.Subject},
-		headerID:              {d.id},
+		headerID:              {r.id},
 		headerTime:            {d.time.Format(time.RFC3339Nano)},
 		headerConsumer:        {d.consumer},
 		headerReason:          {strings.Map(func(r rune) rune { return max(r, ' ') }, cutText(reason, maxReason))},

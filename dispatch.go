@@ -396,22 +396,35 @@ func (e *endpoint) dispatch(r *request) {
 
 var errGoexit = &Error{} // stands for the result of a handler until it returns; compared by identity
 
-// decode decodes the payload of m, the message that ctx belongs to, into v.
-func decode(ctx context.Context, m *Message, v any) (*request, error) {
-	r := requestOf(ctx)
-	if r == noRequest {
-		return nil, newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
+// typed returns the HandlerFunc that decodes the payload of a message into data, calls fn, and encodes what its result points to;
+// nil stands for no answer. In the text of an error, out is what the result is.
+func typed[T any](out string, fn func(ctx context.Context, r *request, m *Message, data T) (result any, err error)) HandlerFunc {
+	return func(ctx context.Context, m *Message) ([]byte, error) {
+		r := requestOf(ctx)
+		if r == noRequest {
+			return nil, newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
+		}
+		var data T
+		c := codecFor(m.Header, m.Data, r.svc.cfg.codec)
+		if err := decodePayload(c, m.Data, &data); err != nil {
+			r.permanent = true
+			return nil, newError(ErrInvalid, "the payload of %s is not %v", m.Subject, err)
+		}
+		if u, ok := c.(unsupported); ok {
+			c = u.Codec
+		}
+		r.codec, r.ran = c, true
+		result, err := fn(ctx, r, m, data)
+		if err != nil || result == nil {
+			return nil, err
+		}
+		answer, err := marshal(c, result)
+		if err != nil {
+			return nil, newError(ErrInternal, "encoding %s: %v", out, err)
+		}
+		r.codec = answer.codec
+		return answer.data, nil
 	}
-	c := codecFor(m.Header, m.Data, r.svc.cfg.codec)
-	if err := decodePayload(c, m.Data, v); err != nil {
-		r.permanent = true
-		return nil, newError(ErrInvalid, "the payload of %s is not %v", m.Subject, err)
-	}
-	if u, ok := c.(unsupported); ok {
-		c = u.Codec
-	}
-	r.codec, r.ran = c, true
-	return r, nil
 }
 
 // The context of a message.
@@ -425,7 +438,7 @@ type request struct {
 	in              *nats.Msg // the message as it arrived
 	reply           string    // the reply subject; "" if no answer is expected, as for an event or a command
 	from            address   // what reply says about the caller
-	id              string    // the correlation id if there is no header with one and no reply subject
+	id              string    // of a stored message or a request without a reply subject: the correlation id if no header has one
 	deadline        time.Time
 	codec           Codec     // of the payload, then of the answer; nil until the payload is decoded
 	permanent       bool      // whether another attempt would end with the same error

@@ -75,9 +75,9 @@ func Publish[T any](ctx context.Context, s *Service, domain, eventType string, d
 	if failure != nil {
 		return failure
 	}
-	out, failure := p.encode(&data, "")
+	payload, failure := p.encode(&data, "")
 	if failure == nil {
-		failure = s.storeWithRetries(ctx, &exchange{subject: p.subject, header: p.header, data: out.data}, s.eventStream(), p.cfg)
+		failure = s.storeWithRetries(ctx, &exchange{subject: p.subject, header: p.header, data: payload}, s.eventStream(), p.cfg)
 	}
 	return failure.orNil()
 }
@@ -122,29 +122,29 @@ func (s *Service) newHeader(ctx context.Context) nats.Header {
 	return header
 }
 
-// completeHeader sets the content type of out if receivers can't detect it, and checks that the message is not too large. The
-// error calls the message what.
-func (s *Service) completeHeader(header nats.Header, out payload, what string) *Error {
+// encode encodes what value points to. It sets its content type in header if receivers can't detect it, and checks that the
+// message is not too large. The error calls the message what.
+func (s *Service) encode(header nats.Header, value any, what string) ([]byte, *Error) {
+	out, err := marshal(s.cfg.codec, value)
+	if err != nil {
+		return nil, notRun(newError(ErrInvalid, "encoding %s: %v", what, err))
+	}
 	delete(header, headerContentType)
 	if label := labelOf(out.codec); label != "" {
 		header[headerContentType] = []string{label}
 	}
 	if size, limit := messageSize(header, out.data), s.conns[0].maxPayload.Load()-letterRoom; size > limit {
-		return notRun(newError(ErrInvalid, "%s has %d bytes with its headers, more than %d: "+
+		return nil, notRun(newError(ErrInvalid, "%s has %d bytes with its headers, more than %d: "+
 			"the server's max_payload, less %d for what a dead letter adds", what, size, limit, letterRoom))
 	}
-	return nil
+	return out.data, nil
 }
 
 // encode encodes what value points to as the payload of an event, and sets the headers that differ from event to event. It adds
 // suffix to the event's id.
-func (p *publication) encode(value any, suffix string) (payload, *Error) {
-	out, err := marshal(p.s.cfg.codec, value)
-	if err != nil {
-		return out, notRun(newError(ErrInvalid, "encoding the event %s: %v", p.name, err))
-	}
+func (p *publication) encode(value any, suffix string) ([]byte, *Error) {
 	p.header[jetstream.MsgIDHeader] = []string{p.id + suffix}
-	return out, p.s.completeHeader(p.header, out, "the event "+p.name)
+	return p.s.encode(p.header, value, "the event "+p.name)
 }
 
 // PublishBatch publishes data in order. It sends each event without waiting for the confirmation of the one before, and returns
@@ -159,14 +159,14 @@ func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType stri
 		return failure
 	}
 	b := &batch{publication: p, failures: make([]*Error, len(data)), mayBeStored: make([]bool, len(data))}
-	b.encode = func(i int) (payload, *Error) { return p.encode(&data[i], "-"+strconv.Itoa(i)) }
+	b.encode = func(i int) ([]byte, *Error) { return p.encode(&data[i], "-"+strconv.Itoa(i)) }
 	return b.publish(ctx)
 }
 
 // A batch is several events that are published in order.
 type batch struct {
 	*publication
-	encode      func(i int) (payload, *Error)
+	encode      func(i int) ([]byte, *Error)
 	failures    []*Error // by position
 	mayBeStored []bool   // by position
 }
@@ -179,20 +179,19 @@ func (b *batch) publish(ctx context.Context) error {
 		todo[i] = i
 	}
 	for len(todo) > 0 {
-		first := todo[0]
-		todo = todo[1:]
-		out, failure := b.encode(first)
+		first, rest := todo[0], todo[1:]
+		payload, failure := b.encode(first)
 		if failure == nil {
-			x := &exchange{subject: b.subject, header: maps.Clone(b.header), data: out.data}
+			x := &exchange{subject: b.subject, header: maps.Clone(b.header), data: payload}
 			if failure = b.s.storeWithRetries(ctx, x, b.s.eventStream(), b.cfg); failure != nil {
-				for _, i := range todo {
+				for _, i := range rest {
 					b.setResult(i, notRun(newError(failure, "not sent, because event %d failed: %s", first, failure.Message)))
 				}
-				todo = nil
+				rest = nil
 			}
 		}
 		b.setResult(first, failure)
-		todo = b.pipeline(ctx, todo)
+		todo = b.pipeline(ctx, rest)
 	}
 	var errs []error
 	for i, failure := range b.failures {
@@ -236,14 +235,14 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 		if sent < len(todo) && unconfirmed < batchWindow && ctx.Err() == nil {
 			i := todo[sent]
 			sent++
-			out, failure := b.encode(i)
+			payload, failure := b.encode(i)
 			if failure != nil {
 				b.setResult(i, failure)
 				continue
 			}
 			b.failures[i] = notConfirmed
 			unconfirmed++
-			m := &nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(i), Header: b.header, Data: out.data}
+			m := &nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(i), Header: b.header, Data: payload}
 			if err := c.nc.PublishMsg(m); err != nil {
 				broken = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
 			}
@@ -304,18 +303,13 @@ func Subscribe[T any](s *Service, pattern string, fn func(context.Context, Event
 	if fn == nil {
 		return newError(ErrInvalid, "events %q: the function is nil", pattern)
 	}
-	return s.subscribe(pattern, func(ctx context.Context, m *Message) ([]byte, error) {
-		var ev Event[T]
-		r, err := decode(ctx, m, &ev.Data)
-		if err != nil {
-			return nil, err
-		}
+	return s.subscribe(pattern, typed("", func(ctx context.Context, r *request, m *Message, data T) (any, error) {
 		d := r.delivery
-		ev.ID, ev.Time, ev.Sequence, ev.Attempt = d.id, d.time, d.sequence, d.attempt
-		ev.Source, ev.Version = m.Source, m.Header.Get(headerVersion)
+		ev := Event[T]{ID: r.id, Source: m.Source, Time: d.time, Sequence: d.sequence, Attempt: d.attempt, Data: data}
+		ev.Version = m.Header.Get(headerVersion)
 		ev.Domain, ev.Type, _ = strings.Cut(strings.TrimPrefix(m.Subject, eventPrefix), ".")
 		return nil, fn(ctx, ev)
-	}, opts)
+	}), opts)
 }
 
 func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOption) error {

@@ -442,9 +442,8 @@ func (f *feed) pending() (n int64) {
 	return n
 }
 
-// A delivery is what is known about a stored message besides its payload.
+// A delivery is what is known about a stored message besides its id and its payload.
 type delivery struct {
-	id       string
 	consumer string
 	time     time.Time // when the message was first stored
 	sequence uint64    // in the stream
@@ -476,7 +475,7 @@ func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 		// Publish puts <domain>.<type>: before an idempotency key, because events of other types may have the same key.
 		id = cmp.Or(strings.TrimPrefix(id, strings.TrimPrefix(r.msg.Subject, eventPrefix)+":"), strconv.FormatUint(d.sequence, 10))
 	}
-	d.id, r.id = id, id
+	r.id = id
 	if name := m.Header.Get(headerSource); isName(name, maxService) {
 		r.msg.Source = name
 	}

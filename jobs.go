@@ -50,22 +50,19 @@ func SendCommand[T, R any](ctx context.Context, s *Service, service, command str
 	if failure := cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
 		return nil, failure
 	}
-	out, err := marshal(s.cfg.codec, &data)
-	if err != nil {
-		return nil, notRun(newError(ErrInvalid, "encoding the command %s.%s: %v", service, command, err))
-	}
 	id := cmp.Or(deref(cfg.key), rand.Text())
-	if failure := s.sendCommand(ctx, service, command, id, out, cfg); failure != nil {
+	if failure := s.sendCommand(ctx, service, command, id, &data, cfg); failure != nil {
 		return nil, failure
 	}
 	return Attach[R](s, service, command, id), nil
 }
 
-func (s *Service) sendCommand(ctx context.Context, service, command, id string, out payload, cfg *callConfig) *Error {
+func (s *Service) sendCommand(ctx context.Context, service, command, id string, value any, cfg *callConfig) *Error {
 	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
 	header := s.newHeader(ctx)
 	header[headerID] = []string{id}
-	if failure := s.completeHeader(header, out, "the command "+service+"."+command); failure != nil {
+	data, failure := s.encode(header, value, "the command "+service+"."+command)
+	if failure != nil {
 		return failure
 	}
 	if len(copyHeader(header)) < len(header) { // copyHeader has left out a header that can't be sent
@@ -75,7 +72,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if s.unhandled(ctx, service, subject) {
 		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
 	}
-	rec := &record{State: queued, Priority: *cfg.priority, Source: s.name, Digest: digest(header, out.data)}
+	rec := &record{State: queued, Priority: *cfg.priority, Source: s.name, Digest: digest(header, data)}
 	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
 	if failure != nil && failure.Code == errConflict.Code && now == nil && revision > 0 { // the record was deleted
 		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
@@ -89,7 +86,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 		return nil
 	}
 	// The record is new, or its sender may have stopped before it queued the command.
-	x := &exchange{subject: subject + suffixes[now.Priority], header: header, data: out.data}
+	x := &exchange{subject: subject + suffixes[now.Priority], header: header, data: data}
 	failure = s.queueCommand(ctx, x, key, revision, cfg)
 	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again, so make the record final, which expires
 		rec.State = canceled
@@ -186,10 +183,7 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 // Errors: [ErrInvalid] if the command has completed or failed; [ErrNotFound] if it does not exist or its outcome is not kept any
 // more; and those of [Publish].
 func (j *Job[R]) Cancel(ctx context.Context) error {
-	return j.svc.cancelCommand(ctx, j.service, j.command, j.ID).orNil()
-}
-
-func (s *Service) cancelCommand(ctx context.Context, service, command, id string) *Error {
+	s, service, command, id := j.svc, j.service, j.command, j.ID
 	if failure := checkNames(service, kindCommand, command); failure != nil {
 		return failure
 	}
@@ -222,15 +216,8 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 		return failure
 	}
 	latest := uint64(0)
-	show := func(rec *record, revision uint64) (more bool) {
-		if revision <= latest {
-			return true
-		}
-		latest = revision
-		return each(rec) && !rec.final()
-	}
 	for n := 1; ; n++ {
-		failure := s.followOnce(ctx, recordKey(service, command, id), show)
+		failure := s.followOnce(ctx, recordKey(service, command, id), &latest, each)
 		switch {
 		case failure == nil || failure != errDropped && !retryable(failure):
 			return failure
@@ -242,8 +229,8 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 	}
 }
 
-// followOnce passes the records of a key to show until show reports false. It fails when the connection is lost.
-func (s *Service) followOnce(ctx context.Context, key string, show func(*record, uint64) (more bool)) *Error {
+// followOnce is follow for one connection: it fails when that is lost. latest is the revision of the record that each got last.
+func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, each func(*record) bool) *Error {
 	c := s.pick()
 	if c == nil {
 		return errDropped
@@ -254,37 +241,34 @@ func (s *Service) followOnce(ctx context.Context, key string, show func(*record,
 	}
 	defer c.endSlot(sl)
 	sl.drops, sl.since = c.drops.Load(), clock()
-	for interval := time.Second; ; interval = followInterval { // reads the record at intervals, in case an update was lost
-		rec, revision, failure := s.readRecord(ctx, c, key) // on c, whose server has the slot's subscription by then
+	m, interval := &nats.Msg{}, time.Second // m is the latest update; without one, and at intervals, the record is read
+	for {
+		revision, err := strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64)
+		rec, failure := parseRecord(key, m.Data)
+		if err != nil || failure != nil || rec == nil {
+			rec, revision, failure = s.readRecord(ctx, c, key) // on c, whose server has the slot's subscription by then
+		}
 		switch {
 		case failure != nil:
 			return failure
 		case rec == nil:
 			return notRun(newError(ErrNotFound, "there is no command %s", key))
-		case !show(rec, revision):
-			return nil
-		}
-		for again := false; !again; {
-			sl.wakeAt(clock() + interval)
-			select {
-			case <-ctx.Done():
-				return asError(ctx.Err())
-			case m := <-sl.answers:
-				if m == nil {
-					if failure := s.answerLost(c, sl, sl.sub.Subject); failure != nil && failure.Code != ErrTimeout.Code {
-						return failure
-					}
-					again = true
-					continue
-				}
-				revision, err := strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64)
-				rec, unreadable := parseRecord(key, m.Data)
-				if err != nil || unreadable != nil || rec == nil {
-					again = true
-				} else if !show(rec, revision) {
-					return nil
-				}
+		case revision > *latest:
+			if *latest = revision; !each(rec) || rec.final() {
+				return nil
 			}
+		}
+		sl.wakeAt(clock() + interval)
+		select {
+		case <-ctx.Done():
+			return asError(ctx.Err())
+		case m = <-sl.answers:
+		}
+		if m == nil {
+			if failure := s.answerLost(c, sl, sl.sub.Subject); failure != nil && failure.Code != ErrTimeout.Code {
+				return failure
+			}
+			m, interval = &nats.Msg{}, followInterval // reads the record, in case an update was lost
 		}
 	}
 }

@@ -28,23 +28,10 @@ func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, R
 	if fn == nil {
 		return newError(ErrInvalid, "method %q: its function is nil", method)
 	}
-	return s.handle(method, func(ctx context.Context, m *Message) ([]byte, error) {
-		var req Req
-		r, err := decode(ctx, m, &req)
-		if err != nil {
-			return nil, err
-		}
-		resp, err := fn(ctx, req)
-		if err != nil {
-			return nil, err
-		}
-		out, err := marshal(r.codec, &resp)
-		if err != nil {
-			return nil, newError(ErrInternal, "encoding the answer of %s: %v", method, err)
-		}
-		r.codec = out.codec
-		return out.data, nil
-	}, opts)
+	return s.handle(method, typed("the answer of "+method, func(ctx context.Context, _ *request, _ *Message, in Req) (any, error) {
+		resp, err := fn(ctx, in)
+		return &resp, err
+	}), opts)
 }
 
 func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) error {
@@ -230,26 +217,18 @@ func (q *requests) send(m, out *nats.Msg) error {
 // or to hear its answer. [ErrClosed]: s was stopped. A failure is returned as soon as it is known, before ctx ends.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
 	var resp, zero Resp
-	out, err := marshal(s.cfg.codec, &req)
-	if err != nil {
-		return zero, notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
-	}
-	failure := s.call(ctx, service, method, out, opts, func(answer *nats.Msg) error {
-		if len(answer.Data) == 0 { // from a service that does not use aegis
-			return nil
-		}
-		return decodePayload(codecFor(answer.Header, answer.Data, s.cfg.codec), answer.Data, &resp)
-	})
-	if failure != nil {
+	if failure := s.call(ctx, service, method, &req, &resp, opts); failure != nil {
 		return zero, failure
 	}
 	return resp, nil
 }
 
-// call sends out and passes the answer to decode.
-func (s *Service) call(
-	ctx context.Context, service, method string, out payload, opts []CallOption, decode func(*nats.Msg) error,
-) (failure *Error) {
+// call sends what req points to, and decodes the answer into what resp points to.
+func (s *Service) call(ctx context.Context, service, method string, req, resp any, opts []CallOption) (failure *Error) {
+	out, err := marshal(s.cfg.codec, req)
+	if err != nil {
+		return notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
+	}
 	cfg, failure := newCallConfig(kindRPC, opts)
 	if failure := cmp.Or(checkNames(service, "method", method), failure); failure != nil {
 		return failure
@@ -267,7 +246,10 @@ func (s *Service) call(
 	if failure != nil {
 		return failure
 	}
-	if err := decode(answer); err != nil {
+	if len(answer.Data) == 0 { // from a service that does not use aegis
+		return nil
+	}
+	if err := decodePayload(codecFor(answer.Header, answer.Data, s.cfg.codec), answer.Data, resp); err != nil {
 		return newError(ErrInternal, "the answer of %s.%s is not %v", service, method, err)
 	}
 	return nil
