@@ -210,25 +210,15 @@ func (s *Service) Start(ctx context.Context) error {
 		s.checkHealth() // a check that still runs has failed
 	case <-ctx.Done():
 	}
+	var steps []func(context.Context) error
 	for _, e := range s.allEndpoints() {
-		if err := e.open(ctx); err != nil {
+		steps = append(steps, e.open)
+	}
+	check := func(ctx context.Context) error { return s.checkDenials(ctx, begin) }
+	for _, step := range append(steps, s.subscribeOwn, check, s.register, s.campaignForExclusive, check) {
+		if err := step(ctx); err != nil {
 			return err
 		}
-	}
-	if err := s.subscribeOwn(); err != nil {
-		return err
-	}
-	if err := s.checkDenials(ctx, begin); err != nil {
-		return err
-	}
-	if failure := s.register(ctx); failure != nil {
-		return failure
-	}
-	if err := s.campaignForExclusive(ctx); err != nil {
-		return err
-	}
-	if err := s.checkDenials(ctx, begin); err != nil {
-		return err
 	}
 	s.ready.Store(true)
 	return nil
@@ -236,7 +226,7 @@ func (s *Service) Start(ctx context.Context) error {
 
 // subscribeOwn subscribes to the messages that are not meant for a handler: cancellations, and the surveys of the nats tool.
 // All connections of the instance form one queue group, so that each message reaches the instance once.
-func (s *Service) subscribeOwn() error {
+func (s *Service) subscribeOwn(context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for subject, fn := range map[string]nats.MsgHandler{
@@ -380,13 +370,17 @@ func (s *Service) runningHandlers(endpoints []*endpoint) int {
 }
 
 // startTask runs fn, which has to end when base does, on a goroutine that Stop waits for. It reports false if Stop has begun.
-func (s *Service) startTask(fn func()) bool {
+func (s *Service) startTask(fn func()) bool { return s.unlessStopping(func() { s.tasks.Go(fn) }) }
+
+// unlessStopping calls fn unless Stop has begun, and reports whether it did. It holds s.mu meanwhile, so that Stop waits for
+// everything that fn has added to a WaitGroup.
+func (s *Service) unlessStopping(fn func()) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.state == stopping {
 		return false
 	}
-	s.tasks.Go(fn)
+	fn()
 	return true
 }
 

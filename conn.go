@@ -53,8 +53,7 @@ func (s *Service) connect() (_ *conn, err error) {
 	c := &conn{slots: map[*slot]bool{}}
 	c.up.Store(true) // until close, only the callbacks below change it from here on, and nats.go runs them in order
 	opts := nats.GetDefaultOptions()
-	opts.Servers = s.cfg.urls
-	opts.Name = s.id
+	opts.Servers, opts.Name = s.cfg.urls, s.id
 	opts.MaxReconnect = -1 // no limit
 	opts.CustomReconnectDelayCB = func(rounds int) time.Duration { return backoff(rounds, 50*time.Millisecond, 5*time.Second) }
 	opts.IgnoreAuthErrorAbort = true // it goes on reconnecting, because the credentials may be renewed
@@ -171,7 +170,6 @@ type exchange struct {
 	until       time.Duration // the deadline, by the clock; the time left when it is sent is the handler's budget
 	on          *conn         // the connection to send it on; nil for any that is up
 	reply       string        // the reply subject of the latest attempt
-	sent        bool          // whether that attempt was published
 }
 
 // within sets the deadline of x to the end of ctx, but at most this long from now.
@@ -243,13 +241,10 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 	if x.until <= begin {
 		return nil, notRun(newError(ErrTimeout, "no time left for %s", x.subject))
 	}
-	x.sent = false
 	for range s.conns {
-		c := x.on
+		c := cmp.Or(x.on, s.pick())
 		if c == nil {
-			if c = s.pick(); c == nil {
-				break
-			}
+			break
 		}
 		var answer *nats.Msg
 		sl, failure := c.slot()
@@ -286,7 +281,6 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 
 	switch err := c.publish(outgoing{nats.Msg{Subject: x.subject, Reply: x.reply, Header: x.header, Data: x.data}, x.until, sl.drops}); {
 	case err == nil:
-		x.sent = true
 	case errors.Is(err, nats.ErrReconnectBufExceeded):
 		return nil, errDropped
 	case errors.Is(err, nats.ErrMaxPayload):
@@ -432,7 +426,7 @@ func (c *conn) slot() (*slot, *Error) {
 	n := len(c.free)
 	if n == 0 {
 		c.slotsMu.Unlock()
-		return c.newSlot(c.newInbox()+".", 4*maxMissed)
+		return c.newSlot(c.newInbox()+".>", 4*maxMissed)
 	}
 	sl := c.free[n-1]
 	c.free = c.free[:n-1]
@@ -443,10 +437,10 @@ func (c *conn) slot() (*slot, *Error) {
 	return sl, nil
 }
 
-// newSlot makes a slot. If prefix ends in a dot, the slot gets the messages whose subjects begin with it, else those to the
-// subject prefix itself. The slot has room for that many messages; more are lost.
-func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
-	sl := &slot{prefix: prefix, calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
+// newSlot makes a slot, whose present call begins now. It gets the messages to subject, which may end in >, and has room for that
+// many; more are lost.
+func (c *conn) newSlot(subject string, room int) (*slot, *Error) {
+	sl := &slot{prefix: strings.TrimSuffix(subject, ">"), calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sl.alarm = time.AfterFunc(time.Hour, sl.wake)
 	c.slotsMu.Lock()
 	if len(c.slots) >= maxSlots {
@@ -455,15 +449,12 @@ func (c *conn) newSlot(prefix string, room int) (*slot, *Error) {
 	}
 	c.slots[sl] = true
 	c.slotsMu.Unlock()
-	subject := prefix
-	if strings.HasSuffix(prefix, ".") {
-		subject += ">"
-	}
 	var err error
 	if sl.sub, err = c.nc.ChanSubscribe(subject, sl.answers); err != nil { // the connection is closed
 		c.endSlot(sl)
 		return nil, errDropped
 	}
+	sl.drops, sl.since = c.drops.Load(), clock()
 	return sl, nil
 }
 
@@ -649,11 +640,9 @@ func (s *Service) checkDenials(ctx context.Context, begin time.Duration) error {
 		return failure
 	}
 	for _, c := range s.conns { // LastError knows an error a moment before AsyncErrorCB is called
-		last := c.nc.LastError()
-		for end := clock() + time.Second; errors.Is(last, nats.ErrPermissionViolation) && clock() < end; time.Sleep(time.Millisecond) {
-			if reported := c.lastReported.Load(); reported != nil && *reported == last {
-				break
-			}
+		last, end := c.nc.LastError(), clock()+time.Second
+		for errors.Is(last, nats.ErrPermissionViolation) && *cmp.Or(c.lastReported.Load(), new(error)) != last && clock() < end {
+			time.Sleep(time.Millisecond)
 		}
 	}
 	return s.denials.since(begin).orNil()

@@ -143,9 +143,8 @@ func (t *term) end() {
 }
 
 func (s *Service) newCandidate(group string, p FailoverPolicy) *candidate {
-	return &candidate{
-		svc: s, group: group, key: s.name + "." + group, policy: p, nonce: rand.Text(), healthChanged: make(chan struct{}, 1),
-	}
+	key, changed := s.name+"."+group, make(chan struct{}, 1)
+	return &candidate{svc: s, group: group, key: key, policy: p, nonce: rand.Text(), healthChanged: changed}
 }
 
 // Lead campaigns for the leadership of a group among the instances of the service. The group's name is a letter, then letters,
@@ -235,10 +234,8 @@ func (s *Service) Leader(ctx context.Context) (string, error) {
 // Term returns the term of the leadership in an [Exclusive] handler or in the function of [Service.Lead], given its ctx. It
 // returns 0 for any other ctx.
 func Term(ctx context.Context) uint64 {
-	if t, ok := ctx.Value(termKey{}).(*term); ok {
-		return t.number
-	}
-	return 0
+	t, _ := ctx.Value(termKey{}).(*term)
+	return cmp.Or(t, &term{}).number
 }
 
 // leaderOf returns the id of the instance that leads a service, or "" if no leader is known. It blocks only until it is known for
@@ -273,14 +270,10 @@ func (s *Service) leadersStream() jetstream.StreamConfig {
 // enter adds c to the service's candidates and makes Stop wait for withdraw, which campaign calls at its end. It has to be called
 // before campaign. It reports false if the service was stopped already; then neither of the two may be called.
 func (c *candidate) enter() bool {
-	c.svc.mu.Lock()
-	defer c.svc.mu.Unlock()
-	ok := c.svc.state != stopping
-	if ok {
+	return c.svc.unlessStopping(func() {
 		c.svc.candidates[c] = true
 		c.svc.campaigns.Add(1)
-	}
-	return ok
+	})
 }
 
 func (c *candidate) withdraw() {
@@ -384,15 +377,10 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 	if failure != nil {
 		return nil, failure
 	}
-	t := newTerm(parent, number, sent+c.policy.Valid)
-	c.term.Store(t)
-	return t, nil
-}
-
-func newTerm(parent context.Context, number uint64, until time.Duration) *term {
 	t := &term{number: number}
 	t.Context, t.cancel = context.WithCancel(context.WithValue(parent, termKey{}, t))
 	t.resigned, t.resign = context.WithCancel(context.Background())
+	until := sent + c.policy.Valid
 	t.until.Store(int64(until))
 	t.lapse = time.AfterFunc(time.Hour, func() { // Reset starts it, because end needs lapse
 		if !t.holds() { // otherwise the lease was extended at the last moment
@@ -400,7 +388,8 @@ func newTerm(parent context.Context, number uint64, until time.Duration) *term {
 		}
 	})
 	t.lapse.Reset(until - clock())
-	return t
+	c.term.Store(t)
+	return t, nil
 }
 
 // hold calls lead and renews the lease until lead returns. If ctx has ended already, it does not call lead. Afterwards it

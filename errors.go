@@ -273,12 +273,6 @@ func (l *lookup[T]) get(key string, make func() T) T {
 	return v
 }
 
-// has reports whether the lookup has a value of its own for key.
-func (l *lookup[T]) has(key string) bool {
-	_, ok := l.values.Load(key)
-	return ok
-}
-
 // all returns a copy of the map.
 func (l *lookup[T]) all() map[string]T {
 	all := map[string]T{}

@@ -220,12 +220,11 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	if len(todo) == 0 || c == nil {
 		return todo
 	}
-	sl, failure := c.newSlot(c.newInbox()+".", batchWindow+1) // the one is for the nil of wake
+	sl, failure := c.newSlot(c.newInbox()+".>", batchWindow+1) // the one is for the nil of wake
 	if failure != nil {
 		return todo
 	}
 	defer c.endSlot(sl)
-	sl.drops, sl.since = c.drops.Load(), clock()
 	timeout := b.cfg.policy().AttemptTimeout // counted from the last confirmation
 	sl.wakeAt(clock() + timeout)
 	prefix := sl.prefix + strconv.FormatUint(sl.calls, 36) + "." // the position of the event follows

@@ -240,7 +240,6 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 		return failure
 	}
 	defer c.endSlot(sl)
-	sl.drops, sl.since = c.drops.Load(), clock()
 	m, interval := &nats.Msg{}, time.Second // m is the latest update; without one, and at intervals, the record is read
 	for {
 		revision, err := strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64)

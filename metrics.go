@@ -393,7 +393,6 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 	}
 	defer c.endSlot(sl)
 	const survey, silence = "$SRV.STATS", 500 * time.Millisecond
-	sl.drops, sl.since = c.drops.Load(), clock()
 	if err := c.nc.PublishRequest(survey, sl.prefix, nil); err != nil {
 		return nil, newError(ErrUnavailable, "asking all services: %v", err)
 	}

@@ -424,9 +424,4 @@ func (c *callConfig) policy() RetryPolicy {
 }
 
 // deref returns the string that p points to, "" for nil.
-func deref(p *string) string {
-	if p == nil {
-		return ""
-	}
-	return *p
-}
+func deref(p *string) string { return *cmp.Or(p, new(string)) }

@@ -258,7 +258,7 @@ func (s *Service) explainNoResponders(ctx context.Context, x *exchange, service,
 func (s *Service) unhandled(caller context.Context, service, subject string) bool {
 	ctx, cancel := context.WithTimeout(caller, lookupTimeout)
 	defer cancel()
-	if !s.directories.has(service) {
+	if _, known := s.directories.values.Load(service); !known {
 		if _, failure := s.info(ctx, service); failure != nil {
 			return false
 		}
@@ -402,15 +402,13 @@ func (s *Service) writeEntry(ctx context.Context, verb string) *Error {
 
 // register writes the entry of this instance and starts the heartbeats, which go on until deregister. If there is no JetStream,
 // or the server can't be reached, register returns nil all the same, and the heartbeats go on trying.
-func (s *Service) register(ctx context.Context) *Error {
-	s.mu.Lock()
-	if s.state == stopping {
-		defer s.mu.Unlock()
+func (s *Service) register(ctx context.Context) error {
+	if !s.unlessStopping(func() {
+		s.mayBeRegistered.Store(true)
+		s.heartbeating.Add(1)
+	}) {
 		return newError(ErrClosed, "Start: service %s was stopped", s.name)
 	}
-	s.mayBeRegistered.Store(true)
-	s.heartbeating.Add(1)
-	s.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.heartbeatCtx, cancel)()

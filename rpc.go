@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -263,19 +264,18 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 		return nil, notRun(newError(ErrCircuitOpen, "%s failed %d times in a row; next attempt in %v", service, b.policy.Failures, left)), true
 	}
 	answer, instance, failure := s.sendCall(ctx, x, service, cfg)
-	answered := failure == nil
-	if answered {
+	answered := failure == nil || failure == errNoResponders // which is the server's answer
+	switch failure {
+	case nil:
 		failure = decodeError(answer)
+	case errNoResponders:
+		failure = s.explainNoResponders(ctx, x, service, instance)
 	}
 	if failure == nil {
 		b.report(probe, good)
 		return answer, nil, false
 	}
-	noResponders := failure == errNoResponders
-	if noResponders {
-		failure = s.explainNoResponders(ctx, x, service, instance)
-	}
-	if x.sent && failure.Code == ErrCanceled.Code && !answered {
+	if failure.Code == ErrCanceled.Code && !answered && !failure.NotRun {
 		s.notify(cancelSubject(service), []byte(x.reply))
 	}
 	unreached := failure.NotRun && slices.Contains(transientCodes, failure.Code)
@@ -283,9 +283,9 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 	v := inconclusive // the failure says nothing about the service
 	switch {
 	case failure.Code == ErrNotActive.Code:
-	case unreached && (answered || noResponders), missing && failure.Code == ErrTimeout.Code:
+	case unreached && answered, missing && failure.Code == ErrTimeout.Code:
 		v = bad
-	case answered || noResponders:
+	case answered:
 		v = good
 	}
 	b.report(probe, v)
@@ -301,10 +301,9 @@ func (s *Service) sendCall(ctx context.Context, x *exchange, service string, cfg
 	}
 	switch {
 	case instance != "":
-		to := *x
-		to.subject += "." + instance
-		answer, failure = s.request(ctx, &to)
-		x.reply, x.sent = to.reply, to.sent
+		x.subject += "." + instance
+		answer, failure = s.request(ctx, x)
+		x.subject = strings.TrimSuffix(x.subject, "."+instance)
 		if failure == errNoResponders && cfg.instance == nil { // the leader is gone, and another instance may lead now
 			answer, failure = s.request(ctx, x)
 			instance = ""
