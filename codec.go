@@ -48,7 +48,8 @@ type Codec interface {
 //	a value nested deeper than 128 levels                    JSON
 //
 // Encoders that a program registers with msgpack v5 are not supported. Unmarshal of MsgPack decodes both. A value in an any arrives as nil, a bool, a string, an int64 (a uint64 above its range), a
-// float64, a []byte, a [time.Time], a []any or a map[string]any. If it is sent as JSON, every number is a float64.
+// float64, a []byte, a [time.Time], a []any or a map[string]any. If it is sent as JSON, every number is a float64. A service
+// answers a request in JSON if that was sent as JSON.
 //
 // MessagePack carries some values that JSON can't: NaN, infinities, strings that are not valid UTF-8, and maps whose keys are
 // floats or booleans. What else differs: a time keeps its instant but not its zone; the names of fields have to match exactly; an

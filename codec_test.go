@@ -496,6 +496,24 @@ func TestMsgPackAny(t *testing.T) {
 	}
 }
 
+// Decoding allocates only what the value needs.
+func TestMsgPackAllocations(t *testing.T) {
+	type numbers struct {
+		A, B int64
+		C    float64
+		E    bool
+	}
+	data, err := aegis.MsgPack.Marshal(numbers{1, -5_000_000_000, 0.5, true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var n numbers
+	var target any = &n
+	if allocs := testing.AllocsPerRun(100, func() { err = errors.Join(err, aegis.MsgPack.Unmarshal(data, target)) }); allocs > 0 || err != nil {
+		t.Errorf("%v allocations, error %v; want none", allocs, err)
+	}
+}
+
 // TestMsgPackOneByte checks that a payload of one byte has one reading.
 func TestMsgPackOneByte(t *testing.T) {
 	t.Parallel()
