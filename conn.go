@@ -242,7 +242,10 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 		return nil, notRun(newError(ErrTimeout, "no time left for %s", x.subject))
 	}
 	for range s.conns {
-		c := cmp.Or(x.on, s.pick())
+		c := x.on
+		if c == nil {
+			c = s.pick() // only then, because it counts
+		}
 		if c == nil {
 			break
 		}

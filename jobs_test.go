@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
 )
 
 func send[T, R any](tb testing.TB, s *aegis.Service, service, command string, data T, opts ...aegis.CallOption) *aegis.Job[R] {
@@ -350,4 +353,49 @@ func TestCommandForHandlerThatWasJustAdded(t *testing.T) {
 	}
 	_, err := aegis.SendCommand[int, int](t.Context(), client, "svc", "unknown", 1)
 	fails(t, err, aegis.ErrUnimplemented, "unknown")
+}
+
+// Jobs that are followed spread over the connections of the pool.
+func TestFollowedJobsUseAllConnections(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	release := make(chan struct{})
+	handleCommand(t, svc, "run", func(context.Context, *aegis.Command[int]) (int, error) { <-release; return 0, nil })
+	start(t, svc)
+	followed := func() (perConn []int) {
+		conns, err := srv.Connz(&server.ConnzOptions{Subscriptions: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range conns.Conns {
+			n := 0
+			for _, subject := range c.Subs {
+				if strings.HasPrefix(subject, "aegis.jobs.") {
+					n++
+				}
+			}
+			if n > 0 {
+				perConn = append(perConn, n)
+			}
+		}
+		return perConn
+	}
+	var all sync.WaitGroup
+	for n := range 10 {
+		job := send[int, int](t, client, "svc", "run", n)
+		all.Go(func() { wait(t, job) })
+		eventually(t, "the job is followed", func() bool {
+			sum := 0
+			for _, k := range followed() {
+				sum += k
+			}
+			return sum == n+1
+		})
+	}
+	if got := followed(); len(got) != 2 || min(got[0], got[1]) < 3 {
+		t.Errorf("the connections follow %v jobs, want about as many each", got)
+	}
+	close(release)
+	all.Wait()
 }
