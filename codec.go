@@ -14,7 +14,7 @@ import (
 	"github.com/vmihailenco/msgpack/v5"
 )
 
-// This file has the two codecs, Raw, and the detection of a received payload's format.
+// This file has the two codecs, Raw, and the detection of the format of a received payload.
 
 // A Codec encodes values as payloads and decodes payloads. Its methods must be safe for concurrent use.
 //
@@ -26,39 +26,46 @@ type Codec interface {
 	ContentType() string
 }
 
-// The codecs that every service understands, whichever it uses to send.
+// MsgPack and JSON are the codecs that every service accepts, whichever of them it sends with.
 //
-// JSON is encoding/json. MsgPack, the default, is smaller and faster, and follows the rules of encoding/json: what is sent arrives
-// as it would in JSON, or there is an error. It takes the names and options of fields from the `json` struct tag.
+// JSON is encoding/json. MsgPack, the default, is smaller and faster, and follows the rules of encoding/json: a value arrives
+// as it would by way of JSON, or the call fails. The exceptions are listed below. MsgPack takes the names and options of fields
+// from the `json` struct tag. A value that MessagePack would not carry faithfully is sent as JSON, and the whole message with
+// it:
 //
 //	Go type                                                  sent as
 //	bool, numbers, string, struct, slice, array, map         MessagePack
 //	[]byte, [n]byte                                          MessagePack, as binary data
-//	time.Time                                                MessagePack, as a timestamp: the instant, without its zone
-//	a struct with MarshalBinary and UnmarshalBinary, with    MessagePack, as binary data
-//	  no other method for a format, and nothing embedded
+//	time.Time                                                MessagePack, as a timestamp
+//	a struct with MarshalBinary and UnmarshalBinary, no      MessagePack, as binary data
+//	  embedded fields, and no other methods for encoding
 //	a type with methods for JSON or text (MarshalJSON,       JSON
 //	  UnmarshalText, ...), or for MessagePack
-//	a struct with the options omitzero or string, with an    JSON
-//	  omitempty that msgpack v5 reads differently, with
-//	  msgpack tags or odd names, or with embedded pointers
-//	  or embedded structs that have a name of their own
+//	a struct with the options omitzero or string; with       JSON
+//	  omitempty on a struct, an interface or a type with
+//	  IsZero; with msgpack tags; with names of other
+//	  characters than letters, digits and _ - . ; with an
+//	  embedded pointer, or an embedded struct with a tag
 //	a type that contains one of these                        JSON
-//	any                                                      what its value needs
+//	any                                                      as its value
 //	a value nested deeper than 128 levels                    JSON
 //
-// Encoders that a program registers with msgpack v5 are not supported. Unmarshal of MsgPack decodes both. A value in an any arrives as nil, a bool, a string, an int64 (a uint64 above its range), a
-// float64, a []byte, a [time.Time], a []any or a map[string]any. If it is sent as JSON, every number is a float64. A service
-// answers a request in JSON if that was sent as JSON.
+// MsgPack.Unmarshal decodes MessagePack and JSON; it takes a single digit for MessagePack. What it decodes into an any arrives
+// as nil, a bool, a string, an int64 (a uint64 above its range), a float64, a []byte, a [time.Time], a []any or a
+// map[string]any. In a message that is sent as JSON, it arrives as encoding/json delivers it: numbers as float64, []byte and
+// time.Time as strings. A service answers a JSON request in JSON.
 //
 // MessagePack carries some values that JSON can't: NaN, infinities, strings that are not valid UTF-8, and maps whose keys are
-// floats or booleans. What else differs: a time keeps its instant but not its zone; the names of fields have to match exactly; an
-// array has to have the length of the target; and a float32 that arrives as a float64 keeps its exact value.
+// floats or booleans. Other differences: a time keeps its instant but not its zone; a float32 that arrives as a float64 keeps
+// its exact value; an any is replaced, whatever it holds; an array must have the length of its target, and some other
+// conversions fail that JSON makes, such as of a whole float64 to an integer. Binary data, also from a []byte, goes to
+// UnmarshalBinary or UnmarshalText of a target that has one. What arrives of a type that is sent by MarshalBinary is what that
+// method writes. Encoders that a program registers with msgpack v5 are not supported.
 //
-// Unmarshal of MsgPack fails if the payload ends in the middle of a value, has bytes left over, is nested deeper than 128 levels,
-// or declares more elements than it has bytes. Therefore decoding allocates at most a small multiple of the size of the payload
-// times the size of the largest element of the target type. It also fails if a value does not fit its target: a number that is
-// out of range, an array instead of a struct, binary data instead of a string. The error names the field and the value.
+// MsgPack.Unmarshal fails if the payload ends in the middle of a value, has bytes left over, is nested deeper than 128 levels,
+// or declares more elements than it has bytes. Therefore decoding allocates no more than a small multiple of the size of the
+// payload times the size of the largest element type in the target. It also fails if a value does not fit its target: a number
+// that is out of range, an array instead of a struct, binary data instead of a string. The error names the field and the value.
 var (
 	MsgPack Codec = msgpackCodec{}
 	JSON    Codec = jsonCodec{}
@@ -72,10 +79,10 @@ func (jsonCodec) Marshal(v any) ([]byte, error) { return json.Marshal(v) }
 
 func (jsonCodec) Unmarshal(data []byte, v any) error { return json.Unmarshal(data, v) }
 
-// recoverTo is deferred. It turns a panic of a method of the user's type into an error.
+// recoverTo, when deferred, turns a panic of a method of the user's type into an error.
 func recoverTo(err *error) {
 	if p := recover(); p != nil {
-		*err = fmt.Errorf("panic: %v", p)
+		*err = fmt.Errorf("panic while encoding or decoding: %v", p)
 	}
 }
 
@@ -90,7 +97,7 @@ func (msgpackCodec) Marshal(v any) ([]byte, error) {
 
 func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
 	defer recoverTo(&err)
-	if len(data) > 1 && data[0] < 0x80 { // see sniff; a single byte is MessagePack here
+	if len(data) > 1 && data[0] < 0x80 { // JSON, see sniff; but here, a single digit is MessagePack
 		return json.Unmarshal(data, v)
 	}
 	target := reflect.ValueOf(v)
@@ -110,13 +117,16 @@ func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
 	return nil
 }
 
-// marshal encodes what v is, or points to, with c, or in JSON if c is MsgPack but does not carry the value. If it is a Raw, its
-// payload keeps its format.
+// marshal encodes v, or what v points to, with c, or in JSON if c is MsgPack and MessagePack does not carry the value. The
+// payload of a Raw keeps its format.
 func marshal(c Codec, v any) (out Raw, err error) {
 	defer recoverTo(&err)
 	out.codec = c
+	if raw, ok := v.(Raw); ok {
+		v = new(raw)
+	}
 	switch raw, ok := v.(*Raw); {
-	case ok:
+	case ok && raw != nil:
 		out = Raw{raw.data, cmp.Or(raw.codec, c)}
 	case c == MsgPack && !needsJSON(reflect.ValueOf(v), 0):
 		out.data, err = pack(v)
@@ -126,7 +136,7 @@ func marshal(c Codec, v any) (out Raw, err error) {
 	default:
 		out.data, err = c.Marshal(v)
 	}
-	// Receivers take a single digit for JSON, but versions before 0.2 for MessagePack.
+	// Receivers take a single digit for JSON; those before version 0.2 took it for MessagePack.
 	switch digit := len(out.data) == 1 && isDigit(out.data[0]); {
 	case digit && out.codec == MsgPack:
 		out.data = []byte{0xd0, out.data[0]} // the same integer in two bytes
@@ -138,7 +148,7 @@ func marshal(c Codec, v any) (out Raw, err error) {
 
 // pack encodes v in MessagePack.
 func pack(v any) ([]byte, error) {
-	p := packers.Get().(*packer) // is lost if a method of the user's type panics
+	p := packers.Get().(*packer) // not returned to the pool if a method of the user's type panics
 	p.buf.Reset()
 	p.enc.ResetWriter(&p.buf) // Reset would also clear the struct tag and the flags
 	err := p.enc.Encode(v)
@@ -159,7 +169,7 @@ var packers = sync.Pool{New: func() any {
 	p.enc = msgpack.NewEncoder(&p.buf)
 	p.enc.SetCustomStructTag("json")
 	p.enc.UseCompactInts(true)
-	p.enc.SetSortMapKeys(true) // so that equal values of the most common types of maps have equal encodings
+	p.enc.SetSortMapKeys(true) // so that equal maps of the most common types have equal encodings
 	return p
 }}
 
@@ -171,8 +181,8 @@ type Raw struct {
 	codec Codec // nil in the zero Raw
 }
 
-// Decode decodes the payload into what v points to, by the rules of [MsgPack] and [JSON]. It fails with [ErrInvalid] if the payload
-// is empty, is no value of that type, or has a content type that the service does not support.
+// Decode decodes the payload into what v points to, by the rules of [MsgPack] and [JSON]. It fails with [ErrInvalid] if the
+// payload is empty, does not hold a value of that type, or has a content type that the service does not support.
 func (r Raw) Decode(v any) error {
 	if err := decodePayload(r.codec, r.data, v); err != nil {
 		return newError(ErrInvalid, "the payload is not %v", err)
@@ -180,22 +190,22 @@ func (r Raw) Decode(v any) error {
 	return nil
 }
 
-// MarshalJSON returns the payload if it is JSON. Otherwise it fails, because MessagePack can't be a part of JSON.
+// MarshalJSON returns the payload if it is JSON. Otherwise it fails, because it can't be a part of JSON.
 func (r Raw) MarshalJSON() ([]byte, error) {
 	if r.codec != JSON {
-		return nil, errors.New("an aegis.Raw that is not JSON is a part of another value: decode it first, or send it alone")
+		return nil, errors.New("an aegis.Raw that isn't JSON can't be a part of another value: decode it first, or send it by itself")
 	}
 	return r.data, nil
 }
 
-// UnmarshalJSON makes r the payload data, which is JSON.
+// UnmarshalJSON sets r to a copy of data, which must be JSON.
 func (r *Raw) UnmarshalJSON(data []byte) error {
 	*r = Raw{bytes.Clone(data), JSON}
 	return nil
 }
 
-// decodePayload decodes a received payload, with the codec that codecFor has returned, into what v points to. Its error begins with
-// the name of that type.
+// decodePayload decodes a received payload, with the codec c that codecFor has returned, into what v points to. Its error
+// begins with the name of that type.
 func decodePayload(c Codec, data []byte, v any) (err error) {
 	defer func() {
 		if err != nil {
@@ -210,7 +220,8 @@ func decodePayload(c Codec, data []byte, v any) (err error) {
 	if len(data) == 0 {
 		return errors.New("it is empty: send at least {}")
 	}
-	for _, mark := range []string{"\xef\xbb\xbf", "\xfe\xff", "\xff\xfe"} { // UTF-8 and UTF-16; no MessagePack begins with these
+	// Marks of UTF-8 and UTF-16. In MessagePack, bytes would be left over after them.
+	for _, mark := range []string{"\xef\xbb\xbf", "\xfe\xff", "\xff\xfe"} {
 		if bytes.HasPrefix(data, []byte(mark)) && (c == MsgPack || c == JSON) {
 			return errors.New("it begins with a byte order mark: send JSON in UTF-8 without one")
 		}

@@ -110,6 +110,8 @@ func TestMsgPackRejectsMalformedInput(t *testing.T) {
 		"bytes of 4 GB":         {0xc6, 0xff, 0xff, 0xff, 0xff, 1},
 		"an extension of 4 GB":  {0xc9, 0xff, 0xff, 0xff, 0xff, 1, 1},
 		"a million levels":      append(bytes.Repeat([]byte{0x91}, 1_000_000), 1),
+		"a timestamp of 1e9 ns": {0xd7, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0},
+		"an unknown extension":  {0xd4, 5, 5},
 		"129 levels":            append(bytes.Repeat([]byte{0x91}, 129), 1),
 		"a map without a value": {0x82, 1, 1, 2},
 		"an unhashable key":     {0x81, 0x91, 1, 1},
@@ -145,7 +147,11 @@ type (
 	}
 	byteLike byte
 	textKey  struct{ name string }
-	outer    struct {
+	tagged2  struct { // is decoded by encoding/json
+		A time.Time
+		B int `json:",omitzero"`
+	}
+	outer struct {
 		X    int
 		Next *extended
 		Y    int
@@ -419,7 +425,13 @@ func TestMsgPackBetweenTypes(t *testing.T) {
 		{"null into int", map[string]*int{"Qty": nil}, &small{}, small{}, ""},
 		{"NaN", math.NaN(), new(int), nil, "NaN"},
 		{"embedded struct's name", map[string]any{"Anonymous": map[string]any{"Inner": "x"}}, &struct{ Anonymous }{}, struct{ Anonymous }{}, ""},
-		{"a name in another case", map[string]int{"qty": 1}, &small{}, small{}, ""},
+		{"a name in another case", map[string]int{"qty": 1}, &small{}, small{1}, ""},
+		{"names that differ in case", struct{ UserID int }{5}, &struct{ UserId int }{}, struct{ UserId int }{5}, ""},
+		{"keys that become equal", map[int64]int{1 << 53: 1, 1<<53 + 1: 2}, &map[float64]int{}, nil, "equal"},
+		{"string keys into text keys", map[string]int{"key a": 1}, &map[textKey]int{}, map[textKey]int{{"a"}: 1}, ""},
+		{"old time by way of JSON", struct{ A time.Time }{time.Date(1900, 1, 1, 0, 0, 0, 0, time.UTC)}, &tagged2{}, tagged2{A: time.Date(1900, 1, 1, 0, 0, 0, 0, time.UTC)}, ""},
+		{"an element", []map[string]any{{}, {"Qty": "x"}}, &[]small{}, nil, "[1] Qty x"},
+		{"a value of a map", map[string]string{"k": "x"}, &map[string]int{}, nil, "k x int"},
 	} {
 		data, err := aegis.MsgPack.Marshal(test.send)
 		if err != nil {
@@ -551,7 +563,8 @@ func TestMsgPackCarriesMoreThanJSON(t *testing.T) {
 	t.Parallel()
 	for _, v := range []any{
 		math.Inf(1), math.Inf(-1), float32(math.Inf(1)), "not \xff UTF-8", map[float64]int{0.5: 1}, map[bool]string{true: "x"},
-		struct{ F []float64 }{[]float64{math.Inf(-1), 0}}, &url.URL{Scheme: "http", Host: "host", RawQuery: "a=b"},
+		struct{ F []float64 }{[]float64{math.Inf(-1), 0}}, &url.URL{Scheme: "http", Host: "host", RawQuery: "a=b"}, &url.URL{}, []*url.URL{{Host: "h", User: url.UserPassword("a", "b")}, {}},
+		map[string]url.URL{"a": {Host: "h", User: url.User("u")}}, [2]binaryOnly{{5}},
 		struct{ U *url.URL }{&url.URL{Path: "/p"}}, time.Date(20000, 1, 1, 0, 0, 0, 0, time.Local),
 	} {
 		data, err := aegis.MsgPack.Marshal(v)

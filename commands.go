@@ -44,14 +44,8 @@ type Progress struct {
 }
 
 // The states of a command.
-const (
-	queued    = "queued"
-	running   = "running"
-	retrying  = "retrying"
-	completed = "completed"
-	failed    = "failed"
-	canceled  = "canceled"
-)
+const queued, running, retrying = "queued", "running", "retrying"
+const completed, failed, canceled = "completed", "failed", "canceled"
 
 const (
 	commandStream = "AEGIS_COMMANDS"

@@ -20,7 +20,8 @@ import (
 	"github.com/vmihailenco/msgpack/v5"
 )
 
-// This file decides which Go values MessagePack carries faithfully, and decodes MessagePack, which is hostile until it is checked.
+// This file decides which Go values MessagePack carries faithfully, and decodes MessagePack, which must not be trusted until it
+// has been checked.
 
 // A shape is what reflection says about a Go type: whether MessagePack carries its values, and how they are decoded.
 type shape struct {
@@ -28,14 +29,14 @@ type shape struct {
 	kind   reflect.Kind
 	form   form
 	json   bool   // whether values are sent as JSON, because msgpack v5 does not encode them as encoding/json does
-	levels int    // of the values that its values contain, as far as the type says that
-	walks  bool   // whether it contains an any or may contain itself, so that each value has to be looked at
+	levels int    // how deep its values nest, as far as the type determines that
+	walks  bool   // whether it contains an any or may contain itself, so that each value has to be examined
 	key    *shape // of a map
 	elem   *shape // of a map, slice, array, or pointer
 	fields []field
 	byName map[string]int // positions in fields
 
-	building bool // while newShape is at work on it
+	building bool // whether newShape is still building it
 }
 
 // A form says how values of a type are decoded.
@@ -57,7 +58,7 @@ type field struct {
 
 var shapes sync.Map // reflect.Type -> *shape
 
-// shapeOf returns the shape of a type. It is made once.
+// shapeOf returns the shape of a type. Shapes are cached.
 func shapeOf(t reflect.Type) *shape {
 	s, ok := shapes.Load(t)
 	if !ok {
@@ -70,7 +71,7 @@ var (
 	timeType = reflect.TypeFor[time.Time]()
 	byteType = reflect.TypeFor[byte]()
 
-	// The interfaces by which a type has a format of its own. The first two are for binary data.
+	// ownFormats are the interfaces with which a type defines its own encoding. The first two are for binary data.
 	ownFormats = []reflect.Type{
 		reflect.TypeFor[encoding.BinaryMarshaler](), reflect.TypeFor[encoding.BinaryUnmarshaler](),
 		reflect.TypeFor[json.Marshaler](), reflect.TypeFor[json.Unmarshaler](), reflect.TypeFor[encoding.TextMarshaler](),
@@ -79,7 +80,8 @@ var (
 	}
 )
 
-// newShape returns the shape of a type. made has the shapes of the types that contain it, and of others that were made for those.
+// newShape returns the shape of a type. made has the shapes that were made so far: those of the types that contain t, and of
+// other types that these contain.
 func newShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 	if s := made[t]; s != nil {
 		s.walks = s.walks || s.building // because it may contain itself
@@ -100,7 +102,8 @@ func newShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 		s.elem = contain(t.Elem())
 	case s.kind == reflect.Struct && has(ownFormats[0]) && has(ownFormats[1]) && !slices.ContainsFunc(ownFormats[2:], has) &&
 		!slices.ContainsFunc(reflect.VisibleFields(t), func(f reflect.StructField) bool { return f.Anonymous }):
-		s.form, s.walks = byBinary, true
+		s.form = byBinary
+		msgpack.Register(reflect.Zero(t).Interface(), packBinary, nil)
 	case t == reflect.TypeFor[json.Number](), slices.ContainsFunc(ownFormats, has):
 		s.form = byJSON
 	case isScalar(s.kind):
@@ -112,14 +115,27 @@ func newShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 		s.json = s.json || s.elem.kind == reflect.Uint8 && s.elem.typ != byteType
 	case s.kind == reflect.Map && isScalar(t.Key().Kind()):
 		s.key, s.elem = contain(t.Key()), contain(t.Elem())
+		s.form = s.key.form // byJSON if keys have methods
 	case s.kind == reflect.Struct:
 		s.addFields(contain)
 	default:
-		s.form = byJSON // which says so if it does not support the type
+		s.form = byJSON // encoding/json returns an error if it does not support the type
 	}
 	s.json = s.json || s.form == byJSON
 	s.building = false
 	return s
+}
+
+// packBinary encodes a value of the form byBinary. Unlike the encoder of msgpack v5, it can encode a value that is not
+// addressable, and does not encode empty data as nil, which would become a nil pointer.
+func packBinary(e *msgpack.Encoder, v reflect.Value) error {
+	p := reflect.New(v.Type())
+	p.Elem().Set(v)
+	data, err := p.Interface().(encoding.BinaryMarshaler).MarshalBinary()
+	if err != nil {
+		return err
+	}
+	return e.EncodeBytes(append([]byte{}, data...))
 }
 
 func isScalar(k reflect.Kind) bool {
@@ -129,7 +145,7 @@ func isScalar(k reflect.Kind) bool {
 // addFields adds the fields of a struct. If msgpack v5 does not see the same fields as encoding/json, the form becomes byJSON.
 func (s *shape) addFields(contain func(reflect.Type) *shape) {
 	s.byName = map[string]int{}
-	var names []string // of what msgpack v5 sees
+	var names []string // that msgpack v5 sees
 	for f := range s.typ.Fields() {
 		tag, tagged := f.Tag.Lookup("json")
 		name, option, _ := strings.Cut(tag, ",")
@@ -148,7 +164,7 @@ func (s *shape) addFields(contain func(reflect.Type) *shape) {
 		added := []field{{name: cmp.Or(name, f.Name), shape: inner}}
 		if f.Anonymous {
 			added = inner.fields
-			names = append(names, f.Name) // in msgpack v5, this names the embedded struct as a whole
+			names = append(names, f.Name) // msgpack v5 uses it for the embedded struct as a whole
 		}
 		for _, e := range added {
 			names = append(names, e.name)
@@ -183,15 +199,13 @@ func needsJSON(v reflect.Value, depth int) bool {
 	return s.json || s.holdsJSON(v, depth)
 }
 
-// holdsJSON reports whether an any in v has a value that needs JSON, or v is nested too deep.
+// holdsJSON reports whether v contains an any whose value needs JSON, or is nested too deep. s is the shape of v.
 func (s *shape) holdsJSON(v reflect.Value, depth int) bool {
 	switch {
 	case !s.walks && depth+s.levels <= maxDepth:
 		return false
-	case !s.walks || depth > maxDepth: // perhaps it contains itself, and then encoding/json returns an error
+	case !s.walks || depth > maxDepth: // v may contain itself; then encoding/json returns an error
 		return true
-	case s.form == byBinary:
-		return v.IsZero() // msgpack v5 would encode data that is nil, like that of url.URL{}, as a nil pointer
 	case s.kind == reflect.Interface:
 		return needsJSON(v.Elem(), depth)
 	case s.kind == reflect.Pointer:
@@ -214,26 +228,26 @@ func (s *shape) holdsJSON(v reflect.Value, depth int) bool {
 	return false
 }
 
-// maxDepth bounds the nesting of MessagePack, because encoding and decoding recurse. Otherwise a value that contains itself, or a
-// payload with one byte per level, could overflow the stack.
+// maxDepth bounds the nesting of MessagePack, because encoding and decoding recurse. Without a bound, a value that contains
+// itself, or a payload with one byte per level, could overflow the stack.
 const maxDepth = 128
 
 var errShort = errors.New("the payload ends in the middle of a value")
 
-// unpack decodes the first value of b into v, whose type has the shape s, and returns the bytes after the value. skip has checked
-// b: it is well-formed and not nested too deep. unpack treats what v holds already as encoding/json does, but replaces what an any
-// holds. It is used instead of the decoder of msgpack v5 because that does not check whether a value fits its target, and takes
-// twice as long.
+// unpack decodes the first value of b into v, whose type has the shape s, and returns the bytes after the value. skip has
+// checked b: it is well-formed and not nested too deep. unpack treats what v holds already as encoding/json does, but replaces
+// what an any holds. The decoder of msgpack v5 is not used, because it does not check that a value fits its target, and takes
+// longer.
 func unpack(b []byte, v reflect.Value, s *shape) ([]byte, error) {
 	var t token
-	rest, _ := t.read(b) // here and below, reading can't fail, because skip has read it
-	switch {
+	rest, _ := t.read(b) // can't fail, here and below, because skip has checked b
+	switch {             // in this order: formats of a type's own, nil, kinds
 	case s.form == timestamp && t.class == extension:
 		at, err := t.time()
 		v.Set(reflect.ValueOf(at))
 		return rest, err
 	case s.form == timestamp && t.class == text, s.form == byJSON && t.class != binaryData,
-		t.class == text && s.kind == reflect.Slice && s.elem.kind == reflect.Uint8: // in base 64
+		t.class == text && s.kind == reflect.Slice && s.elem.kind == reflect.Uint8: // base64
 		return unpackByJSON(b, v)
 	case s.form == byJSON, s.form == byBinary && t.class == binaryData:
 		return rest, t.unmarshal(v)
@@ -249,6 +263,9 @@ func unpack(b []byte, v reflect.Value, s *shape) ([]byte, error) {
 	case s.kind == reflect.Interface:
 		value := reflect.New(t.anyType(s.typ)).Elem()
 		rest, err := unpack(b, value, shapeOf(value.Type()))
+		if at, ok := value.Interface().(time.Time); ok && s.typ == reflect.TypeFor[jsonAny]() {
+			value.Set(reflect.ValueOf(at.UTC())) // JSON has no seconds in the offset of a zone
+		}
 		v.Set(value)
 		return rest, err
 	case t.class == mapping && s.kind == reflect.Struct && s.form == byKind:
@@ -272,13 +289,16 @@ func unpackStruct(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err err
 	for next := 0; n > 0; n-- { // next is the position of the field that is expected, because most senders have the same type
 		var name token
 		if b, _ = name.read(b); !name.makeText() {
-			return nil, fmt.Errorf("a field's name is %s", name.String())
+			return nil, fmt.Errorf("%s is the name of a field: want a string", name.String())
 		}
 		i, ok := next, next < len(s.fields) && s.fields[next].name == string(name.body)
 		if !ok {
 			i, ok = s.byName[string(name.body)]
 		}
-		if !ok {
+		if !ok { // encoding/json takes a name in another case, too
+			i = slices.IndexFunc(s.fields, func(f field) bool { return strings.EqualFold(f.name, string(name.body)) })
+		}
+		if i < 0 {
 			b, _ = skip(b, 0)
 			continue
 		}
@@ -293,10 +313,11 @@ func unpackStruct(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err err
 
 // unpackMap decodes n entries of a map.
 func unpackMap(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err error) {
+	isNew := v.Len() == 0
 	if v.IsNil() {
 		v.Set(reflect.MakeMapWithSize(s.typ, n))
 	}
-	for ; n > 0; n-- {
+	for range n {
 		var t token
 		b, _ = t.read(b)
 		key, elem := reflect.New(s.key.typ).Elem(), reflect.New(s.elem.typ).Elem()
@@ -305,13 +326,16 @@ func unpackMap(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err error)
 		} else if n, err := strconv.ParseInt(string(t.body), 10, 64); err == nil && t.class == text {
 			t = token{class: integer, n: uint64(n), negative: n < 0}
 		}
-		if s.key.form != byKind || !t.setScalar(key) {
+		if !t.setScalar(key) {
 			return nil, fmt.Errorf("a key of the map, %s, does not fit %v", t.String(), s.key.typ)
 		}
 		if b, err = unpack(b, elem, s.elem); err != nil {
-			return nil, fmt.Errorf("%s: %w", t.String(), err)
+			return nil, fmt.Errorf("[%s]: %w", t.String(), err)
 		}
 		v.SetMapIndex(key, elem)
+	}
+	if isNew && v.Len() < n {
+		return nil, fmt.Errorf("two keys of a %v are equal", s.typ)
 	}
 	return b, nil
 }
@@ -327,14 +351,14 @@ func unpackList(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err error
 	}
 	for i := range n {
 		if b, err = unpack(b, v.Index(i), s.elem); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("[%d]: %w", i, err)
 		}
 	}
 	return b, nil
 }
 
-// unpackByJSON decodes the first value of b into v by way of JSON, and returns the bytes after it. It fails if JSON can't express
-// the value.
+// unpackByJSON decodes the first value of b into v by way of JSON, in which binary data is base64, and returns the bytes after
+// it. It fails if JSON can't express the value.
 func unpackByJSON(b []byte, v reflect.Value) ([]byte, error) {
 	var value jsonAny
 	rest, err := unpack(b, reflect.ValueOf(&value).Elem(), shapeOf(reflect.TypeFor[jsonAny]()))
@@ -345,8 +369,8 @@ func unpackByJSON(b []byte, v reflect.Value) ([]byte, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case bytes.Contains(bytes.ReplaceAll(data, []byte(`\\`), nil), []byte(`\ufffd`)): // encoding/json has replaced something
-		return nil, errors.New("a string is not valid UTF-8")
+	case bytes.Contains(bytes.ReplaceAll(data, []byte(`\\`), nil), []byte(`\ufffd`)): // encoding/json has replaced invalid UTF-8
+		return nil, errors.New("a string that has to be converted to JSON is not valid UTF-8")
 	}
 	return rest, json.Unmarshal(data, v.Addr().Interface())
 }
@@ -389,7 +413,7 @@ var classNames = [...]string{null: "nil", boolean: "a bool", binaryData: "binary
 type token struct {
 	class    class
 	size     uint8  // of a number, in bytes
-	negative bool   // of an integer
+	negative bool   // whether an integer is negative
 	n        uint64 // a number's bits, 1 for true, the number of elements or entries, or the length of body
 	body     []byte // of a string or binary data; of an extension with its type in the first byte
 }
@@ -413,7 +437,7 @@ func (t *token) read(b []byte) ([]byte, error) {
 	b = b[1+f.size:]
 	switch t.class {
 	case unused:
-		return nil, errors.New("no value begins with the byte 0xc1")
+		return nil, errors.New("the byte 0xc1 is not valid")
 	case extension:
 		t.n++
 		fallthrough
@@ -430,7 +454,8 @@ func (t *token) read(b []byte) ([]byte, error) {
 	return b, nil
 }
 
-// A format says what a value is that begins with a certain byte: its class, the number of bytes that hold n, and n if there are none.
+// A format describes the values that begin with a certain byte: their class, the number of bytes that hold n, and n if there are
+// none.
 type format struct {
 	class  class
 	size   uint8
@@ -464,15 +489,9 @@ var formats = func() (f [256]format) {
 }()
 
 // nested returns how many values are nested in the value.
-func (t *token) nested() uint64 {
-	switch t.class {
-	case array:
-		return t.n
-	case mapping:
-		return 2 * t.n
-	}
-	return 0
-}
+func (t *token) nested() uint64 { return t.n * nestedPerElement[t.class] }
+
+var nestedPerElement = [...]uint64{array: 1, mapping: 2, extension: 0}
 
 // digits returns the number in decimal.
 func (t *token) digits() string {
@@ -485,7 +504,7 @@ func (t *token) digits() string {
 	return strconv.FormatUint(t.n, 10)
 }
 
-// String returns the number, or what else the value is, for an error.
+// String describes the value, for an error message.
 func (t *token) String() string {
 	switch t.class {
 	case integer, float:
@@ -504,10 +523,11 @@ func (t *token) float() float64 {
 	return math.Float64frombits(t.n)
 }
 
-// A jsonAny is an any with a value that is on its way to JSON. There a float32 has fewer digits than a float64 of the same value.
+// A jsonAny is an any with a value that is on its way to JSON. In it, a float32 remains one, because JSON writes it with fewer
+// digits than the float64 of the same value.
 type jsonAny any
 
-// anyType returns the type that the value has in an any, or in a jsonAny if in says so.
+// anyType returns the type that the value has in an any, or in a jsonAny if that is what in is.
 func (t *token) anyType(in reflect.Type) reflect.Type {
 	forJSON := in == reflect.TypeFor[jsonAny]()
 	switch {
@@ -524,30 +544,33 @@ func (t *token) anyType(in reflect.Type) reflect.Type {
 }
 
 var anyTypes = [...]reflect.Type{
-	boolean: reflect.TypeFor[bool](), integer: reflect.TypeFor[int64](), float: reflect.TypeFor[float64](), text: reflect.TypeFor[string](),
-	binaryData: reflect.TypeFor[[]byte](), array: reflect.TypeFor[[]any](), mapping: reflect.TypeFor[map[string]any](), extension: timeType,
+	boolean: reflect.TypeFor[bool](), integer: reflect.TypeFor[int64](), float: reflect.TypeFor[float64](),
+	text: reflect.TypeFor[string](), binaryData: reflect.TypeFor[[]byte](), array: reflect.TypeFor[[]any](),
+	mapping: reflect.TypeFor[map[string]any](), extension: timeType,
 }
 
 // time returns the instant of a timestamp.
 func (t *token) time() (at time.Time, err error) {
-	switch data := t.body[1:]; {
-	case int8(t.body[0]) == -1 && len(data) == 4:
-		at = time.Unix(int64(binary.BigEndian.Uint32(data)), 0)
-	case int8(t.body[0]) == -1 && len(data) == 8:
+	data, seconds, nanoseconds := t.body[1:], int64(0), int64(-1)
+	switch len(data) {
+	case 4:
+		seconds, nanoseconds = int64(binary.BigEndian.Uint32(data)), 0
+	case 8:
 		n := binary.BigEndian.Uint64(data)
-		at = time.Unix(int64(n&(1<<34-1)), int64(n>>34))
-	case int8(t.body[0]) == -1 && len(data) == 12:
-		at = time.Unix(int64(binary.BigEndian.Uint64(data[4:])), int64(binary.BigEndian.Uint32(data)))
-	default:
-		err = fmt.Errorf("an extension of type %d with %d bytes is not a timestamp", int8(t.body[0]), len(data))
+		seconds, nanoseconds = int64(n&(1<<34-1)), int64(n>>34)
+	case 12:
+		seconds, nanoseconds = int64(binary.BigEndian.Uint64(data[4:])), int64(binary.BigEndian.Uint32(data))
 	}
-	if at.IsZero() {
+	if int8(t.body[0]) != -1 || nanoseconds < 0 || nanoseconds >= 1e9 {
+		return at, fmt.Errorf("the extension %#x of type %d is not a timestamp", data[:min(len(data), 16)], int8(t.body[0]))
+	}
+	if at = time.Unix(seconds, nanoseconds); at.IsZero() {
 		at = time.Time{} // without a zone
 	}
-	return at, err
+	return at, nil
 }
 
-// makeText makes an integer, which is the key of a map, the text that JSON has for it. It reports whether t is text then.
+// makeText turns an integer that is the key of a map into the text that JSON has for it. It reports whether t is text afterwards.
 func (t *token) makeText() bool {
 	if t.class == integer {
 		t.class, t.body = text, []byte(t.digits())
@@ -555,8 +578,8 @@ func (t *token) makeText() bool {
 	return t.class == text
 }
 
-// unmarshal passes binary data to the UnmarshalBinary or UnmarshalText of what v is. The latter, and the former for a type that has
-// other methods for a format, too, is how payloads of version 0.1 are, which streams may still contain.
+// unmarshal passes binary data to the UnmarshalBinary of v, or else to its UnmarshalText. Version 0.1 encoded every type with
+// these methods as binary data, and streams may still contain its payloads.
 func (t *token) unmarshal(v reflect.Value) error {
 	switch u := v.Addr().Interface().(type) {
 	case encoding.BinaryUnmarshaler:
@@ -567,7 +590,7 @@ func (t *token) unmarshal(v reflect.Value) error {
 	return fmt.Errorf("%s does not fit %v", t.String(), v.Type())
 }
 
-// setScalar sets v to a bool, a number or a string. It reports whether that fits, by the rules of encoding/json.
+// setScalar sets v to a bool, a number or a string. It reports whether the value fits, by the rules of encoding/json.
 func (t *token) setScalar(v reflect.Value) bool {
 	switch {
 	case t.class == boolean && v.Kind() == reflect.Bool:
