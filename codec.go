@@ -60,7 +60,8 @@ type Codec interface {
 // its exact value; an any is replaced, whatever it holds; an array must have the length of its target, and some other
 // conversions fail that JSON makes, such as of a whole float64 to an integer. Binary data, also from a []byte, goes to
 // UnmarshalBinary or UnmarshalText of a target that has one. What arrives of a type that is sent by MarshalBinary is what that
-// method writes. Encoders that a program registers with msgpack v5 are not supported.
+// method writes. For such a type, aegis registers an encoder with msgpack v5. Other encoders that a program registers there are
+// not supported.
 //
 // MsgPack.Unmarshal fails if the payload ends in the middle of a value, has bytes left over, is nested deeper than 128 levels,
 // or declares more elements than it has bytes. Therefore decoding allocates no more than a small multiple of the size of the

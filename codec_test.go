@@ -752,8 +752,8 @@ func TestValuesOverTheWire(t *testing.T) {
 	}
 }
 
-// TestValuesThatCannotBeSent checks that nothing that a user's type does panics out of a call, a publish or a command, or ends the
-// process.
+// TestValuesThatCannotBeSent checks that nothing that a user's type does panics out of a call, a publish or a command, or ends
+// the process.
 func TestValuesThatCannotBeSent(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
@@ -1144,8 +1144,9 @@ func randomTape(seed uint64) []byte {
 	return tape
 }
 
-// compareWithJSON generates a type and a value of it from the tape. In MessagePack it has to arrive as it does in JSON, or as it was
-// sent. The same payload is then decoded into another type, where MessagePack may fail, but must not give anything else than JSON.
+// compareWithJSON generates a type and a value of it from the tape. In MessagePack it has to arrive as it does in JSON, or as
+// it was sent. The same payload is then decoded into another type, where MessagePack may fail, but must not give anything else
+// than JSON.
 func compareWithJSON(t *testing.T, tape []byte) {
 	g := &generator{tape: tape}
 	sent := reflect.New(g.anyType(0))

@@ -103,6 +103,7 @@ func newShape(t reflect.Type, made map[reflect.Type]*shape) *shape {
 	case s.kind == reflect.Struct && has(ownFormats[0]) && has(ownFormats[1]) && !slices.ContainsFunc(ownFormats[2:], has) &&
 		!slices.ContainsFunc(reflect.VisibleFields(t), func(f reflect.StructField) bool { return f.Anonymous }):
 		s.form = byBinary
+		// This holds for the whole program, because msgpack v5 has one table of encoders.
 		msgpack.Register(reflect.Zero(t).Interface(), packBinary, nil)
 	case t == reflect.TypeFor[json.Number](), slices.ContainsFunc(ownFormats, has):
 		s.form = byJSON
