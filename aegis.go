@@ -65,7 +65,9 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -96,13 +98,15 @@ type Service struct {
 	next     atomic.Uint32    // counts the calls of pick, so that the connections take turns
 	breakers lookup[*breaker] // by the service that is called
 	calls    lookup[*meter]   // by <service>.<method>
+	inFlight tally            // calls to certain instances
 	cancels  cancels
 	denials  denials
+	outward  HandlerFunc // the middleware of WithCallMiddleware around transmit; nil if there is none
 
-	elections   lookup[*watch[claim]] // by <service>.<group>
-	directories lookup[*directory]    // by service
-	leading     atomic.Int32          // how many functions of Lead are running
-	campaigns   sync.WaitGroup        // counts the candidates that campaign
+	elections   lookup[*leaderWatch] // by <service>.<group>
+	directories lookup[*directory]   // by service
+	leading     atomic.Int32         // how many functions of Lead are running
+	campaigns   sync.WaitGroup       // counts the candidates that campaign
 
 	since        time.Time       // when the service was made
 	unhealthy    atomic.Bool     // whether a health check fails
@@ -111,10 +115,15 @@ type Service struct {
 	heartbeatCtx context.Context // ends when heartbeats has to return
 	heartbeating sync.WaitGroup  // counts the goroutine of heartbeats
 
+	broken   context.Context // ends when a connection is closed for good, with an *Error as its cause
 	quitting context.Context // ends when Stop begins
+	hurried  context.Context // ends when the ctx of a second Stop has ended before the first Stop is finished
 	base     context.Context // the parent of every handler's ctx; ends when Stop's time is up
 
-	endHeartbeats, quit, cancel context.CancelFunc // end heartbeatCtx, quitting and base
+	breakDown                          context.CancelCauseFunc // ends broken
+	endHeartbeats, quit, hurry, cancel context.CancelFunc      // end heartbeatCtx, quitting, hurried and base
+
+	inHandler sync.Map // has the numbers of the goroutines that call handlers or a function of Lead as its keys
 
 	tasks      sync.WaitGroup // counts the goroutines that end when base does
 	ready      atomic.Bool    // whether Start has succeeded
@@ -131,6 +140,7 @@ type Service struct {
 	endpoints    map[string]*endpoint // by kind and name
 	candidates   map[*candidate]bool
 	internalSubs []*nats.Subscription // subscriptions that belong to no endpoint; Stop ends them when it begins
+	unregistered []error              // the failures of Handle, Subscribe and HandleCommand before Start
 }
 
 type state int
@@ -158,7 +168,15 @@ func New(name string, opts ...Option) (*Service, error) {
 		endpoints: map[string]*endpoint{}, candidates: map[*candidate]bool{},
 		entryChanged: make(chan struct{}, 1), done: make(chan struct{}),
 	}
+	if len(cfg.outward) > 0 {
+		s.outward = transmit
+		for _, mw := range slices.Backward(cfg.outward) {
+			s.outward = mw(s.outward)
+		}
+	}
+	s.broken, s.breakDown = context.WithCancelCause(context.Background())
 	s.quitting, s.quit = context.WithCancel(context.Background())
+	s.hurried, s.hurry = context.WithCancel(context.Background())
 	s.base, s.cancel = context.WithCancel(context.Background())
 	s.heartbeatCtx, s.endHeartbeats = context.WithCancel(context.Background())
 	for range cfg.pool {
@@ -184,14 +202,17 @@ func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 // Start begins to serve. It runs the health checks once, makes the streams, buckets and consumers that the handlers need and
 // that do not exist, subscribes, and enters the instance into the registry. When it returns, the servers of all connections
 // know the handlers; more handlers may be added later. An instance with [Exclusive] handlers then campaigns for the leadership.
-// If nobody has led the service before, the first leader is elected after the Lease of its policy ([WithFailover]). A service
-// whose Start failed can only be stopped.
+// If nobody has led the service before, the first leader is elected after the Lease of its policy ([WithFailover]). While a
+// connection is down, Start waits for it until ctx ends. A service whose Start failed can only be stopped.
 //
-// Errors: [ErrClosed] after Stop; [ErrInvalid] if the service was started already, or a stream, bucket or consumer that exists
-// can't be used; [ErrUnavailable] if the server can't be reached, or has no JetStream and a handler needs it; [ErrDenied] if
-// the server's permissions do not allow what the service does; [ErrTimeout] or [ErrCanceled] if ctx ends before. Without
-// JetStream an instance serves plain RPC, but is not in the registry.
+// If an earlier Handle, Subscribe or HandleCommand has failed, Start serves nothing and returns their errors, joined (see
+// [errors.Join]). The other errors are: [ErrClosed] after Stop; [ErrInvalid] if the service was started already, or a stream,
+// bucket or consumer that exists can't be used; [ErrUnavailable] if the server can't be reached before ctx ends, or has no
+// JetStream and a handler needs it; [ErrDenied] if the server's permissions do not allow what the service does; [ErrOverloaded]
+// if the server refuses a subscription because of its max_subscriptions; [ErrTimeout] or [ErrCanceled] if ctx ends before.
+// Without JetStream an instance serves plain RPC, but is not in the registry.
 func (s *Service) Start(ctx context.Context) error {
+	begin := clock()
 	s.mu.Lock()
 	if s.state != created {
 		defer s.mu.Unlock()
@@ -201,8 +222,14 @@ func (s *Service) Start(ctx context.Context) error {
 		return newError(ErrInvalid, "Start: service %s was started already", s.name)
 	}
 	s.state = started
+	unregistered := errors.Join(s.unregistered...)
 	s.mu.Unlock()
-	begin := clock()
+	if unregistered != nil {
+		return unregistered
+	}
+	if err := s.awaitConnections(ctx); err != nil {
+		return err
+	}
 
 	select {
 	case <-s.checkHealth():
@@ -221,7 +248,19 @@ func (s *Service) Start(ctx context.Context) error {
 		}
 	}
 	s.ready.Store(true)
+	s.log.Info("the service has started", "version", s.cfg.version, "handlers", len(s.allEndpoints()), "took", clock()-begin)
 	return nil
+}
+
+// notRegistered notes the failure of Handle, Subscribe or HandleCommand for Start, which returns it in case nobody has checked it.
+// It returns err.
+func (s *Service) notRegistered(err error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil && s.state == created && len(s.unregistered) < 100 {
+		s.unregistered = append(s.unregistered, err)
+	}
+	return err
 }
 
 // subscribeOwn subscribes to the messages that are not meant for a handler: cancellations, and the surveys of the nats tool.
@@ -248,19 +287,22 @@ func (s *Service) subscribeOwn(context.Context) error {
 	return nil
 }
 
-// Run serves until ctx ends: it calls Start, waits, and calls Stop, which gets 30 s to finish what runs. It calls Stop too if
-// Start fails.
+// Run serves until ctx ends: it calls Start, waits, and calls Stop, which gets the time of [WithStopTimeout] to finish what runs.
+// It calls Stop too if Start fails, and if a connection is closed for good, because of [nats.MaxReconnects] for example. Then it
+// returns an error.
 func (s *Service) Run(ctx context.Context) error {
 	err := s.Start(ctx)
 	if err == nil {
 		select {
 		case <-ctx.Done():
 		case <-s.done: // somebody else has called Stop
+		case <-s.broken.Done():
+			err = context.Cause(s.broken)
 		}
 	} else if ctx.Err() != nil {
 		err = nil // ctx ended before the service had begun
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.stopTimeout)
 	defer cancel()
 	return errors.Join(err, s.Stop(ctx))
 }
@@ -275,9 +317,16 @@ const returnTimeout = 5 * time.Second      // for all of them to return, and for
 // When ctx ends before that, requests that have not begun are refused, and the ctx of the handlers that run is cancelled. Stop
 // goes on as long as handlers return, for 5 s at most, and gives their events and commands back to the server. When no handler
 // has returned for 0.2 s, Stop leaves the rest behind. It returns [ErrTimeout] if handlers were running when ctx ended. If the
-// server can't be reached, Stop closes what is local and returns [ErrUnavailable]. A second Stop waits for the first one and
-// returns nil.
+// server can't be reached, Stop closes what is local and returns [ErrUnavailable].
+//
+// A second Stop waits for the first one and returns nil. If its ctx ends first, the time of the first one is up, too. Stop can't
+// be called by a handler or a function of Lead on its own goroutine, because it would wait for itself: it returns [ErrInvalid].
+// Such a function can call it on another goroutine, and return.
 func (s *Service) Stop(ctx context.Context) error {
+	_, inHandler := s.inHandler.Load(goroutine())
+	if r := requestOf(ctx); inHandler || r.svc == s && r.Err() == nil {
+		return newError(ErrInvalid, "Stop: called by a handler, for which it would wait: call it by go, with another ctx, and return")
+	}
 	s.mu.Lock()
 	if s.state == stopping {
 		s.mu.Unlock()
@@ -285,7 +334,9 @@ func (s *Service) Stop(ctx context.Context) error {
 		case <-s.done:
 			return nil
 		case <-ctx.Done():
-			return newError(ErrTimeout, "Stop: %v while another Stop is running", ctx.Err())
+			s.hurry()
+			<-s.done
+			return newError(ErrTimeout, "Stop: %v while another Stop was running", ctx.Err())
 		}
 	}
 	s.state = stopping
@@ -293,8 +344,15 @@ func (s *Service) Stop(ctx context.Context) error {
 	own := s.internalSubs
 	s.mu.Unlock()
 
-	defer close(s.done)
-	defer s.close()
+	begin := clock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.hurried, cancel)()
+	defer func() {
+		s.close()
+		s.log.Info("the service has stopped", "took", clock()-begin)
+		close(s.done)
+	}()
 	s.quit()
 	signal(s.entryChanged) // the status in the registry entry is STOPPING now
 	for _, sub := range own {
@@ -392,6 +450,23 @@ func (s *Service) allEndpoints() []*endpoint {
 }
 
 func (s *Service) closedError() *Error { return newError(ErrClosed, "service %s was stopped", s.name) }
+
+// asHandler calls fn, which calls handlers or a function of Lead on this goroutine, for which Stop waits.
+func (s *Service) asHandler(fn func()) {
+	id := goroutine()
+	s.inHandler.Store(id, true)
+	defer s.inHandler.Delete(id)
+	fn()
+}
+
+// goroutine returns the number of the goroutine that calls it, as stack traces show it. It only serves to recognize a Stop that
+// would wait for itself.
+func goroutine() string {
+	stack := make([]byte, 64)
+	stack = stack[:runtime.Stack(stack, false)]
+	number, _, _ := strings.Cut(strings.TrimPrefix(string(stack), "goroutine "), " ")
+	return number
+}
 
 // isClosed reports whether c is closed. Nothing is ever sent on c.
 func isClosed(c <-chan struct{}) bool {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/base64"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -184,7 +185,7 @@ func HandleCommand[T, R any](
 	s *Service, command string, fn func(context.Context, *Command[T]) (R, error), opts ...HandlerOption,
 ) error {
 	if fn == nil {
-		return newError(ErrInvalid, "command %q: the function is nil", command)
+		return s.notRegistered(newError(ErrInvalid, "command %q: the function is nil", command))
 	}
 	run := typed("the result of "+command, func(ctx context.Context, r *request, m *Message, data T) (any, error) {
 		run := r.run
@@ -193,7 +194,7 @@ func HandleCommand[T, R any](
 		result, err := fn(ctx, cmd)
 		return &result, err
 	})
-	return s.handleCommand(command, run, opts)
+	return s.notRegistered(s.handleCommand(command, run, opts))
 }
 
 func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOption) error {
@@ -454,7 +455,7 @@ func (src *commandSource) done(r *request, data []byte, failure *Error) {
 		}
 		x.rec.State = retrying
 		pause := backoff(x.rec.Failures, src.cfg.backoff, src.cfg.maxPause)
-		src.logger(r).Warn("an attempt failed", "error", failure, "attempt", x.rec.Attempt, "pause", pause)
+		src.logOften(r, slog.LevelWarn, "an attempt failed", "error", failure, "attempt", x.rec.Attempt, "pause", pause)
 		x.conclude(nakAfter(pause))
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"log/slog"
 	"maps"
 	mrand "math/rand/v2"
 	"net/url"
@@ -31,6 +32,8 @@ type conn struct {
 	js           jetstream.JetStream
 	inbox        string                // the prefix of this connection's reply subjects, with the dot at its end
 	up           atomic.Bool           // whether it is connected, as far as nats.go's callbacks have said
+	first        chan struct{}         // closed when it is connected for the first time
+	connectedAt  atomic.Int64          // when it was connected last, by the clock
 	lastReported atomic.Pointer[error] // the latest error that nats.go has passed to AsyncErrorCB
 	maxPayload   atomic.Int64          // the server's max_payload
 
@@ -41,17 +44,19 @@ type conn struct {
 	spare   []outgoing // the empty slice that pending becomes next, so that no new one is allocated
 
 	inboxCount atomic.Uint64 // how many newInbox has made
+	probing    atomic.Int32  // how often the server has refused a subscription since probeSlots began, and 1 while it runs
 	slotsMu    sync.Mutex    // guards the rest
 	slots      map[*slot]bool
-	free       []*slot // the slots without a call; the one used last is at the end
+	free       []*slot       // the slots without a call; the one used last is at the end
+	room       int           // how many slots the server allowed when it refused one; see mostSlotsLocked
+	roomUntil  time.Duration // until when that counts, by the clock
 }
 
 const maxSlots = 8192 // calls that may wait for their answers on one connection
 
 // connect makes one connection of the pool.
 func (s *Service) connect() (_ *conn, err error) {
-	c := &conn{slots: map[*slot]bool{}}
-	c.up.Store(true) // until close, only the callbacks below change it from here on, and nats.go runs them in order
+	c := &conn{slots: map[*slot]bool{}, first: make(chan struct{})}
 	opts := nats.GetDefaultOptions()
 	opts.Servers, opts.Name = s.cfg.urls, s.id
 	opts.MaxReconnect = -1 // no limit
@@ -69,6 +74,7 @@ func (s *Service) connect() (_ *conn, err error) {
 	// nats.go's own requests use this prefix, too.
 	opts.InboxPrefix = cmp.Or(opts.InboxPrefix, strings.TrimSuffix(nats.InboxPrefix, ".")) + "." + s.name
 	disconnected, connected, reconnected, failed := opts.DisconnectedErrCB, opts.ConnectedCB, opts.ReconnectedCB, opts.AsyncErrorCB
+	closed := opts.ClosedCB
 	opts.DisconnectedErrCB = func(nc *nats.Conn, err error) {
 		c.disconnected()
 		if !nc.IsClosed() {
@@ -78,8 +84,21 @@ func (s *Service) connect() (_ *conn, err error) {
 			disconnected(nc, err)
 		}
 	}
+	opts.ClosedCB = func(nc *nats.Conn) {
+		c.disconnected()
+		if !s.closed.Load() {
+			why := cmp.Or(nc.LastError(), nats.ErrConnectionClosed)
+			failure := newError(ErrUnavailable, "the connection to %s was closed for good: %v", redacted(s.cfg.urls), why)
+			s.log.Error("a connection to NATS was closed, and the service can't go on", "error", failure)
+			s.breakDown(failure)
+		}
+		if closed != nil {
+			closed(nc)
+		}
+	}
 	opts.ConnectedCB = func(nc *nats.Conn) {
 		c.connected(nc)
+		close(c.first)
 		if connected != nil {
 			connected(nc)
 		}
@@ -93,11 +112,20 @@ func (s *Service) connect() (_ *conn, err error) {
 		}
 	}
 	opts.AsyncErrorCB = func(nc *nats.Conn, sub *nats.Subscription, err error) {
-		s.log.Error("NATS reports an error", "subject", cmp.Or(sub, &nats.Subscription{}).Subject, "error", err)
-		if errors.Is(err, nats.ErrPermissionViolation) {
-			s.denials.note(err)
+		level := slog.LevelError
+		switch {
+		case errors.Is(err, nats.ErrPermissionViolation):
+			if s.denials.note(err); strings.Contains(err.Error(), infoSubject) { // only an error text would have been more exact
+				level = slog.LevelInfo
+			}
 			c.wakeSlots()
+		case errors.Is(err, nats.ErrMaxSubscriptionsExceeded):
+			s.denials.note(err)
+			if c.probing.Add(1) == 1 {
+				s.startTask(func() { c.probeSlots(s.base, &s.denials) })
+			}
 		}
+		s.log.Log(context.Background(), level, "NATS reports an error", "subject", cmp.Or(sub, &nats.Subscription{}).Subject, "error", err)
 		c.lastReported.Store(&err) // after note, because checkDenials relies on that
 		if failed != nil {
 			failed(nc, sub, err)
@@ -107,7 +135,9 @@ func (s *Service) connect() (_ *conn, err error) {
 		return nil, newError(ErrUnavailable, "connecting to %s: %v", redacted(opts.Servers), err)
 	}
 	c.js, _ = jetstream.New(c.nc) // without options it can't fail
-	c.maxPayload.Store(c.nc.MaxPayload())
+	if c.nc.IsConnected() {       // with nats.RetryOnFailedConnect it may not be
+		<-c.first
+	}
 	c.inbox = opts.InboxPrefix + "." + rand.Text()[:connectionToken] + "."
 	return c, nil
 }
@@ -123,9 +153,11 @@ func redacted(urls []string) string {
 	return strings.Join(out, ", ")
 }
 
-// connected is called when the connection is made, for the first time or again.
+// connected is called when the connection is made, for the first time or again. Only this function and disconnected change up,
+// and nats.go calls them in order.
 func (c *conn) connected(nc *nats.Conn) {
 	c.maxPayload.Store(nc.MaxPayload())
+	c.connectedAt.Store(int64(clock()))
 	c.up.Store(true)
 }
 
@@ -134,6 +166,38 @@ func (c *conn) disconnected() {
 	c.up.Store(false)
 	c.drops.Add(1)
 	c.wakeSlots()
+}
+
+// awaitConnections waits until all connections are up.
+func (s *Service) awaitConnections(ctx context.Context) error {
+	for _, c := range s.conns {
+		for !c.up.Load() {
+			select {
+			case <-time.After(10 * time.Millisecond):
+			case <-s.broken.Done():
+				return context.Cause(s.broken)
+			case <-s.quitting.Done():
+				return s.closedError()
+			case <-ctx.Done():
+				failure := s.disconnectedError()
+				failure.Cause = asError(ctx.Err())
+				return failure
+			}
+		}
+	}
+	return nil
+}
+
+// maxPayload returns the smallest max_payload of the connected servers. Before the first connection it is that of nats-server as it
+// comes.
+func (s *Service) maxPayload() int64 {
+	least := int64(0)
+	for _, c := range s.conns {
+		if most := c.maxPayload.Load(); most > 0 && (least == 0 || most < least) {
+			least = most
+		}
+	}
+	return cmp.Or(least, 1<<20)
 }
 
 // pick returns the next connection that is up, nil if none is.
@@ -169,6 +233,8 @@ type exchange struct {
 	correlation string        // the correlation id to pass on; if it is "", <connection>.<slot>.<call> of reply serves as one
 	until       time.Duration // the deadline, by the clock; the time left when it is sent is the handler's budget
 	on          *conn         // the connection to send it on; nil for any that is up
+	stored      bool          // whether it is for a stream, whose acknowledgement is the answer
+	term        *leadership   // of the instance that it is for, if the answer depends on that, else nil
 	reply       string        // the reply subject of the latest attempt
 }
 
@@ -281,6 +347,9 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 		return nil, errDropped
 	}
 	sl.wakeAt(x.until)
+	if s.cfg.wireHeaders && !x.stored {
+		x.header = withHeader(x.header, headerTimeout, max(x.until-clock(), time.Millisecond).Round(time.Millisecond).String())
+	}
 
 	switch err := c.publish(outgoing{nats.Msg{Subject: x.subject, Reply: x.reply, Header: x.header, Data: x.data}, x.until, sl.drops}); {
 	case err == nil:
@@ -297,17 +366,24 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 	}
 
 	var failure *Error
+	termChanged := x.term.nextChange()
 	for failure == nil {
 		select {
 		case m := <-sl.answers:
 			switch {
-			case m == nil || m.Subject != x.reply:
+			case m == nil:
+				failure = s.answerLost(c, sl, x.subject)
+			case m.Subject != x.reply: // a late or a second answer to an earlier call, or the message of probeSlots
+				sl.strays = sl.strays || !strings.HasSuffix(m.Subject, "."+probeToken)
 				failure = s.answerLost(c, sl, x.subject)
 			case isNoResponders(m):
 				return nil, errNoResponders
+			case !x.stored && isPubAck(m): // a stream takes the subject too, and the answer is still to come
 			default:
 				return m, nil
 			}
+		case <-termChanged:
+			failure, termChanged = x.term.superseded()
 		case <-ctx.Done():
 			failure = asError(ctx.Err())
 		}
@@ -334,6 +410,9 @@ func (s *Service) answerLost(c *conn, sl *slot, subject string) *Error {
 	switch denied := cmp.Or(s.denials.since(sl.since, toPublish+subject), noAnswers); {
 	case denied != nil:
 		return denied
+	case sl.refused.Load():
+		sl.missed = maxMissed
+		return newError(ErrOverloaded, "the server refused the subscription for the answer: %s", tooMany)
 	case s.closed.Load():
 		return s.closedError()
 	case c.drops.Load() != sl.drops:
@@ -354,6 +433,31 @@ type address struct {
 	service string
 	call    string        // <connection>.<slot>.<call>[-<correlation id>]
 	budget  time.Duration // 0 for a caller that does not use aegis; then the rest is unknown too
+}
+
+// callerOf returns what a request says about its caller: in its reply subject or, if the server has replaced that on the way to
+// this account, or the caller does not use aegis, in headers.
+func callerOf(m *nats.Msg) (address, *Error) {
+	from := parseAddress(m.Reply)
+	if m.Header == nil {
+		return from, nil
+	}
+	if name := m.Header.Get(headerSource); from.service == "" && isName(name, maxService) {
+		from.service = name
+	}
+	text := m.Header.Get(headerTimeout)
+	if text == "" {
+		return from, nil
+	}
+	budget, err := time.ParseDuration(text)
+	if ms, failure := strconv.ParseUint(text, 10, 40); failure == nil {
+		budget, err = time.Duration(ms)*time.Millisecond, nil
+	}
+	if err != nil || budget <= 0 {
+		return from, notRun(newError(ErrInvalid, "%s: %.40q: want a duration such as 1.5s, or milliseconds, more than 0", headerTimeout, text))
+	}
+	from.budget = min(cmp.Or(from.budget, budget), budget, maxBudget)
+	return from, nil
 }
 
 const connectionToken = 12 // characters of <connection>, which have 60 random bits
@@ -394,6 +498,8 @@ type slot struct {
 	alarm   *time.Timer // wakes the caller when its time is up
 	missed  int         // how many calls ended without an answer, whose late answers may still come and fill the channel
 	calls   uint64      // the number of the latest call
+	strays  bool        // whether a message came that belongs to no call, so that others may follow and fill the channel
+	refused atomic.Bool // whether the server has refused the subscription
 
 	// Of the present call:
 	since, until time.Duration // its begin and its deadline, by the clock
@@ -435,7 +541,13 @@ func (c *conn) slot() (*slot, *Error) {
 	c.free = c.free[:n-1]
 	c.slotsMu.Unlock()
 	for len(sl.answers) > 0 { // late answers to earlier calls
-		<-sl.answers
+		if m := <-sl.answers; m != nil {
+			sl.strays = true
+		}
+	}
+	if sl.refused.Load() {
+		c.endSlot(sl)
+		return c.slot()
 	}
 	return sl, nil
 }
@@ -446,14 +558,18 @@ func (c *conn) newSlot(subject string, room int) (*slot, *Error) {
 	sl := &slot{prefix: strings.TrimSuffix(subject, ">"), calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sl.alarm = time.AfterFunc(time.Hour, sl.wake)
 	c.slotsMu.Lock()
-	if len(c.slots) >= maxSlots {
+	if most := c.mostSlotsLocked(); len(c.slots) >= most {
 		defer c.slotsMu.Unlock()
-		return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers: try later, or use WithPool for more connections", maxSlots))
+		return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers, and a connection can't have more: "+
+			"try later, or use WithPool for more connections", most))
 	}
 	c.slots[sl] = true
 	c.slotsMu.Unlock()
-	var err error
-	if sl.sub, err = c.nc.ChanSubscribe(subject, sl.answers); err != nil { // the connection is closed
+	sub, err := c.nc.ChanSubscribe(subject, sl.answers)
+	c.slotsMu.Lock()
+	sl.sub = sub
+	c.slotsMu.Unlock()
+	if err != nil { // the connection is closed
 		c.endSlot(sl)
 		return nil, errDropped
 	}
@@ -466,19 +582,67 @@ func (c *conn) newInbox() string { return c.inbox + strconv.FormatUint(c.inboxCo
 
 const maxMissed = 8 // a slot is ended after that many calls without an answer
 
-// release makes a slot free for the next call, or ends it if too many late answers may still be under way to it.
+// release makes a slot free for the next call. It ends the slot if messages that belong to no call may fill its channel.
 func (c *conn) release(sl *slot, answered bool) {
 	sl.alarm.Stop()
 	if !answered {
 		sl.missed++
 	}
-	if sl.missed >= maxMissed {
+	if sl.strays || sl.missed >= maxMissed {
 		c.endSlot(sl)
 		return
 	}
 	c.slotsMu.Lock()
 	defer c.slotsMu.Unlock()
 	c.free = append(c.free, sl)
+}
+
+// mostSlotsLocked returns how many slots there may be. If the server has refused one in the last 10 s, that is as many as it
+// allowed then, because a message whose answer can't be heard is better not sent.
+func (c *conn) mostSlotsLocked() int {
+	if clock() < c.roomUntil {
+		return c.room
+	}
+	return maxSlots
+}
+
+const probeToken = "probe" // the last token of the subject of a message from probeSlots
+
+// probeSlots finds out which subscriptions of slots the server has refused, because its error does not say that. It sends a
+// message to each slot. The server answers a flush after it has delivered these messages, so a slot that has not got its message
+// by then was refused. Its caller learns that at once.
+func (c *conn) probeSlots(ctx context.Context, denials *denials) {
+	for n := int32(1); n > 0; n = c.probing.Add(-n) {
+		n = c.probing.Load()
+		before := map[*slot]int64{} // how many messages each has got
+		c.slotsMu.Lock()
+		for sl := range c.slots {
+			if sl.sub != nil {
+				before[sl], _ = sl.sub.Delivered()
+			}
+		}
+		c.slotsMu.Unlock()
+		if denials.since(clock()-time.Minute, toPublish+c.inbox+">") == nil { // otherwise all count as refused
+			for sl := range before {
+				if strings.HasPrefix(sl.prefix, c.inbox) { // one that follows a command begins anew instead
+					_ = c.nc.Publish(strings.Replace(sl.sub.Subject, ">", probeToken, 1), nil)
+				}
+			}
+		}
+		if c.flush(ctx) != nil {
+			continue // the connection is lost, and with it the calls
+		}
+		c.slotsMu.Lock()
+		for sl, count := range before {
+			if now, err := sl.sub.Delivered(); err == nil && now == count && len(sl.answers) < cap(sl.answers) {
+				sl.refused.Store(true)
+				sl.wake()
+				delete(c.slots, sl)
+			}
+		}
+		c.room, c.roomUntil = len(c.slots), clock()+10*time.Second
+		c.slotsMu.Unlock()
+	}
 }
 
 // endSlot ends the slot's subscription.
@@ -590,21 +754,23 @@ func (c *conn) flush(ctx context.Context) error {
 // the denial with the subject, but without the message's reply subject, so that the caller has to look for it here.
 type denials struct {
 	mu     sync.Mutex               // guards latest
-	latest map[string]time.Duration // the time of the latest denial; the key is toPublish or toSubscribe, and the subject
+	latest map[string]time.Duration // the time of the latest denial; the key is toPublish or toSubscribe and the subject, or tooMany
 }
 
 const toPublish, toSubscribe = "publish to ", "subscribe to "
+const tooMany = "the connection has as many as the server allows (max_subscriptions): raise that, or make fewer calls at once"
 const maxDenials = 256
 
 var denialPattern = regexp.MustCompile(`(Publish|Subscription) to "([^"]+)"`)
 
 // note remembers a denial that nats.go has reported. If there are too many, it forgets the earlier ones.
 func (d *denials) note(err error) {
-	m := denialPattern.FindStringSubmatch(err.Error())
-	if m == nil {
+	what := tooMany
+	if m := denialPattern.FindStringSubmatch(err.Error()); m != nil {
+		what = map[string]string{"Publish": toPublish, "Subscription": toSubscribe}[m[1]] + m[2]
+	} else if !errors.Is(err, nats.ErrMaxSubscriptionsExceeded) {
 		return
 	}
-	what := map[string]string{"Publish": toPublish, "Subscription": toSubscribe}[m[1]] + m[2]
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.latest == nil || len(d.latest) >= maxDenials {
@@ -620,6 +786,9 @@ func (d *denials) since(begin time.Duration, patterns ...string) *Error {
 	defer d.mu.Unlock()
 	for what, at := range d.latest {
 		if at >= begin && (len(patterns) == 0 || slices.ContainsFunc(patterns, func(p string) bool { return covers(p, what) })) {
+			if what == tooMany {
+				return notRun(newError(ErrOverloaded, "the server refused a subscription: %s", tooMany))
+			}
 			return notRun(newError(ErrDenied, "the server's permissions don't allow to %s", what))
 		}
 	}
@@ -644,11 +813,16 @@ func (s *Service) checkDenials(ctx context.Context, begin time.Duration) error {
 	}
 	for _, c := range s.conns { // LastError knows an error a moment before AsyncErrorCB is called
 		last, end := c.nc.LastError(), clock()+time.Second
-		for errors.Is(last, nats.ErrPermissionViolation) && *cmp.Or(c.lastReported.Load(), new(error)) != last && clock() < end {
+		for isRefusal(last) && *cmp.Or(c.lastReported.Load(), new(error)) != last && clock() < end {
 			time.Sleep(time.Millisecond)
 		}
 	}
 	return s.denials.since(begin).orNil()
+}
+
+// isRefusal reports whether err is the server's refusal of a message or a subscription.
+func isRefusal(err error) bool {
+	return errors.Is(err, nats.ErrPermissionViolation) || errors.Is(err, nats.ErrMaxSubscriptionsExceeded)
 }
 
 // Time.

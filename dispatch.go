@@ -25,17 +25,20 @@ import (
 // A HandlerFunc handles one message: it gets the payload and returns the payload of the answer.
 type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
 
-// A Middleware wraps a handler, to check, measure or change what goes in and what comes out. It must pass on the ctx that it was
-// given, or one derived from it, and must not return before next does. If it returns an error without calling next, the caller's
-// error has NotRun set.
+// A Middleware wraps a handler ([WithMiddleware]) or what is sent ([WithCallMiddleware]), to check, measure or change what goes in
+// and what comes out. It must pass on the ctx that it was given, or one derived from it, and must not return before next does. If
+// it returns an error without calling next, the caller's error has NotRun set.
 type Middleware func(next HandlerFunc) HandlerFunc
 
-// The kinds of messages. kindCall only appears in Stats.
-const kindRPC, kindEvent, kindCommand, kindCall = "rpc", "event", "command", "call"
+// The kinds of messages that are handled, and of those that are sent.
+const (
+	kindRPC, kindEvent, kindCommand = "rpc", "event", "command"
+	kindCall, kindPublish, kindSend = "call", "publish", "send"
+)
 
-// A Message is what a handler is called for, as middleware sees it.
+// A Message is what a handler is called for, or what is sent, as middleware sees it.
 type Message struct {
-	Kind, Subject string      // Kind is "rpc", "event" or "command"
+	Kind, Subject string      // Kind is "rpc", "event" or "command" in a handler; "call", "publish" or "send" if it is sent
 	Source        string      // the service that sent it, as the sender claims (not authenticated); "" if unknown
 	Header        nats.Header // nil if there is none; it must not be changed
 	Data          []byte
@@ -74,6 +77,7 @@ type endpoint struct {
 	finished   chan struct{}   // closed when all messages are handled
 	workerIdle chan struct{}   // tells shed that a worker is idle
 	meter      *meter
+	quota      quota // of log lines
 
 	opened      atomic.Bool    // whether open was called
 	idle        atomic.Int32   // how many workers wait for a message, or are just starting
@@ -211,7 +215,7 @@ func (e *endpoint) startWorkerLocked() {
 		w := &worker{}
 		e.workers[w] = true
 		e.idle.Add(1)
-		e.workersDone.Go(func() { e.work(w) })
+		e.workersDone.Go(func() { e.svc.asHandler(func() { e.work(w) }) })
 	} else if e.reject != nil && !e.shedding {
 		e.shedding = true
 		e.workersDone.Go(e.shed)
@@ -225,7 +229,7 @@ func (e *endpoint) work(w *worker) {
 		if !left { // the handler has called runtime.Goexit
 			w.msg.Store(nil)
 			e.idle.Add(1)
-			e.workersDone.Go(func() { e.work(w) })
+			e.workersDone.Go(func() { e.svc.asHandler(func() { e.work(w) }) })
 		}
 	}()
 	for {
@@ -334,6 +338,43 @@ func (e *endpoint) logger(r *request) *slog.Logger {
 	return e.svc.log.With("kind", e.kind, "endpoint", e.name, "correlation_id", r.correlationID())
 }
 
+// logOften logs what may happen with each message, at most 10 lines of an endpoint in 10 s. The first line after that says how many
+// were left out.
+func (e *endpoint) logOften(r *request, level slog.Level, text string, args ...any) {
+	leftOut, ok := e.quota.take()
+	if !ok {
+		return
+	}
+	if leftOut > 0 {
+		args = append(args, "left_out", leftOut)
+	}
+	e.logger(r).Log(context.Background(), level, text, args...)
+}
+
+// A quota bounds how many lines are logged.
+type quota struct {
+	mu      sync.Mutex    // guards the rest
+	until   time.Duration // the end of the present period, by the clock
+	lines   int           // logged in it
+	leftOut int           // since the last line that was logged
+}
+
+// take reports whether one more line may be logged, and how many were left out before it.
+func (q *quota) take() (leftOut int, ok bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if now := clock(); now >= q.until {
+		q.until, q.lines = now+10*time.Second, 0
+	}
+	if q.lines >= 10 {
+		q.leftOut++
+		return 0, false
+	}
+	q.lines++
+	leftOut, q.leftOut = q.leftOut, 0
+	return leftOut, true
+}
+
 // admit gives r its parent ctx. It reports false if the handler is exclusive and this instance does not lead. While this instance
 // is about to give up the leadership, it also reports false for a request that was not sent to the shared subject.
 func (e *endpoint) admit(r *request) bool {
@@ -362,12 +403,12 @@ func (e *endpoint) dispatch(r *request) {
 	}
 	begin := e.meter.begin()
 	var data []byte
-	failure := errGoexit
+	failure, panicked := errGoexit, false
 	defer func() {
 		switch p := recover(); {
 		case p != nil:
-			failure = newError(ErrInternal, "panic in %s: %v", e.name, p)
-			e.logger(r).Error("handler panicked", "error", p, "stack", string(debug.Stack()))
+			failure, panicked = newError(ErrInternal, "panic in %s: %v", e.name, p), true
+			e.logOften(r, slog.LevelError, "handler panicked", "error", p, "stack", string(debug.Stack()))
 		case failure == errGoexit:
 			failure = newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name)
 		case failure == nil && r.run != nil:
@@ -384,15 +425,73 @@ func (e *endpoint) dispatch(r *request) {
 		}
 		r.end()
 		e.meter.handled(r.msg.Source, begin, failure)
+		if failure != nil && failure.Code == ErrInternal.Code && e.kind == kindRPC && !panicked { // the other sources log each attempt
+			e.logOften(r, slog.LevelError, "a request failed", "error", failure)
+		}
 		e.source.done(r, data, failure)
 	}()
 	data, err := e.run(r, &r.msg)
 	failure = asError(err)
-	if limit := e.svc.conns[0].maxPayload.Load() - e.reserve; failure == nil && int64(len(data)) > limit {
+	if limit := e.svc.maxPayload() - e.reserve; failure == nil && int64(len(data)) > limit {
 		r.permanent = true
 		failure = newError(ErrInternal, "the answer of %s has %d bytes, more than the %d that the server's max_payload leaves: split it, or raise that limit", e.name, len(data), limit)
 	}
 }
+
+// A transmission is what transmit sends, in the ctx of the middleware of WithCallMiddleware.
+type transmission struct {
+	send       func(ctx context.Context, data []byte) ([]byte, *Error)
+	mayHaveRun bool // whether it was sent and a handler may have run
+}
+
+type transmissionKey struct{}
+
+// sendThrough calls send through the middleware of WithCallMiddleware, which must not be nil. It returns the answer.
+func (s *Service) sendThrough(
+	ctx context.Context, kind, subject string, out Raw, send func(ctx context.Context, data []byte) ([]byte, *Error),
+) ([]byte, *Error) {
+	header, correlation := headersFor(ctx)
+	if correlation != "" {
+		header = withHeader(header, headerCorrelation, correlation)
+	}
+	t := &transmission{send: send}
+	m := &Message{Kind: kind, Subject: subject, Source: s.name, Header: header, Data: out.data}
+	data, err := s.outward(context.WithValue(ctx, transmissionKey{}, t), m)
+	if err == nil {
+		return data, nil
+	}
+	failure, ok := err.(*Error)
+	if !ok || failure == nil {
+		failure = asError(err)
+	}
+	if failure.NotRun == t.mayHaveRun {
+		failure = new(*failure) // a copy, because others may have it
+		failure.NotRun = !t.mayHaveRun
+	}
+	return nil, failure
+}
+
+// through calls send, through the middleware of WithCallMiddleware if there is any.
+func (s *Service) through(ctx context.Context, kind, subject string, out Raw, send func(ctx context.Context, data []byte) *Error) *Error {
+	if s.outward == nil {
+		return send(ctx, out.data)
+	}
+	_, failure := s.sendThrough(ctx, kind, subject, out, func(ctx context.Context, data []byte) ([]byte, *Error) { return nil, send(ctx, data) })
+	return failure
+}
+
+// transmit is the innermost of the HandlerFuncs that the middleware of WithCallMiddleware makes.
+func transmit(ctx context.Context, m *Message) ([]byte, error) {
+	t, _ := ctx.Value(transmissionKey{}).(*transmission)
+	if t == nil {
+		return nil, errForeignCtx
+	}
+	data, failure := t.send(ctx, m.Data)
+	t.mayHaveRun = t.mayHaveRun || failure == nil || !failure.NotRun
+	return data, failure.orNil()
+}
+
+var errForeignCtx = newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
 
 var errGoexit = &Error{} // stands for the result of a handler until it returns; compared by identity
 
@@ -402,7 +501,7 @@ func typed[T any](out string, fn func(ctx context.Context, r *request, m *Messag
 	return func(ctx context.Context, m *Message) ([]byte, error) {
 		r := requestOf(ctx)
 		if r == noRequest {
-			return nil, newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
+			return nil, errForeignCtx
 		}
 		var data T
 		c := codecFor(m.Header, m.Data, r.svc.cfg.codec)
@@ -522,6 +621,7 @@ var noRequest = &request{} // has no message, so no headers and no correlation i
 
 const (
 	headerContentType = "Content-Type"
+	headerTimeout     = "Aegis-Timeout" // the time that a call has left, as a Go duration or in milliseconds
 	headerCorrelation = "Aegis-Correlation-Id"
 	headerTraceParent = "traceparent" // https://www.w3.org/TR/trace-context/
 	headerTraceState  = "tracestate"

@@ -65,6 +65,8 @@ const (
 	leadersBucket = "aegis_leaders"
 	leadersPrefix = "$KV." + leadersBucket + "."
 	defaultGroup  = "default" // the group of the exclusive handlers
+
+	answerGrace = 200 * time.Millisecond // for the last answers of a leader that was replaced
 )
 
 func (p FailoverPolicy) valid() bool {
@@ -96,7 +98,7 @@ type candidate struct {
 	group, key    string
 	policy        FailoverPolicy
 	nonce         string
-	watch         *watch[claim]
+	watch         *leaderWatch
 	healthChanged chan struct{}        // receives a signal when the service's unhealthy has changed
 	started       atomic.Bool          // whether campaignForExclusive has started the campaign
 	term          atomic.Pointer[term] // the latest
@@ -194,7 +196,8 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 		ctx, end := context.WithCancel(t)
 		defer end()
 		defer context.AfterFunc(t.resigned, end)()
-		err := fn(ctx, t.number)
+		var err error
+		s.asHandler(func() { err = fn(ctx, t.number) })
 		if ctx.Err() == nil && t.holds() {
 			result, done = err, true
 			cancel()
@@ -247,18 +250,90 @@ func (s *Service) leaderOf(ctx context.Context, service string) string {
 		defer cancel()
 		_ = w.wait(ctx) // if this fails, w has no entry
 	}
-	if e, ok := w.get(w.filter); ok && e.value.leads() {
+	return w.leader()
+}
+
+// A leaderWatch is the local copy of a group's key.
+type leaderWatch struct {
+	*watch[claim]
+	correction atomic.Pointer[correction]
+}
+
+// A correction says who leads according to another instance, as long as the copy stays at a revision.
+type correction struct {
+	leader   string
+	revision uint64
+}
+
+// leaders returns the watch of a group's key.
+func (s *Service) leaders(service, group string) *leaderWatch {
+	key := service + "." + group
+	return s.elections.get(key, func() *leaderWatch {
+		return &leaderWatch{watch: newWatch(s, leadersBucket, key, func(_ string, c *claim) bool { return c.valid() })}
+	})
+}
+
+// leader returns the id of the leader, or "" if none is known.
+func (w *leaderWatch) leader() string {
+	e, _ := w.get(w.filter)
+	if c := w.correction.Load(); c != nil && c.revision == e.revision {
+		return c.leader
+	}
+	if e.value.leads() {
 		return e.value.Holder
 	}
 	return ""
 }
 
-// leaders returns the watch of a group's key.
-func (s *Service) leaders(service, group string) *watch[claim] {
-	key := service + "." + group
-	return s.elections.get(key, func() *watch[claim] {
-		return newWatch(s, leadersBucket, key, func(_ string, c *claim) bool { return c.valid() })
-	})
+// correct takes the answer of the instance asked, which does not lead. If the answer names another leader, and the copy still names
+// asked, the copy is out of date, because its bucket was lost for example. Then the answer counts until the copy is filled anew.
+func (w *leaderWatch) correct(asked string, notActive *Error) {
+	leader := notActive.Details["leader"]
+	if leader != asked && isToken(leader, maxInstance) && w.leader() == asked {
+		e, _ := w.get(w.filter)
+		w.correction.Store(&correction{leader, e.revision})
+		signal(w.refill)
+	}
+}
+
+// A leadership is the term of the instance to which a call was sent as the leader. A nil one never ends.
+type leadership struct {
+	*leaderWatch
+	instance string
+	term     uint64
+	ending   bool // whether another instance leads
+}
+
+// leadership returns the present term, in which the instance leads as far as is known here.
+func (w *leaderWatch) leadership(instance string) *leadership {
+	e, _ := w.get(w.filter)
+	return &leadership{leaderWatch: w, instance: instance, term: e.value.Term}
+}
+
+// nextChange returns a channel that receives something when superseded has to be called. It is nil if l is nil.
+func (l *leadership) nextChange() <-chan struct{} {
+	if l == nil {
+		return nil
+	}
+	return l.leaderWatch.nextChange()
+}
+
+// superseded returns an error if another instance has begun a term, because then the answer to a call can't come any more. It waits
+// for a moment before, because an answer that was sent at the end of the old term may still be on its way. Otherwise superseded
+// returns the channel that receives something when it has to be called again.
+func (l *leadership) superseded() (*Error, <-chan struct{}) {
+	changed := l.nextChange() // before get, so that no change is missed
+	e, _ := l.get(l.filter)
+	switch {
+	case e.value.Term <= l.term || e.value.Holder == "" || e.value.Holder == l.instance:
+		return nil, changed
+	case l.ending:
+		return newError(ErrUnavailable, "%s leads now instead of %s", e.value.Holder, l.instance), nil
+	}
+	l.ending = true
+	grace := make(chan struct{})
+	time.AfterFunc(answerGrace, func() { close(grace) })
+	return nil, grace
 }
 
 func (s *Service) leadersStream() jetstream.StreamConfig {

@@ -124,7 +124,7 @@ var transientCodes = []string{ErrUnavailable.Code, ErrOverloaded.Code, ErrNotAct
 
 // isUnanswered reports whether failure means that a message was sent and got no answer, so that a handler may have run.
 func isUnanswered(failure *Error) bool {
-	return !failure.NotRun && (failure.Code == ErrUnavailable.Code || failure.Code == ErrTimeout.Code)
+	return !failure.NotRun && slices.Contains([]string{ErrUnavailable.Code, ErrTimeout.Code, ErrOverloaded.Code}, failure.Code)
 }
 
 // retryable reports whether a retry could succeed. Whether the message may be sent twice is for the caller to know.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"log/slog"
 	"maps"
 	"slices"
 	"strconv"
@@ -71,15 +72,11 @@ func (s *Service) eventStream() jetstream.StreamConfig {
 // permissions do not allow it. If the stream refuses the event for another reason, the code is the one for the server's status.
 // Unless NotRun is set in the error, the event may have been stored.
 func Publish[T any](ctx context.Context, s *Service, domain, eventType string, data T, opts ...CallOption) error {
-	p, failure := s.newPublication(ctx, domain, eventType, opts)
+	p, failure := s.newPublication(domain, eventType, opts)
 	if failure != nil {
 		return failure
 	}
-	payload, failure := p.encode(&data, "")
-	if failure == nil {
-		failure = s.storeWithRetries(ctx, &exchange{subject: p.subject, header: p.header, data: payload}, s.eventStream(), p.cfg)
-	}
-	return failure.orNil()
+	return p.publish(ctx, &data).orNil()
 }
 
 // A publication is what Publish stores, except for the payload. The events of a batch share one.
@@ -89,10 +86,10 @@ type publication struct {
 	name    string // <domain>.<type>
 	subject string
 	header  nats.Header
-	id      string // encode adds a suffix to it
+	id      string // seal adds a suffix to it
 }
 
-func (s *Service) newPublication(ctx context.Context, domain, eventType string, opts []CallOption) (*publication, *Error) {
+func (s *Service) newPublication(domain, eventType string, opts []CallOption) (*publication, *Error) {
 	cfg, failure := newCallConfig(kindEvent, opts)
 	if failure != nil {
 		return nil, failure
@@ -102,14 +99,45 @@ func (s *Service) newPublication(ctx context.Context, domain, eventType string, 
 	if strings.Contains(domain, ".") || slices.ContainsFunc(strings.Split(name, "."), malformed) {
 		return nil, notRun(newError(ErrInvalid, "event %q: want domain.type, each of a letter, then letters, digits, - and _", name))
 	}
-	p := &publication{s: s, cfg: cfg, name: name, subject: eventPrefix + name, header: s.newHeader(ctx), id: rand.Text()}
-	if cfg.version != nil {
-		p.header[headerVersion] = []string{*cfg.version}
-	}
+	p := &publication{s: s, cfg: cfg, name: name, subject: eventPrefix + name, id: rand.Text()}
 	if cfg.key != nil {
 		p.id = name + ":" + *cfg.key // events of other types may have the same key
 	}
 	return p, nil
+}
+
+// publish stores one event, whose data value points to.
+func (p *publication) publish(ctx context.Context, value any) *Error {
+	out, failure := p.marshal(value)
+	if failure != nil {
+		return failure
+	}
+	return p.s.through(ctx, kindPublish, p.subject, out, func(ctx context.Context, data []byte) *Error {
+		p.setHeader(ctx)
+		if failure := p.seal(Raw{data, out.codec}, ""); failure != nil {
+			return failure
+		}
+		return p.s.storeWithRetries(ctx, &exchange{subject: p.subject, header: p.header, data: data}, p.s.eventStream(), p.cfg)
+	})
+}
+
+// setHeader sets the headers that come from ctx and from the options.
+func (p *publication) setHeader(ctx context.Context) {
+	p.header = p.s.newHeader(ctx)
+	if p.cfg.version != nil {
+		p.header[headerVersion] = []string{*p.cfg.version}
+	}
+}
+
+// marshal encodes what value points to as the payload of an event.
+func (p *publication) marshal(value any) (Raw, *Error) {
+	return p.s.marshal(value, "the event "+p.name)
+}
+
+// seal sets the headers that differ from event to event, and checks the size. It adds suffix to the event's id.
+func (p *publication) seal(out Raw, suffix string) *Error {
+	p.header[jetstream.MsgIDHeader] = []string{p.id + suffix}
+	return p.s.seal(p.header, out, "the event "+p.name)
 }
 
 // newHeader returns a message's headers from ctx, and the service's name as its source. The caller may add to them.
@@ -122,29 +150,27 @@ func (s *Service) newHeader(ctx context.Context) nats.Header {
 	return header
 }
 
-// encode encodes what value points to. It sets its content type in header if receivers can't detect it, and checks that the
-// message is not too large. The error calls the message what.
-func (s *Service) encode(header nats.Header, value any, what string) ([]byte, *Error) {
+// marshal encodes what value points to. The error calls the message what.
+func (s *Service) marshal(value any, what string) (Raw, *Error) {
 	out, err := marshal(s.cfg.codec, value)
 	if err != nil {
-		return nil, notRun(newError(ErrInvalid, "encoding %s: %v", what, err))
+		return out, notRun(newError(ErrInvalid, "encoding %s: %v", what, err))
 	}
+	return out, nil
+}
+
+// seal sets the content type of out in header if receivers can't detect it, and checks that the message is not too large. The error
+// calls the message what.
+func (s *Service) seal(header nats.Header, out Raw, what string) *Error {
 	delete(header, headerContentType)
 	if label := labelOf(out.codec); label != "" {
 		header[headerContentType] = []string{label}
 	}
-	if size, limit := messageSize(header, out.data), s.conns[0].maxPayload.Load()-letterRoom; size > limit {
-		return nil, notRun(newError(ErrInvalid, "%s has %d bytes with its headers, more than %d: "+
+	if size, limit := messageSize(header, out.data), s.maxPayload()-letterRoom; size > limit {
+		return notRun(newError(ErrInvalid, "%s has %d bytes with its headers, more than %d: "+
 			"the server's max_payload, less %d for what a dead letter adds", what, size, limit, letterRoom))
 	}
-	return out.data, nil
-}
-
-// encode encodes what value points to as the payload of an event, and sets the headers that differ from event to event. It adds
-// suffix to the event's id.
-func (p *publication) encode(value any, suffix string) ([]byte, *Error) {
-	p.header[jetstream.MsgIDHeader] = []string{p.id + suffix}
-	return p.s.encode(p.header, value, "the event "+p.name)
+	return nil
 }
 
 // PublishBatch publishes data in order. It sends each event without waiting for the confirmation of the one before, and returns
@@ -154,26 +180,37 @@ func (p *publication) encode(value any, suffix string) ([]byte, *Error) {
 // The error joins (see [errors.Join]) one [*Error] for each event that failed, with the position of the event in
 // Details["index"]. Options, resending and errors are those of [Publish]. Events that were sent again are stored out of order.
 func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType string, data []T, opts ...CallOption) error {
-	p, failure := s.newPublication(ctx, domain, eventType, opts)
+	p, failure := s.newPublication(domain, eventType, opts)
 	if failure != nil {
 		return failure
 	}
 	b := &batch{publication: p, failures: make([]*Error, len(data)), mayBeStored: make([]bool, len(data))}
-	b.encode = func(i int) ([]byte, *Error) { return p.encode(&data[i], "-"+strconv.Itoa(i)) }
-	return b.publish(ctx)
+	b.value = func(i int) any { return &data[i] }
+	var all error
+	var sent *Error
+	failure = s.through(ctx, kindPublish, p.subject, Raw{}, func(ctx context.Context, _ []byte) *Error {
+		all = b.publish(ctx)
+		sent = asError(all)
+		return sent
+	})
+	if failure != nil && failure == sent {
+		return all
+	}
+	return failure.orNil()
 }
 
 // A batch is several events that are published in order.
 type batch struct {
 	*publication
-	encode      func(i int) ([]byte, *Error)
-	failures    []*Error // by position
-	mayBeStored []bool   // by position
+	value       func(i int) any // returns a pointer to the data of an event
+	failures    []*Error        // by position
+	mayBeStored []bool          // by position
 }
 
 // publish stores the first event as Publish does, because that makes the stream if need be and shows whether publishing works.
 // Then it publishes all others in a pipeline. It repeats this with the events that failed and may be sent again.
 func (b *batch) publish(ctx context.Context) error {
+	b.setHeader(ctx)
 	todo := make([]int, len(b.failures))
 	for i := range todo {
 		todo[i] = i
@@ -202,6 +239,15 @@ func (b *batch) publish(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// encode encodes event i and sets the headers for it.
+func (b *batch) encode(i int) ([]byte, *Error) {
+	out, failure := b.marshal(b.value(i))
+	if failure != nil {
+		return nil, failure
+	}
+	return out.data, b.seal(out, "-"+strconv.Itoa(i))
 }
 
 // setResult stores the result of an attempt at event i.
@@ -300,15 +346,15 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 // AEGIS_DEAD, or the consumer, exists but can't be used; [ErrDenied] if the server's permissions do not allow it.
 func Subscribe[T any](s *Service, pattern string, fn func(context.Context, Event[T]) error, opts ...HandlerOption) error {
 	if fn == nil {
-		return newError(ErrInvalid, "events %q: the function is nil", pattern)
+		return s.notRegistered(newError(ErrInvalid, "events %q: the function is nil", pattern))
 	}
-	return s.subscribe(pattern, typed("", func(ctx context.Context, r *request, m *Message, data T) (any, error) {
+	return s.notRegistered(s.subscribe(pattern, typed("", func(ctx context.Context, r *request, m *Message, data T) (any, error) {
 		d := r.delivery
 		ev := Event[T]{ID: r.id, Source: m.Source, Time: d.time, Sequence: d.sequence, Attempt: d.attempt, Data: data}
 		ev.Version = m.Header.Get(headerVersion)
 		ev.Domain, ev.Type, _ = strings.Cut(strings.TrimPrefix(m.Subject, eventPrefix), ".")
 		return nil, fn(ctx, ev)
-	}), opts)
+	}), opts))
 }
 
 func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOption) error {
@@ -376,7 +422,7 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 		f.deadLetter(r, failure, r.delivery.attempt)
 	default:
 		pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
-		f.logger(r).Warn("an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
+		f.logOften(r, slog.LevelWarn, "an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
 		f.acknowledge(r.in, nakAfter(pause))
 	}
 }

@@ -157,6 +157,7 @@ func (s *Service) storeWithRetries(ctx context.Context, x *exchange, stream jets
 // store makes one attempt to store x in a stream, and returns its sequence. If there are no responders, it makes the stream and
 // sends x again.
 func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.StreamConfig) (sequence uint64, failure *Error) {
+	x.stored = true
 	answer, failure := s.request(ctx, x)
 	if failure == errNoResponders {
 		within, cancel := context.WithTimeout(ctx, x.until-clock())
@@ -183,12 +184,17 @@ func noStreamError(subject string) *Error {
 	return notRun(newError(ErrUnavailable, "no stream takes %s at present", subject))
 }
 
+// A pubAck is a stream's answer to a message that was to be stored.
+type pubAck struct {
+	jetstream.PubAck
+	BatchID   string              `json:"batch"`
+	BatchSize uint64              `json:"count"`
+	Error     *jetstream.APIError `json:"error"`
+}
+
 // parsePubAck reads the stream's answer to a message that was to be stored: its sequence, or the reason why it was not stored.
 func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
-	var ack struct {
-		jetstream.PubAck
-		Error *jetstream.APIError `json:"error"`
-	}
+	var ack pubAck
 	err := json.Unmarshal(answer.Data, &ack)
 	switch refused := ack.Error; {
 	case isNoResponders(answer):
@@ -204,6 +210,18 @@ func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 	default:
 		return 0, notRun(newError(kindOf(strconv.Itoa(refused.Code)), "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
 	}
+}
+
+// isPubAck reports whether m is the acknowledgement of a stream, as the server writes it. A stream that takes requests sends one to
+// the reply subject before the handler can answer.
+func isPubAck(m *nats.Msg) bool {
+	if m.Header != nil || !bytes.HasPrefix(m.Data, []byte(`{"stream":"`)) && !bytes.HasPrefix(m.Data, []byte(`{"error":{`)) {
+		return false
+	}
+	var ack pubAck
+	d := json.NewDecoder(bytes.NewReader(m.Data))
+	d.DisallowUnknownFields()
+	return d.Decode(&ack) == nil && ack.Stream != "" && bytes.Contains(m.Data, []byte(`"seq":`))
 }
 
 // Key-value buckets.

@@ -58,13 +58,24 @@ func SendCommand[T, R any](ctx context.Context, s *Service, service, command str
 }
 
 func (s *Service) sendCommand(ctx context.Context, service, command, id string, value any, cfg *callConfig) *Error {
-	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
-	header := s.newHeader(ctx)
-	header[headerID] = []string{id}
-	data, failure := s.encode(header, value, "the command "+service+"."+command)
+	what, subject := "the command "+service+"."+command, commandPrefix+service+"."+command
+	out, failure := s.marshal(value, what)
 	if failure != nil {
 		return failure
 	}
+	return s.through(ctx, kindSend, subject, out, func(ctx context.Context, data []byte) *Error {
+		header := s.newHeader(ctx)
+		header[headerID] = []string{id}
+		if failure := s.seal(header, Raw{data, out.codec}, what); failure != nil {
+			return failure
+		}
+		return s.createCommand(ctx, service, command, id, header, data, cfg)
+	})
+}
+
+// createCommand creates the record of a command, unless it exists, and queues the command.
+func (s *Service) createCommand(ctx context.Context, service, command, id string, header nats.Header, data []byte, cfg *callConfig) *Error {
+	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
 	if len(copyHeader(header)) < len(header) { // copyHeader has left out a header that can't be sent
 		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q",
 			service, command, slices.Collect(maps.Keys(header))))

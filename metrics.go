@@ -243,7 +243,7 @@ func (r *reading) quantile(q float64) time.Duration {
 // Handler returns an HTTP handler that serves three paths:
 //
 //   - /metrics has the metrics in the text format of Prometheus. It blocks as [Service.Stats] does.
-//   - /healthz is 200 until Stop has finished, then 503.
+//   - /healthz is 200 until Stop has finished or a connection was closed for good, then 503.
 //   - /readyz is 200 if the service is ready. It is 503 while there is no connection, while a health check fails, and while the
 //     service does not serve its handlers, because Start has not finished or Stop has begun.
 //
@@ -256,6 +256,8 @@ func (s *Service) Handler() http.Handler {
 		checks := map[string]*Error{"service": nil}
 		if isClosed(s.done) {
 			checks["service"] = s.closedError()
+		} else if s.broken.Err() != nil {
+			checks["service"] = asError(context.Cause(s.broken))
 		}
 		writeHealth(w, checks)
 	})
@@ -266,6 +268,9 @@ func (s *Service) Handler() http.Handler {
 		}
 		if s.pick() == nil {
 			checks["connection"] = s.disconnectedError()
+		}
+		if s.broken.Err() != nil {
+			checks["connection"] = asError(context.Cause(s.broken))
 		}
 		if s.quitting.Err() != nil {
 			checks["service"] = newError(ErrClosed, "service %s is stopping, or was stopped", s.name)

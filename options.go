@@ -39,9 +39,11 @@ type config struct {
 	metadata     map[string]string // never nil, because that would be null in the answers on $SRV
 	healthChecks []*healthCheck
 	middleware   []Middleware
+	outward      []Middleware // of WithCallMiddleware
+	wireHeaders  bool
 
-	pool, concurrency, replicas int
-	timeout, heartbeat          time.Duration
+	pool, concurrency, replicas     int
+	timeout, heartbeat, stopTimeout time.Duration
 }
 
 // WithURL sets the servers to connect to, which are tried in random order. If it is given more than once, the last one counts.
@@ -80,8 +82,12 @@ func WithCodec(codec Codec) Option { return func(c *config) { c.codec = codec } 
 func WithLogger(l *slog.Logger) Option { return func(c *config) { c.logger = l } }
 
 // WithTimeout sets how long a call may take if its ctx has no deadline, and how long a handler may run if its caller sent no
-// deadline (as a plain NATS client does). It must be positive. The default is 5 s.
+// deadline (as a plain NATS client does without the header Aegis-Timeout). It must be positive. The default is 5 s.
 func WithTimeout(d time.Duration) Option { return func(c *config) { c.timeout = d } }
+
+// WithStopTimeout sets how long [Service.Run] lets Stop take to finish what runs. It must be positive. The default is 25 s, which
+// is less than the grace period of Kubernetes (30 s).
+func WithStopTimeout(d time.Duration) Option { return func(c *config) { c.stopTimeout = d } }
 
 // WithConcurrency sets how many requests each method of this instance handles at once, unless the method has its own
 // [Concurrency]: 1 to 1,048,576. The default is 1,024.
@@ -107,7 +113,8 @@ func WithHealthCheck(name string, fn func(context.Context) error) Option {
 // [Balanced].
 func WithFailover(p FailoverPolicy) Option { return func(c *config) { c.failover = p } }
 
-// WithBreaker puts a circuit breaker in front of each service that is called. By default there is none.
+// WithBreaker puts a circuit breaker in front of each service that is called, up to 1,024 services; calls to others are not held
+// up. By default there is none.
 func WithBreaker(p BreakerPolicy) Option {
 	return func(c *config) { c.breaker = BreakerPolicy{cmp.Or(p.Failures, 5), cmp.Or(p.Cooldown, 5*time.Second)} }
 }
@@ -116,6 +123,26 @@ func WithBreaker(p BreakerPolicy) Option {
 func WithMiddleware(mw ...Middleware) Option {
 	return func(c *config) { c.middleware = append(c.middleware, mw...) }
 }
+
+// WithCallMiddleware wraps everything that the service sends: each [Call], with all its attempts, each instance's part of a
+// [CallAll], each [Publish], [PublishBatch] and [SendCommand]. The first one given is the outermost.
+//
+// The Kind of the Message is "call", "publish" or "send". Subject is where it is sent, Source is this service, and Header has what
+// is sent besides what aegis adds; it must not be changed. [WithHeader] adds headers to the ctx that is passed to next. Data is
+// the encoded value, nil for a batch; what is passed to next is sent, except in a batch. next returns the payload of the answer to
+// a call, and nil otherwise.
+//
+// If the middleware returns without calling next, nothing is sent: its data is the answer of a call, a nil error counts as success,
+// and an error has NotRun set.
+func WithCallMiddleware(mw ...Middleware) Option {
+	return func(c *config) { c.outward = append(c.outward, mw...) }
+}
+
+// WithWireHeaders makes the service send the deadline, its name and the correlation id of a call as headers (Aegis-Timeout,
+// Aegis-Source, Aegis-Correlation-Id). By default they travel in the reply subject, which is cheaper. Use it for calls to another
+// account, because the server replaces the reply subject between accounts (service imports). A cancellation does not reach a
+// handler in another account.
+func WithWireHeaders() Option { return func(c *config) { c.wireHeaders = true } }
 
 const (
 	maxService, maxInstance = 64, 128 // characters of a name, and of an instance's id
@@ -128,7 +155,7 @@ func newConfig(opts []Option) (*config, *Error) {
 	c := &config{
 		urls: strings.Split(cmp.Or(os.Getenv("NATS_URL"), nats.DefaultURL), ","), urlsFrom: "$NATS_URL: WithURL",
 		version: "0.0.0", codec: MsgPack, logger: slog.Default(), failover: Balanced, metadata: map[string]string{},
-		pool: 2, concurrency: 1024, replicas: 1, timeout: 5 * time.Second, heartbeat: 10 * time.Second,
+		pool: 2, concurrency: 1024, replicas: 1, timeout: 5 * time.Second, heartbeat: 10 * time.Second, stopTimeout: 25 * time.Second,
 	}
 	for _, opt := range opts {
 		opt(c)
@@ -141,12 +168,15 @@ func newConfig(opts []Option) (*config, *Error) {
 	ok.want(c.codec != nil, "WithCodec(nil): want a codec, such as aegis.JSON")
 	ok.want(c.logger != nil, "WithLogger(nil): want a logger; slog.New(slog.DiscardHandler) logs nothing")
 	ok.want(c.timeout > 0, "WithTimeout(%v): want more than 0", c.timeout)
+	ok.want(c.stopTimeout > 0, "WithStopTimeout(%v): want more than 0", c.stopTimeout)
 	ok.want(c.concurrency >= 1 && c.concurrency <= maxConcurrency, "WithConcurrency(%d): want 1 to %d", c.concurrency, maxConcurrency)
 	ok.want(c.replicas >= 1 && c.replicas <= 5, "WithReplicas(%d): want 1 to 5", c.replicas)
 	ok.want(c.heartbeat >= time.Second, "WithHeartbeat(%v): want at least 1s, because NATS counts whole seconds", c.heartbeat)
 	ok.want(c.failover.valid(), "WithFailover(%+v): %s", c.failover, wantPolicy)
 	ok.want(c.breaker.Failures >= 0 && c.breaker.Cooldown >= 0, "WithBreaker(%+v): negative", c.breaker)
-	ok.want(!slices.ContainsFunc(c.middleware, func(m Middleware) bool { return m == nil }), "WithMiddleware(nil): want a function")
+	isNil := func(m Middleware) bool { return m == nil }
+	ok.want(!slices.ContainsFunc(c.middleware, isNil), "WithMiddleware(nil): want a function")
+	ok.want(!slices.ContainsFunc(c.outward, isNil), "WithCallMiddleware(nil): want a function")
 	for _, u := range c.urls {
 		full := u
 		if !strings.Contains(u, "://") {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"iter"
 	"math/rand/v2"
 	"reflect"
@@ -56,8 +57,9 @@ const (
 
 	registryBucket = "aegis_registry"
 	registryPrefix = "$KV." + registryBucket + "."
-	markerTTL      = time.Hour   // how long the marker of an entry that was deleted or has expired stays in the bucket
-	lookupTimeout  = time.Second // for a lookup that only makes an error more exact: who leads, or why nobody responds
+	markerTTL      = time.Hour    // how long the marker of an entry that was deleted or has expired stays in the bucket
+	infoSubject    = "$SRV.INFO." // followed by what info asks
+	lookupTimeout  = time.Second  // for a lookup that only makes an error more exact: who leads, or why nobody responds
 )
 
 // A directory is the local copy of a service's entries.
@@ -66,27 +68,42 @@ type directory struct {
 	latest atomic.Pointer[snapshot] // nil before the first snapshot is made
 }
 
-// A snapshot is what the entries of a directory say at one version of the directory. Only its counters change, and the next
-// snapshot goes on with the same counters.
+// A snapshot is what the entries of a directory say at one version of the directory. Only the turns of its routes change, and the
+// next snapshot goes on with the same ones.
 type snapshot struct {
 	version   uint64
-	instances []Instance               // sorted by id
-	routes    map[string]*route        // by subject
-	inFlight  map[string]*atomic.Int64 // calls from this process to each instance, by id
+	instances []Instance        // sorted by id
+	routes    map[string]*route // by subject
 }
 
 // A route has the instances that handle what is sent to a subject.
 type route struct {
 	exclusive bool
-	targets   []target       // those that Balance may choose
+	targets   []Instance     // those that Balance may choose
 	turn      *atomic.Uint32 // counts the choices by RoundRobin
 }
 
-// A target is an instance to which a call may be sent.
-type target struct {
-	subject  string // on which only this instance listens
-	load     int
-	inFlight *atomic.Int64 // see snapshot
+// A tally counts the calls in flight from this service to each instance that they are addressed to.
+type tally struct {
+	mu     sync.Mutex     // guards counts
+	counts map[string]int // by <service>.<instance>; there is no entry for 0
+}
+
+func (t *tally) add(key string, n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.counts == nil {
+		t.counts = map[string]int{}
+	}
+	if t.counts[key] += n; t.counts[key] == 0 {
+		delete(t.counts, key)
+	}
+}
+
+func (t *tally) get(key string) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.counts[key]
 }
 
 // A healthCheck is a check that was given to WithHealthCheck.
@@ -166,14 +183,13 @@ func (d *directory) snapshot() *snapshot {
 		return last
 	}
 	last = cmp.Or(last, &snapshot{})
-	now := &snapshot{version: version, instances: []Instance{}, routes: map[string]*route{}, inFlight: map[string]*atomic.Int64{}}
+	now := &snapshot{version: version, instances: []Instance{}, routes: map[string]*route{}}
 	for _, e := range d.all() {
 		e.value.Seen = e.created
 		now.instances = append(now.instances, e.value)
 	}
 	slices.SortFunc(now.instances, func(a, b Instance) int { return cmp.Compare(a.ID, b.ID) })
 	for _, i := range now.instances {
-		now.inFlight[i.ID] = cmp.Or(last.inFlight[i.ID], &atomic.Int64{})
 		for _, e := range i.Endpoints {
 			r := now.routes[e.Subject]
 			if r == nil {
@@ -183,7 +199,7 @@ func (d *directory) snapshot() *snapshot {
 			}
 			r.exclusive = r.exclusive || e.Exclusive
 			if i.Status != statusUnhealthy && i.Status != statusStopping {
-				r.targets = append(r.targets, target{e.Subject + "." + i.ID, i.Load, now.inFlight[i.ID]})
+				r.targets = append(r.targets, i)
 			}
 		}
 	}
@@ -198,15 +214,10 @@ func (s *Service) requestAny(ctx context.Context, x *exchange, service string, s
 	if failure != nil {
 		return nil, notRun(failure)
 	}
-	shared := x.subject
-	r := cmp.Or(d.snapshot().routes[shared], &route{})
+	r := cmp.Or(d.snapshot().routes[x.subject], &route{})
 	for targets := r.targets; len(targets) > 0 && !r.exclusive; {
-		i := r.choose(targets, strategy)
-		x.subject = targets[i].subject
-		targets[i].inFlight.Add(1)
-		answer, failure := s.request(ctx, x)
-		targets[i].inFlight.Add(-1)
-		x.subject = shared
+		i := s.choose(r, targets, strategy)
+		answer, failure := s.requestFrom(ctx, x, service, targets[i].ID)
 		if failure != errNoResponders {
 			return answer, failure
 		}
@@ -216,7 +227,7 @@ func (s *Service) requestAny(ctx context.Context, x *exchange, service string, s
 }
 
 // choose returns the index of the target that a call goes to.
-func (r *route) choose(targets []target, strategy Strategy) int {
+func (s *Service) choose(r *route, targets []Instance, strategy Strategy) int {
 	n := len(targets)
 	i := rand.IntN(n)
 	switch strategy {
@@ -224,7 +235,8 @@ func (r *route) choose(targets []target, strategy Strategy) int {
 		return int(r.turn.Add(1) % uint32(n))
 	case LeastLoaded:
 		j := (i + 1 + rand.IntN(max(n-1, 1))) % n // another target, if there is one
-		if a, b := targets[i], targets[j]; a.inFlight.Load()+int64(a.load) > b.inFlight.Load()+int64(b.load) {
+		load := func(t Instance) int { return t.Load + s.inFlight.get(t.Service+"."+t.ID) }
+		if load(targets[i]) > load(targets[j]) {
 			return j
 		}
 	}
@@ -240,7 +252,9 @@ func (s *Service) explainNoResponders(ctx context.Context, x *exchange, service,
 	}
 	kind, reason := ErrUnavailable, who+" is starting or stopping, or has crashed"
 	info, failure := s.info(ctx, asked)
-	if failure == errNoResponders {
+	if ago := s.sinceReconnect(); failure == errNoResponders && ago < reconnectTime {
+		reason = fmt.Sprintf("%s is not running, or has not reconnected yet: this instance did so %v ago", who, ago.Round(time.Millisecond))
+	} else if failure == errNoResponders {
 		reason = who + " is not running"
 	} else if failure != nil {
 		reason = "the reason is unknown: " + failure.Message
@@ -250,6 +264,19 @@ func (s *Service) explainNoResponders(ctx context.Context, x *exchange, service,
 		kind, reason = ErrNotActive, "no instance of "+service+" leads at present"
 	}
 	return notRun(newError(kind, "no responders on %s: %s", subject, reason))
+}
+
+const reconnectTime = 10 * time.Second // for other services to reconnect to a server after this one
+
+// sinceReconnect returns how long ago a connection of the pool was made again after a loss.
+func (s *Service) sinceReconnect() time.Duration {
+	latest := -reconnectTime
+	for _, c := range s.conns {
+		if c.reconnects.Load() > 0 {
+			latest = max(latest, time.Duration(c.connectedAt.Load()))
+		}
+	}
+	return clock() - latest
 }
 
 // unhandled reports whether instances of a service are running and none of them handles the command with this subject. It reports
@@ -278,7 +305,7 @@ func (s *Service) unhandled(caller context.Context, service, subject string) boo
 // info asks an instance for its $SRV.INFO. asked is "<service>" for any instance of it, or "<service>.<instance>". If the server
 // has denied the request, info does not ask again for a minute, because both this service and the server log each denial.
 func (s *Service) info(ctx context.Context, asked string) (*micro.Info, *Error) {
-	x := &exchange{subject: "$SRV.INFO." + asked}
+	x := &exchange{subject: infoSubject + asked}
 	if denied := s.denials.since(clock()-time.Minute, toPublish+x.subject); denied != nil {
 		return nil, denied
 	}

@@ -5,8 +5,8 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"log/slog"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -24,15 +24,15 @@ import (
 // the caller's deadline. A request whose caller has given up before a handler was free is dropped.
 //
 // Handle fails with [ErrInvalid] if the name or an option is out of range or the method has a handler already, and with
-// [ErrClosed] after Stop.
+// [ErrClosed] after Stop. Before Start, Start returns the error too. After Start, there are also the errors of Start.
 func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, Req) (Resp, error), opts ...HandlerOption) error {
 	if fn == nil {
-		return newError(ErrInvalid, "method %q: its function is nil", method)
+		return s.notRegistered(newError(ErrInvalid, "method %q: its function is nil", method))
 	}
-	return s.handle(method, typed("the answer of "+method, func(ctx context.Context, _ *request, _ *Message, in Req) (any, error) {
+	return s.notRegistered(s.handle(method, typed("the answer of "+method, func(ctx context.Context, _ *request, _ *Message, in Req) (any, error) {
 		resp, err := fn(ctx, in)
 		return &resp, err
-	}), opts)
+	}), opts))
 }
 
 func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) error {
@@ -132,7 +132,7 @@ func (q *requests) pending() int64 { return 0 }
 
 // serve handles one request and answers it.
 func (q *requests) serve(m *nats.Msg, arrived time.Time) {
-	from := parseAddress(m.Reply)
+	from, malformed := callerOf(m)
 	msg := Message{Kind: q.kind, Subject: m.Subject, Source: from.service, Header: m.Header, Data: m.Data}
 	r := &request{svc: q.svc, msg: msg, in: m, reply: m.Reply, from: from}
 	r.deadline = arrived.Add(cmp.Or(from.budget, q.svc.cfg.timeout))
@@ -140,6 +140,8 @@ func (q *requests) serve(m *nats.Msg, arrived time.Time) {
 		r.id = rand.Text()
 	}
 	switch {
+	case malformed != nil:
+		q.refuse(m, r.msg.Source, malformed)
 	case time.Until(r.deadline) <= 0:
 		q.meter.expired.Add(1)
 		q.meter.ended(r.msg.Source, errExpiredEarly)
@@ -181,6 +183,8 @@ func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 		out.Header, out.Data = failure.encode(c)
 	} else if label := labelOf(c); label != "" {
 		out.Header = nats.Header{headerContentType: {label}}
+	} else if isPubAck(out) { // the label tells the caller that it is an answer
+		out.Header = nats.Header{headerContentType: {c.ContentType()}}
 	}
 	err := q.send(m, out)
 	if errors.Is(err, nats.ErrMaxPayload) {
@@ -190,8 +194,12 @@ func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 		out.Header, out.Data = tooLarge.encode(c)
 		err = q.send(m, out)
 	}
+	if isDisconnected(err) {
+		err = errors.New("the connection to the server is lost")
+	}
 	if err != nil {
-		q.svc.log.Warn("an answer was lost", "endpoint", q.name, "correlation_id", cmp.Or(m.Header.Get(headerCorrelation), parseAddress(m.Reply).correlationID()), "error", err)
+		r := &request{msg: Message{Header: m.Header}, from: parseAddress(m.Reply), reply: m.Reply}
+		q.logOften(r, slog.LevelWarn, "an answer was lost", "error", err)
 	}
 }
 
@@ -199,12 +207,17 @@ func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 // yet. If that connection is lost, send uses any other.
 func (q *requests) send(m, out *nats.Msg) error {
 	err := m.RespondMsg(out)
-	if errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionClosed) {
+	if isDisconnected(err) {
 		if c := q.svc.pick(); c != nil {
 			err = c.nc.PublishMsg(out)
 		}
 	}
 	return err
+}
+
+// isDisconnected reports whether nats.go has not sent a message because its connection is down.
+func isDisconnected(err error) bool {
+	return errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionClosed)
 }
 
 // Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The
@@ -225,25 +238,43 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 }
 
 // call sends what req points to, and decodes the answer into what resp points to.
-func (s *Service) call(ctx context.Context, service, method string, req, resp any, opts []CallOption) (failure *Error) {
-	out, err := marshal(s.cfg.codec, req)
-	if err != nil {
-		return notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
-	}
-	cfg, failure := newCallConfig(kindRPC, opts)
-	if failure := cmp.Or(checkNames(service, "method", method), failure); failure != nil {
+func (s *Service) call(ctx context.Context, service, method string, req, resp any, opts []CallOption) *Error {
+	out, cfg, failure := s.newCall(service, method, req, opts)
+	if failure != nil {
 		return failure
 	}
-	x := exchange{subject: "rpc." + service + "." + method, data: out.data}
-	x.header, x.correlation = headersFor(ctx)
-	if label := labelOf(out.codec); label != "" {
-		x.header = withHeader(x.header, headerContentType, label)
+	return s.callWith(ctx, service, method, out, resp, cfg)
+}
+
+// newCall encodes the request of a call, and checks its names and options.
+func (s *Service) newCall(service, method string, req any, opts []CallOption) (Raw, *callConfig, *Error) {
+	out, err := marshal(s.cfg.codec, req)
+	if err != nil {
+		return out, nil, notRun(newError(ErrInvalid, "encoding the request of %s.%s: %v", service, method, err))
 	}
-	b := s.breaker(service)
-	meter := s.calls.get(x.subject[len("rpc."):], newMeter)
+	cfg, failure := newCallConfig(kindRPC, opts)
+	return out, cfg, cmp.Or(checkNames(service, "method", method), failure)
+}
+
+// callWith sends an encoded request, and decodes the answer into what resp points to.
+func (s *Service) callWith(ctx context.Context, service, method string, out Raw, resp any, cfg *callConfig) (failure *Error) {
+	subject := "rpc." + service + "." + method
+	meter := s.calls.get(subject[len("rpc."):], newMeter)
 	begin := meter.begin()
 	defer func() { meter.handled("", begin, failure) }()
-	answer, failure := s.withRetries(ctx, &x, cfg, func() (*nats.Msg, *Error, bool) { return s.attempt(ctx, &x, b, service, cfg) })
+	answer := &nats.Msg{}
+	if s.outward == nil {
+		answer, failure = s.exchangeCall(ctx, subject, service, out, cfg)
+	} else {
+		answer.Data, failure = s.sendThrough(ctx, kindCall, subject, out, func(ctx context.Context, data []byte) ([]byte, *Error) {
+			got, failure := s.exchangeCall(ctx, subject, service, Raw{data, out.codec}, cfg)
+			if failure != nil {
+				return nil, failure
+			}
+			answer.Header = got.Header
+			return got.Data, nil
+		})
+	}
 	if failure != nil {
 		return failure
 	}
@@ -254,6 +285,24 @@ func (s *Service) call(ctx context.Context, service, method string, req, resp an
 		return newError(ErrInternal, "the answer of %s.%s is not %v", service, method, err)
 	}
 	return nil
+}
+
+// exchangeCall sends a request, in as many attempts as cfg allows, and returns the answer.
+func (s *Service) exchangeCall(ctx context.Context, subject, service string, out Raw, cfg *callConfig) (*nats.Msg, *Error) {
+	x := exchange{subject: subject, data: out.data}
+	x.header, x.correlation = headersFor(ctx)
+	if label := labelOf(out.codec); label != "" {
+		x.header = withHeader(x.header, headerContentType, label)
+	}
+	if s.cfg.wireHeaders { // roundTrip adds the deadline
+		if x.header[headerCorrelation] == nil {
+			x.correlation = cmp.Or(x.correlation, rand.Text())
+			x.header = withHeader(x.header, headerCorrelation, x.correlation)
+		}
+		x.header = withHeader(x.header, headerSource, s.name)
+	}
+	b := s.breaker(service)
+	return s.withRetries(ctx, &x, cfg, func() (*nats.Msg, *Error, bool) { return s.attempt(ctx, &x, b, service, cfg) })
 }
 
 // attempt sends the call once, if the circuit breaker lets it through. again reports whether the caller's options allow another
@@ -274,6 +323,9 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 	if failure == nil {
 		b.report(probe, good)
 		return answer, nil, false
+	}
+	if cfg.sticky && failure.Code == ErrNotActive.Code && failure.NotRun && failure.Source == service {
+		s.leaders(service, defaultGroup).correct(instance, failure)
 	}
 	if failure.Code == ErrCanceled.Code && !answered && !failure.NotRun {
 		s.notify(cancelSubject(service), []byte(x.reply))
@@ -301,9 +353,11 @@ func (s *Service) sendCall(ctx context.Context, x *exchange, service string, cfg
 	}
 	switch {
 	case instance != "":
-		x.subject += "." + instance
-		answer, failure = s.request(ctx, x)
-		x.subject = strings.TrimSuffix(x.subject, "."+instance)
+		if cfg.instance == nil {
+			x.term = s.leaders(service, defaultGroup).leadership(instance)
+		}
+		answer, failure = s.requestFrom(ctx, x, service, instance)
+		x.term = nil
 		if failure == errNoResponders && cfg.instance == nil { // the leader is gone, and another instance may lead now
 			answer, failure = s.request(ctx, x)
 			instance = ""
@@ -314,6 +368,18 @@ func (s *Service) sendCall(ctx context.Context, x *exchange, service string, cfg
 		answer, failure = s.request(ctx, x)
 	}
 	return answer, instance, failure
+}
+
+// requestFrom sends x to one instance of a service.
+func (s *Service) requestFrom(ctx context.Context, x *exchange, service, instance string) (*nats.Msg, *Error) {
+	shared := x.subject
+	x.subject += "." + instance
+	key := service + "." + instance
+	s.inFlight.add(key, 1)
+	answer, failure := s.request(ctx, x)
+	s.inFlight.add(key, -1)
+	x.subject = shared
+	return answer, failure
 }
 
 // A breaker is the circuit breaker in front of one service.
@@ -331,10 +397,18 @@ type verdict int
 
 const inconclusive, good, bad verdict = 0, 1, 2
 
-// breaker returns the circuit breaker in front of a service. Without WithBreaker it is nil, which lets every call through.
+const maxBreakers = 1024
+
+// breaker returns the circuit breaker in front of a service. It is nil, which lets every call through, without WithBreaker, and if
+// there are too many breakers already.
 func (s *Service) breaker(service string) *breaker {
 	if s.cfg.breaker.Failures == 0 {
 		return nil
+	}
+	if s.breakers.count.Load() >= maxBreakers { // concurrent calls may exceed that by a few
+		known, _ := s.breakers.values.Load(service)
+		b, _ := known.(*breaker)
+		return b
 	}
 	return s.breakers.get(service, func() *breaker { return &breaker{policy: s.cfg.breaker} })
 }
