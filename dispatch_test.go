@@ -580,3 +580,175 @@ func TestHandlerAddedDuringStart(t *testing.T) {
 		}
 	})
 }
+
+// Middleware around what is sent sees each call, publish and send once, whatever it takes to send it.
+func TestCallMiddleware(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	ctx := aegis.WithHeader(t.Context(), "Aegis-Correlation-Id", "order-7")
+	var seen journal[string]
+	note := func(name string) aegis.Middleware {
+		return func(next aegis.HandlerFunc) aegis.HandlerFunc {
+			return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+				seen.add(fmt.Sprintf("%s %s %s %s %s %s", name, m.Kind, m.Subject, m.Source, m.Data, m.Header.Get("Aegis-Correlation-Id")))
+				data, err := next(aegis.WithHeader(ctx, "Via", name), m)
+				seen.add(fmt.Sprintf("%s %s %v", name, data, err))
+				return data, err
+			}
+		}
+	}
+	var received journal[string]
+	svc := newService(t, srv, "svc", aegis.WithMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			received.add(fmt.Sprintf("%s %s %s", m.Kind, m.Header.Get("Via"), m.Data))
+			return next(ctx, m)
+		}
+	}))
+	handle(t, svc, "m", echo)
+	subscribe(t, svc, "a.b", func(context.Context, aegis.Event[string]) error { return nil })
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) { return c.Data, nil })
+	start(t, svc)
+	client := newService(t, srv, "client", aegis.WithCodec(aegis.JSON), aegis.WithCallMiddleware(note("outer")), aegis.WithCallMiddleware(note("inner")))
+	expect := func(want ...string) {
+		t.Helper()
+		if got := seen.all(); !slices.Equal(got, want) {
+			t.Errorf("got %q\nwant %q", got, want)
+		}
+		seen = journal[string]{}
+	}
+	if got, err := aegis.Call[string, string](ctx, client, "svc", "m", "hi"); got != "hi" || err != nil {
+		t.Error(got, err)
+	}
+	expect(`outer call rpc.svc.m client "hi" order-7`, `inner call rpc.svc.m client "hi" order-7`, `inner "hi" <nil>`, `outer "hi" <nil>`)
+	if err := aegis.Publish(ctx, client, "a", "b", "hi"); err != nil {
+		t.Error(err)
+	}
+	expect(`outer publish events.a.b client "hi" order-7`, `inner publish events.a.b client "hi" order-7`, `inner  <nil>`, `outer  <nil>`)
+	if err := aegis.PublishBatch(ctx, client, "a", "b", []string{"1", "2", "3"}); err != nil {
+		t.Error(err)
+	}
+	expect(`outer publish events.a.b client  order-7`, `inner publish events.a.b client  order-7`, `inner  <nil>`, `outer  <nil>`)
+	job := send[string, string](t, client, "svc", "work", "hi")
+	if got := wait(t, job); got != "hi" {
+		t.Error(got)
+	}
+	expect(`outer send commands.svc.work client "hi" `, `inner send commands.svc.work client "hi" `, `inner  <nil>`, `outer  <nil>`)
+	want := []string{`command inner "hi"`, `event inner "1"`, `event inner "2"`, `event inner "3"`, `event inner "hi"`, `rpc inner "hi"`}
+	if got := sorted(received.wait(t, 6)); !slices.Equal(got, want) {
+		t.Errorf("the service has got %q, want %q", got, want)
+	}
+	starting := make(chan struct{})
+	go func() { // the first attempts find nobody
+		defer close(starting)
+		seen.wait(t, 2)
+		late := newService(t, srv, "late")
+		handle(t, late, "m", echo)
+		start(t, late)
+	}()
+	patient := aegis.Retry(aegis.RetryPolicy{Attempts: 10000, Backoff: time.Millisecond, MaxBackoff: 10 * time.Millisecond})
+	if _, err := aegis.Call[string, string](ctx, client, "late", "m", "hi", patient); err != nil {
+		t.Error(err)
+	}
+	<-starting
+	expect(`outer call rpc.late.m client "hi" order-7`, `inner call rpc.late.m client "hi" order-7`, `inner "hi" <nil>`, `outer "hi" <nil>`)
+	for _, err := range aegis.CallAll[string, string](ctx, client, "svc", "m", "hi") {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	expect(`outer call rpc.svc.m client "hi" order-7`, `inner call rpc.svc.m client "hi" order-7`, `inner "hi" <nil>`, `outer "hi" <nil>`)
+	// An error of the service passes as it is.
+	_, err := call[string, string](client, "svc", "none", "hi")
+	if e := fails(t, err, aegis.ErrUnimplemented); !e.NotRun || e.Cause != nil {
+		t.Errorf("got %+v, want the error itself", e)
+	}
+	err = aegis.PublishBatch(ctx, client, "a", "b", []string{"1", strings.Repeat("x", 2<<20)})
+	if e := fails(t, err, aegis.ErrInvalid, "max_payload"); e.Details["index"] != "1" {
+		t.Errorf("got %+v, want index 1", e)
+	}
+}
+
+// Middleware can answer instead of the service, refuse, change what is sent, and hide an error.
+func TestCallMiddlewareDecides(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "svc")
+	var events journal[string]
+	handle(t, svc, "m", echo)
+	handle(t, svc, "fail", func(context.Context, string) (string, error) { return "", &aegis.Error{Code: "NO_FUNDS"} })
+	subscribe(t, svc, "a.b", func(_ context.Context, e aegis.Event[string]) error { events.add(e.Data); return nil })
+	var commands journal[string]
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		commands.add(c.Data)
+		return c.Data, nil
+	})
+	start(t, svc)
+	ctx := t.Context()
+	with := func(fn func(next aegis.HandlerFunc, ctx context.Context, m *aegis.Message) ([]byte, error)) *aegis.Service {
+		return newService(t, srv, "client", aegis.WithCallMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
+			return func(ctx context.Context, m *aegis.Message) ([]byte, error) { return fn(next, ctx, m) }
+		}))
+	}
+	answering := with(func(aegis.HandlerFunc, context.Context, *aegis.Message) ([]byte, error) {
+		return []byte(`"canned"`), nil
+	})
+	if got, err := call[string, string](answering, "nobody", "m", "hi"); got != "canned" || err != nil {
+		t.Error(got, err)
+	}
+	if err := aegis.Publish(ctx, answering, "a", "b", "dropped"); err != nil {
+		t.Error(err)
+	}
+	refusing := with(func(aegis.HandlerFunc, context.Context, *aegis.Message) ([]byte, error) { return nil, errors.New("no") })
+	_, err := call[string, string](refusing, "svc", "m", "hi")
+	if e := fails(t, err, aegis.ErrInternal, "no"); !e.NotRun {
+		t.Error("NotRun = false, want true: nothing was sent")
+	}
+	fails(t, aegis.PublishBatch(ctx, refusing, "a", "b", []string{"dropped"}), aegis.ErrInternal, "no")
+	_, err = aegis.SendCommand[string, string](ctx, refusing, "svc", "work", "dropped")
+	if e := fails(t, err, aegis.ErrInternal, "no"); !e.NotRun {
+		t.Error("NotRun = false, want true: nothing was sent")
+	}
+	changing := with(func(next aegis.HandlerFunc, ctx context.Context, m *aegis.Message) ([]byte, error) {
+		changed := *m
+		changed.Data = []byte(`"changed"`)
+		return next(ctx, &changed)
+	})
+	if got, err := call[string, string](changing, "svc", "m", "hi"); got != "changed" || err != nil {
+		t.Error(got, err)
+	}
+	publish(t, changing, "a", "b", "hi")
+	send[string, string](t, changing, "svc", "work", "hi")
+	if got := events.wait(t, 1); !slices.Equal(got, []string{"changed"}) {
+		t.Errorf("got events %q, want only the changed one", got)
+	}
+	if got := commands.wait(t, 1); !slices.Equal(got, []string{"changed"}) {
+		t.Errorf("got commands %q, want only the changed one", got)
+	}
+	// An error after a handler has run never has NotRun.
+	replacing := with(func(next aegis.HandlerFunc, ctx context.Context, m *aegis.Message) ([]byte, error) {
+		_, _ = next(ctx, m)
+		return nil, &aegis.Error{Code: "REPLACED", NotRun: true}
+	})
+	for _, method := range []string{"m", "fail"} {
+		_, err = call[string, string](replacing, "svc", method, "hi")
+		if e := fails(t, err, &aegis.Error{Code: "REPLACED"}); e.NotRun {
+			t.Errorf("%s: NotRun = true, but the handler ran", method)
+		}
+	}
+	hiding := with(func(next aegis.HandlerFunc, ctx context.Context, m *aegis.Message) ([]byte, error) {
+		if _, err := next(ctx, m); err != nil {
+			return []byte(`"default"`), nil
+		}
+		return []byte(`"fine"`), nil
+	})
+	if got, err := call[string, string](hiding, "svc", "fail", "hi"); got != "default" || err != nil {
+		t.Error(got, err)
+	}
+	careless := with(func(next aegis.HandlerFunc, _ context.Context, m *aegis.Message) ([]byte, error) {
+		return next(context.Background(), m)
+	})
+	_, err = call[string, string](careless, "svc", "m", "hi")
+	fails(t, err, aegis.ErrInternal, "ctx")
+	_, err = aegis.New("x", aegis.WithCallMiddleware(nil))
+	fails(t, err, aegis.ErrInvalid, "WithCallMiddleware")
+}

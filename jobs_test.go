@@ -244,12 +244,12 @@ func TestInvalidCommandArguments(t *testing.T) {
 	fails(t, err, aegis.ErrInvalid, "max_payload")
 	fails(t, aegis.Publish(ctx, svc, "a", "b", 1, aegis.AtPriority(aegis.High)), aegis.ErrInvalid, "AtPriority")
 	noop := func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil }
+	handleCommand(t, svc, "work", noop)
+	start(t, svc) // before the failures below, which would make it fail
 	fails(t, aegis.HandleCommand(svc, "no-command", noop), aegis.ErrInvalid, "no-command")
 	fails(t, aegis.HandleCommand[int, int](svc, "work", nil), aegis.ErrInvalid, "nil")
 	fails(t, aegis.HandleCommand(svc, "work", noop, aegis.Broadcast()), aegis.ErrInvalid, "Broadcast")
-	handleCommand(t, svc, "work", noop)
 	fails(t, aegis.HandleCommand(svc, "work", noop), aegis.ErrInvalid, "commands.risk.work")
-	start(t, svc)
 	other := newService(t, srv, "shop")
 	_, err = aegis.SendCommand[int, int](ctx, other, "risk", "other", 1)
 	if e := fails(t, err, aegis.ErrUnimplemented, "risk", "other"); !e.NotRun {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"iter"
 	"log/slog"
 	"slices"
 	"sync"
@@ -235,6 +236,75 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 		return zero, failure
 	}
 	return resp, nil
+}
+
+// An Answer is what one instance has answered to a [CallAll].
+type Answer[T any] struct {
+	Instance string // the id of the instance that has answered, or has not
+	Data     T      // the zero value if the call of this instance has failed
+}
+
+// CallAll calls a method of every instance of a service that the registry lists, except those that are STOPPING, all at once. It
+// yields each one's answer or error as it comes, so that whoever ranges over it knows which instances have answered and which
+// have not. Each of these calls has the time limit and the errors of [Call]; an instance that stands by ([Exclusive]) answers
+// [ErrNotActive]. If the loop is left, the calls that have no answer yet are cancelled. CallAll returns when all calls have ended.
+//
+// It yields a single error, with no Instance, if no call can be made: [ErrUnavailable] if the service has no instances; [ErrInvalid]
+// as Call does, and for [Sticky], [ToInstance] and [Balance]; and the errors of [Service.Discover].
+func CallAll[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) iter.Seq2[Answer[Resp], error] {
+	return func(yield func(Answer[Resp], error) bool) {
+		each := func(ctx context.Context, instance string, out Raw, cfg *callConfig) func() bool {
+			a := Answer[Resp]{Instance: instance}
+			failure := s.callWith(ctx, service, method, out, &a.Data, cfg)
+			if failure != nil {
+				a.Data = *new(Resp)
+			}
+			return func() bool { return yield(a, failure.orNil()) }
+		}
+		if failure := s.callAll(ctx, service, method, &req, opts, each); failure != nil {
+			yield(Answer[Resp]{}, failure)
+		}
+	}
+}
+
+// callAll runs each for every instance of a service, each on a goroutine of its own, and then calls the functions that they return,
+// one after another, until one returns false. Before it returns, it waits for all goroutines.
+func (s *Service) callAll(
+	ctx context.Context, service, method string, req any, opts []CallOption,
+	each func(ctx context.Context, instance string, out Raw, cfg *callConfig) func() bool,
+) *Error {
+	out, cfg, failure := s.newCall(service, method, req, opts)
+	if failure != nil {
+		return failure
+	}
+	if cfg.sticky || cfg.instance != nil || cfg.strategy != nil {
+		return notRun(newError(ErrInvalid, "CallAll of %s.%s: it calls all instances: Sticky, ToInstance and Balance are for Call", service, method))
+	}
+	d, failure := s.discover(ctx, service)
+	if failure != nil {
+		return failure
+	}
+	instances := slices.Clone(d.snapshot().instances)
+	instances = slices.DeleteFunc(instances, func(i Instance) bool { return i.Status == statusStopping })
+	if len(instances) == 0 {
+		return notRun(newError(ErrUnavailable, "the service %s has no instances in the registry", service))
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	results := make(chan func() bool, len(instances))
+	var calls sync.WaitGroup
+	defer calls.Wait()
+	defer cancel()
+	for _, i := range instances {
+		own := *cfg
+		own.instance = &i.ID
+		calls.Go(func() { results <- each(ctx, i.ID, out, &own) })
+	}
+	for range instances {
+		if !(<-results)() {
+			break
+		}
+	}
+	return nil
 }
 
 // call sends what req points to, and decodes the answer into what resp points to.

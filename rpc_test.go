@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -412,4 +414,128 @@ func FuzzAnswer(f *testing.F) {
 			t.Errorf("no answer: %v", err)
 		}
 	})
+}
+
+// A CallAll reaches every instance, and tells which of them answered what.
+func TestCallAll(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "client")
+	ctx := t.Context()
+	canceled := make(chan string, 10)
+	var instances []*aegis.Service
+	for _, id := range []string{"a", "b", "c"} {
+		svc := newService(t, srv, "cache", aegis.WithID(id), aegis.WithFailover(aegis.Aggressive))
+		handle(t, svc, "flush", func(_ context.Context, n int) (string, error) { return fmt.Sprint(id, n), nil })
+		handle(t, svc, "uneven", func(_ context.Context, n int) (string, error) {
+			switch id {
+			case "a":
+				return "half", &aegis.Error{Code: "BUSY"}
+			case "b":
+				panic("broken")
+			}
+			return "well", nil
+		})
+		handle(t, svc, "slow", func(ctx context.Context, _ int) (string, error) {
+			if id == "c" {
+				return "first", nil
+			}
+			<-ctx.Done()
+			canceled <- id
+			return "", ctx.Err()
+		})
+		handle(t, svc, "single", func(context.Context, int) (string, error) { return "led by " + id, nil }, aegis.Exclusive())
+		if id == "c" { // the others don't have it
+			handle(t, svc, "new", func(context.Context, int) (string, error) { return "new", nil })
+		}
+		start(t, svc)
+		instances = append(instances, svc)
+	}
+	eventually(t, "one instance leads", func() bool {
+		return slices.ContainsFunc(instances, (*aegis.Service).IsLeader)
+	})
+	all := func(ctx context.Context, method string, opts ...aegis.CallOption) (answers []string) {
+		for a, err := range aegis.CallAll[int, string](ctx, client, "cache", method, 7, opts...) {
+			code := "OK"
+			if err != nil {
+				code = fails(t, err, err.(*aegis.Error)).Code
+			}
+			answers = append(answers, strings.TrimSpace(a.Instance+" "+code+" "+a.Data))
+		}
+		slices.Sort(answers)
+		return answers
+	}
+	eventually(t, "the client knows all instances", func() bool { return len(all(ctx, "flush")) == 3 })
+	for method, want := range map[string][]string{
+		"flush":  {"a OK a7", "b OK b7", "c OK c7"},
+		"uneven": {"a BUSY", "b INTERNAL", "c OK well"},
+		"new":    {"a UNIMPLEMENTED", "b UNIMPLEMENTED", "c OK new"},
+		"none":   {"a UNIMPLEMENTED", "b UNIMPLEMENTED", "c UNIMPLEMENTED"},
+	} {
+		if got := all(ctx, method); !slices.Equal(got, want) {
+			t.Errorf("%s: got %q, want %q", method, got, want)
+		}
+	}
+	led := all(ctx, "single")
+	if text := strings.Join(led, "; "); strings.Count(text, "NOT_ACTIVE") != 2 || strings.Count(text, "OK led by") != 1 {
+		t.Errorf("got %q, want one answer and two NOT_ACTIVE", led)
+	}
+
+	// Each call has the deadline of ctx; those that have answered before are not affected.
+	short, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+	defer cancel()
+	promptly(t, func() {
+		if got, want := all(short, "slow"), []string{"a DEADLINE_EXCEEDED", "b DEADLINE_EXCEEDED", "c OK first"}; !slices.Equal(got, want) {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	})
+	<-canceled
+	<-canceled
+	// Leaving the loop cancels the calls that have no answer yet.
+	promptly(t, func() {
+		for a, err := range aegis.CallAll[int, string](ctx, client, "cache", "slow", 7) {
+			if a.Instance != "c" || err != nil {
+				t.Error(a, err)
+			}
+			break
+		}
+		if got := sorted([]string{<-canceled, <-canceled}); !slices.Equal(got, []string{"a", "b"}) {
+			t.Errorf("cancelled %q, want a and b", got)
+		}
+	})
+	if n := endpointStats(t, client, "call", "cache.slow").InFlight; n != 0 {
+		t.Errorf("%d calls are in flight after CallAll has returned", n)
+	}
+
+	// What can't be called at all is one error.
+	single := func(kind *aegis.Error, service, method string, opts ...aegis.CallOption) {
+		t.Helper()
+		n := 0
+		for a, err := range aegis.CallAll[int, string](ctx, client, service, method, 7, opts...) {
+			n++
+			if e := fails(t, err, kind); !e.NotRun || a.Instance != "" {
+				t.Errorf("got %+v and instance %q, want NotRun and no instance", e, a.Instance)
+			}
+		}
+		if n != 1 {
+			t.Errorf("%d results, want 1", n)
+		}
+	}
+	single(aegis.ErrUnavailable, "nobody", "flush")
+	single(aegis.ErrInvalid, "no service", "flush")
+	single(aegis.ErrInvalid, "cache", "no-method")
+	single(aegis.ErrInvalid, "cache", "flush", aegis.Sticky())
+	single(aegis.ErrInvalid, "cache", "flush", aegis.ToInstance("a"))
+	single(aegis.ErrInvalid, "cache", "flush", aegis.Balance(aegis.Random))
+	single(aegis.ErrInvalid, "cache", "flush", aegis.Retry(aegis.RetryPolicy{Attempts: -1}))
+
+	// An instance that has stopped is not asked.
+	if err := instances[0].Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the client knows that a has stopped", func() bool { return slices.Equal(all(ctx, "flush"), []string{"b OK b7", "c OK c7"}) })
+	if err := client.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	single(aegis.ErrClosed, "cache", "flush")
 }
