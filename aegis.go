@@ -350,7 +350,9 @@ func (s *Service) Stop(ctx context.Context) error {
 	defer context.AfterFunc(s.hurried, cancel)()
 	defer func() {
 		s.close()
-		s.log.Info("the service has stopped", "took", clock()-begin)
+		if s.ready.Load() {
+			s.log.Info("the service has stopped", "took", clock()-begin)
+		}
 		close(s.done)
 	}()
 	s.quit()

@@ -637,19 +637,22 @@ func TestCallMiddleware(t *testing.T) {
 	if got := sorted(received.wait(t, 6)); !slices.Equal(got, want) {
 		t.Errorf("the service has got %q, want %q", got, want)
 	}
-	starting := make(chan struct{})
-	go func() { // the first attempts find nobody
-		defer close(starting)
-		seen.wait(t, 2)
-		late := newService(t, srv, "late")
-		handle(t, late, "m", echo)
-		start(t, late)
+	late := newService(t, srv, "late")
+	handle(t, late, "m", echo)
+	starting := make(chan error)
+	go func() {
+		for len(seen.all()) < 2 { // the first attempt finds nobody
+			time.Sleep(time.Millisecond)
+		}
+		starting <- late.Start(ctx)
 	}()
 	patient := aegis.Retry(aegis.RetryPolicy{Attempts: 10000, Backoff: time.Millisecond, MaxBackoff: 10 * time.Millisecond})
 	if _, err := aegis.Call[string, string](ctx, client, "late", "m", "hi", patient); err != nil {
 		t.Error(err)
 	}
-	<-starting
+	if err := <-starting; err != nil {
+		t.Fatal(err)
+	}
 	expect(`outer call rpc.late.m client "hi" order-7`, `inner call rpc.late.m client "hi" order-7`, `inner "hi" <nil>`, `outer "hi" <nil>`)
 	for _, err := range aegis.CallAll[string, string](ctx, client, "svc", "m", "hi") {
 		if err != nil {

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"log"
 	"log/slog"
+	"maps"
 	"math"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -209,6 +211,103 @@ func ExampleWithMiddleware() {
 	// Output:
 	// vault: DENIED: no token from client
 	// gold <nil>
+}
+
+// Middleware around what is sent sees each call, event and command of a service. This one keeps an audit log, and adds a token.
+func ExampleWithCallMiddleware() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx := context.Background()
+	vault, err := aegis.New("vault", aegis.WithURL(url), aegis.WithID("vault-1"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer vault.Stop(ctx)
+	err = aegis.Handle(vault, "open", func(ctx context.Context, word string) (string, error) {
+		if aegis.Headers(ctx).Get("Authorization") != "secret" {
+			return "", &aegis.Error{Code: "DENIED", Message: "no token"}
+		}
+		return "gold", nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	err = aegis.Handle(vault, "shut", func(context.Context, string) (string, error) {
+		return "", &aegis.Error{Code: "DENIED", Message: "the vault stays open"}
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := vault.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+
+	audit := func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			answer, err := next(aegis.WithHeader(ctx, "Authorization", "secret"), m)
+			fmt.Printf("%s %s %s: answer %q, error %v\n", m.Kind, m.Subject, m.Data, answer, err)
+			return answer, err
+		}
+	}
+	client, err := aegis.New("client", aegis.WithURL(url), aegis.WithCodec(aegis.JSON), aegis.WithCallMiddleware(audit))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Stop(ctx)
+	_, _ = aegis.Call[string, string](ctx, client, "vault", "open", "sesame")
+	_, _ = aegis.Call[string, string](ctx, client, "vault", "shut", "sesame")
+	_ = aegis.Publish(ctx, client, "vault", "opened", 1)
+	// Output:
+	// call rpc.vault.open "sesame": answer "\"gold\"", error <nil>
+	// call rpc.vault.shut "sesame": answer "", error vault: DENIED: the vault stays open
+	// publish events.vault.opened 1: answer "", error <nil>
+}
+
+// CallAll calls every instance, here to flush a cache everywhere, and tells which instance answered what.
+func ExampleCallAll() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	for _, id := range []string{"prices-1", "prices-2", "prices-3"} {
+		s, err := aegis.New("prices", aegis.WithURL(url), aegis.WithID(id))
+		if err != nil {
+			log.Fatal(err)
+		}
+		defer s.Stop(ctx)
+		err = aegis.Handle(s, "flush", func(_ context.Context, sku string) (int, error) {
+			if id == "prices-2" {
+				return 0, &aegis.Error{Code: "BUSY", Message: "try later"}
+			}
+			return len(sku), nil
+		})
+		if err != nil {
+			log.Fatal(err)
+		}
+		if err := s.Start(ctx); err != nil {
+			log.Fatal(err)
+		}
+	}
+	client, err := aegis.New("client", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Stop(ctx)
+
+	results := map[string]string{} // they come in any order
+	for a, err := range aegis.CallAll[string, int](ctx, client, "prices", "flush", "AAPL") {
+		results[a.Instance] = fmt.Sprint(a.Data, " flushed")
+		if err != nil {
+			results[a.Instance] = err.Error()
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(results)) {
+		fmt.Println(id, results[id])
+	}
+	// Output:
+	// prices-1 4 flushed
+	// prices-2 prices: BUSY: try later
+	// prices-3 4 flushed
 }
 
 // Events are stored in JetStream. Every service that subscribes receives each event, and the instances of a service share the
