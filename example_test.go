@@ -256,11 +256,11 @@ func ExampleWithCallMiddleware() {
 	defer client.Stop(ctx)
 	_, _ = aegis.Call[string, string](ctx, client, "vault", "open", "sesame")
 	_, _ = aegis.Call[string, string](ctx, client, "vault", "shut", "sesame")
-	_ = aegis.Publish(ctx, client, "vault", "opened", 1)
+	_ = aegis.Publish(ctx, client, "vault", "opened", "sesame")
 	// Output:
 	// call rpc.vault.open "sesame": answer "\"gold\"", error <nil>
 	// call rpc.vault.shut "sesame": answer "", error vault: DENIED: the vault stays open
-	// publish events.vault.opened 1: answer "", error <nil>
+	// publish events.vault.opened "sesame": answer "", error <nil>
 }
 
 // CallAll calls every instance, here to flush a cache everywhere, and tells which instance answered what.
