@@ -48,7 +48,7 @@ type conn struct {
 	slotsMu    sync.Mutex    // guards the rest
 	slots      map[*slot]bool
 	free       []*slot       // the slots without a call; the one used last is at the end
-	room       int           // how many slots the server allowed when it refused one; see mostSlotsLocked
+	room       int           // how many slots the server allowed when it refused one
 	roomUntil  time.Duration // until when that counts, by the clock
 }
 
@@ -115,8 +115,8 @@ func (s *Service) connect() (_ *conn, err error) {
 		level := slog.LevelError
 		switch {
 		case errors.Is(err, nats.ErrPermissionViolation):
-			if s.denials.note(err); strings.Contains(err.Error(), infoSubject) { // only an error text would have been more exact
-				level = slog.LevelInfo
+			if s.denials.note(err); strings.Contains(err.Error(), infoSubject) {
+				level = slog.LevelInfo // without this question, an error is only less exact
 			}
 			c.wakeSlots()
 		case errors.Is(err, nats.ErrMaxSubscriptionsExceeded):
@@ -135,8 +135,10 @@ func (s *Service) connect() (_ *conn, err error) {
 		return nil, newError(ErrUnavailable, "connecting to %s: %v", redacted(opts.Servers), err)
 	}
 	c.js, _ = jetstream.New(c.nc) // without options it can't fail
-	if c.nc.IsConnected() {       // with nats.RetryOnFailedConnect it may not be
+	if c.nc.IsConnected() {
 		<-c.first
+	} else { // which New accepts only with nats.RetryOnFailedConnect
+		s.log.Warn("not connected to NATS yet", "urls", redacted(opts.Servers))
 	}
 	c.inbox = opts.InboxPrefix + "." + rand.Text()[:connectionToken] + "."
 	return c, nil
@@ -233,6 +235,7 @@ type exchange struct {
 	correlation string        // the correlation id to pass on; if it is "", <connection>.<slot>.<call> of reply serves as one
 	until       time.Duration // the deadline, by the clock; the time left when it is sent is the handler's budget
 	on          *conn         // the connection to send it on; nil for any that is up
+	timed       bool          // whether to send the time left as a header, too
 	stored      bool          // whether it is for a stream, whose acknowledgement is the answer
 	term        *leadership   // of the instance that it is for, if the answer depends on that, else nil
 	reply       string        // the reply subject of the latest attempt
@@ -347,7 +350,7 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 		return nil, errDropped
 	}
 	sl.wakeAt(x.until)
-	if s.cfg.wireHeaders && !x.stored {
+	if x.timed {
 		x.header = withHeader(x.header, headerTimeout, max(x.until-clock(), time.Millisecond).Round(time.Millisecond).String())
 	}
 
@@ -558,10 +561,15 @@ func (c *conn) newSlot(subject string, room int) (*slot, *Error) {
 	sl := &slot{prefix: strings.TrimSuffix(subject, ">"), calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sl.alarm = time.AfterFunc(time.Hour, sl.wake)
 	c.slotsMu.Lock()
-	if most := c.mostSlotsLocked(); len(c.slots) >= most {
+	// If the server has refused a slot a moment ago, there may be as many as it allowed, because a message whose answer can't be heard
+	// is better not sent.
+	most, why := maxSlots, "try later, or use WithPool for more connections"
+	if clock() < c.roomUntil {
+		most, why = c.room, tooMany
+	}
+	if len(c.slots) >= most {
 		defer c.slotsMu.Unlock()
-		return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers, and a connection can't have more: "+
-			"try later, or use WithPool for more connections", most))
+		return nil, notRun(newError(ErrOverloaded, "%d calls wait for their answers: %s", most, why))
 	}
 	c.slots[sl] = true
 	c.slotsMu.Unlock()
@@ -595,15 +603,6 @@ func (c *conn) release(sl *slot, answered bool) {
 	c.slotsMu.Lock()
 	defer c.slotsMu.Unlock()
 	c.free = append(c.free, sl)
-}
-
-// mostSlotsLocked returns how many slots there may be. If the server has refused one in the last 10 s, that is as many as it
-// allowed then, because a message whose answer can't be heard is better not sent.
-func (c *conn) mostSlotsLocked() int {
-	if clock() < c.roomUntil {
-		return c.room
-	}
-	return maxSlots
 }
 
 const probeToken = "probe" // the last token of the subject of a message from probeSlots

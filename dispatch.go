@@ -647,7 +647,8 @@ type headersKey struct{}
 
 // WithHeader returns a ctx that adds a header to everything sent with it. A later header with the same key replaces it. Of the
 // headers that a handler received, only the trace context (traceparent, tracestate) and the correlation id are passed on without
-// WithHeader. A key that is not an HTTP token makes the call fail with [ErrInvalid].
+// WithHeader. A key that is not an HTTP token makes the call fail with [ErrInvalid]. A value arrives without the spaces at its
+// ends.
 func WithHeader(ctx context.Context, key, value string) context.Context {
 	return context.WithValue(ctx, headersKey{}, withHeader(addedHeaders(ctx), key, value))
 }

@@ -54,6 +54,9 @@ func WithURL(urls ...string) Option { return func(c *config) { c.urls, c.urlsFro
 // WithNATS adds options of nats.go to every connection: credentials, TLS, an in-process server, event handlers. They override the
 // options that aegis sets, with two exceptions: its own event handlers run too, before those given here, and no connection
 // buffers what is published while it is disconnected, because that would be sent after its caller had given up.
+//
+// By default a service reconnects without end, but New fails if the servers can't be reached. With [nats.RetryOnFailedConnect], New
+// does not wait for them, and Start does. With [nats.MaxReconnects], a connection can be closed for good, which ends [Service.Run].
 func WithNATS(opts ...nats.Option) Option {
 	return func(c *config) { c.nats = append(c.nats, opts...) }
 }
@@ -347,8 +350,8 @@ func Retry(p RetryPolicy) CallOption { return func(c *callConfig) { c.retry = &p
 
 // Sticky addresses a call to the instance that leads a service with [Exclusive] handlers. A call that did not reach a handler is
 // sent again as with [Retry], but until ctx ends: through a failover or a restart of the service, for example. Backoff is 10 ms
-// and MaxBackoff 200 ms, unless Retry sets others. A call that may have run fails if its leader dies, unless it is [Idempotent]
-// too.
+// and MaxBackoff 200 ms, unless Retry sets others. A call that may have run fails with [ErrUnavailable] as soon as another instance
+// leads, because its answer can't come any more. If it is [Idempotent] too, it is sent to the new leader.
 func Sticky() CallOption { return func(c *callConfig) { c.sticky = true } }
 
 // Idempotent states that it does no harm if the handler runs twice. The call is then also sent again when its answer is missing:
@@ -364,7 +367,7 @@ type Strategy int
 const (
 	RoundRobin  Strategy = iota // each instance in turn
 	Random                      // any instance
-	LeastLoaded                 // of two random instances the one with fewer running handlers and calls from here
+	LeastLoaded                 // of two random instances the one with fewer running handlers and calls that are addressed to it from here
 )
 
 // Balance addresses a call to an instance that the strategy chooses; by default NATS chooses one at random. Instances that are

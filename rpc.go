@@ -22,7 +22,8 @@ import (
 //
 // An [*Error] that fn returns, also one wrapped by %w, arrives at the caller with its code. Any other error, and a panic, arrives
 // as [ErrInternal] with its message. A payload that can't be decoded into Req is answered with [ErrInvalid]. fn's ctx ends with
-// the caller's deadline. A request whose caller has given up before a handler was free is dropped.
+// the caller's deadline, which a caller that does not use aegis can send in the header Aegis-Timeout, as a Go duration (1.5s) or
+// in milliseconds. A request whose caller has given up before a handler was free is dropped.
 //
 // Handle fails with [ErrInvalid] if the name or an option is out of range or the method has a handler already, and with
 // [ErrClosed] after Stop. Before Start, Start returns the error too. After Start, there are also the errors of Start.
@@ -227,9 +228,16 @@ func isDisconnected(err error) bool {
 // The error is an [*Error]: the handler's, or one of these. [ErrInvalid]: a name, option or header is out of range, the request
 // can't be encoded or is larger than the server's max_payload. [ErrUnavailable]: no connection, no instance, or the connection
 // was lost while waiting. [ErrUnimplemented]: the service has no such method. [ErrNotActive], [ErrFenced]: see [Exclusive].
-// [ErrTimeout], [ErrCanceled]: ctx ended. [ErrOverloaded]: the handler is at its limit. [ErrCircuitOpen]: see [WithBreaker].
+// [ErrTimeout], [ErrCanceled]: ctx ended. [ErrOverloaded]: the handler is at its limit, or this service has as many calls in flight
+// as its connections can carry, or as the server's max_subscriptions allows. [ErrCircuitOpen]: see [WithBreaker].
 // [ErrInternal]: the handler failed, or its answer can't be decoded. [ErrDenied]: the server's permissions don't allow the call,
 // or to hear its answer. [ErrClosed]: s was stopped. A failure is returned as soon as it is known, before ctx ends.
+//
+// Some things can't be known. The time that a request spends in the sockets of a process that is paused is not seen, so that a
+// handler may run late by that: put an expiry into the request if it must not. A caller does not see that the instance which handles
+// its call is killed, and waits until ctx ends: use short deadlines, or [Idempotent]. And if something else subscribes to the
+// method's subject and does not answer, such as a stream over rpc.> that keeps an audit log, a call to a service that does not run
+// fails only when ctx ends.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
 	var resp, zero Resp
 	if failure := s.call(ctx, service, method, &req, &resp, opts); failure != nil {
@@ -364,7 +372,7 @@ func (s *Service) exchangeCall(ctx context.Context, subject, service string, out
 	if label := labelOf(out.codec); label != "" {
 		x.header = withHeader(x.header, headerContentType, label)
 	}
-	if s.cfg.wireHeaders { // roundTrip adds the deadline
+	if x.timed = s.cfg.wireHeaders; x.timed {
 		if x.header[headerCorrelation] == nil {
 			x.correlation = cmp.Or(x.correlation, rand.Text())
 			x.header = withHeader(x.header, headerCorrelation, x.correlation)
