@@ -896,7 +896,7 @@ func TestPausedLeader(t *testing.T) {
 		go func() {
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
-			_, err := aegis.Call[int, string](ctx, client, "risk", "write", 1, aegis.Sticky())
+			_, err := aegis.Call[int, string](ctx, client, "risk", "write", 1, aegis.ToInstance(id)) // a Sticky one would not wait so long
 			writing <- err
 		}()
 		if line := <-leader.told; line != "writing" {
