@@ -391,3 +391,120 @@ func TestRetry(t *testing.T) {
 		t.Error("NotRun = true, want false: the first attempt ran")
 	}
 }
+
+// limitSubscriptions makes the server refuse the subscriptions of a connection beyond most.
+func limitSubscriptions(most int) func(*server.Options) {
+	return func(o *server.Options) { o.MaxSubs = most }
+}
+
+// The server may refuse subscriptions for answers, and does not say which. The calls that it refused fail at once. Those within the
+// limit succeed, and so do all calls afterwards.
+func TestRefusedReplySubscriptions(t *testing.T) {
+	t.Parallel()
+	const limit, burst = 20, 60
+	srv := startServer(t, limitSubscriptions(limit))
+	svc := newService(t, srv, "svc", aegis.WithPool(1)) // has 6 subscriptions
+	release := make(chan struct{})
+	var ran atomic.Int32
+	handle(t, svc, "slow", func(_ context.Context, n int) (int, error) {
+		ran.Add(1)
+		<-release
+		return n, nil
+	})
+	handle(t, svc, "fast", func(_ context.Context, n int) (int, error) { return n, nil })
+	start(t, svc)
+	client := newService(t, srv, "client", aegis.WithPool(1))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	failures, answers := make(chan error, burst), make(chan int, burst)
+	for n := range burst {
+		go func() {
+			got, err := aegis.Call[int, int](ctx, client, "svc", "slow", n)
+			if err == nil && got == n {
+				answers <- got
+			} else {
+				failures <- err
+			}
+		}()
+	}
+	promptly(t, func() {
+		for range burst - limit {
+			e := fails(t, <-failures, aegis.ErrOverloaded, "max_subscriptions")
+			if e.NotRun && ran.Load() == burst {
+				t.Error("NotRun is true, but all handlers have run")
+			}
+		}
+	})
+	for range 30 { // while the limit is used up
+		_, err := aegis.Call[int, int](ctx, client, "svc", "fast", 1)
+		fails(t, err, aegis.ErrOverloaded, "max_subscriptions")
+	}
+	close(release)
+	for range limit {
+		select {
+		case <-answers:
+		case err := <-failures:
+			t.Fatalf("a call within the limit failed: %v", err)
+		}
+	}
+	promptly(t, func() {
+		for n := range 30 {
+			if got, err := aegis.Call[int, int](ctx, client, "svc", "fast", n); got != n || err != nil {
+				t.Fatal(got, err)
+			}
+		}
+		var all sync.WaitGroup
+		for n := range limit {
+			all.Go(func() {
+				if got, err := aegis.Call[int, int](ctx, client, "svc", "fast", n); got != n || err != nil {
+					t.Error(got, err)
+				}
+			})
+		}
+		all.Wait()
+	})
+}
+
+// Whatever else makes subscriptions says so, too, if the server refuses them.
+func TestRefusedSubscriptions(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t), limitSubscriptions(12))
+	svc := newService(t, srv, "svc", aegis.WithPool(1))
+	for n := range 10 {
+		handle(t, svc, fmt.Sprint("m", n), echo)
+	}
+	fails(t, svc.Start(t.Context()), aegis.ErrOverloaded, "max_subscriptions")
+
+	small := newService(t, srv, "small", aegis.WithPool(1))
+	handle(t, small, "m", echo)
+	start(t, small)
+	failures := 0
+	for n := range 10 {
+		if err := aegis.Handle(small, fmt.Sprint("m", n), echo); err != nil {
+			fails(t, err, aegis.ErrOverloaded, "max_subscriptions")
+			failures++
+		}
+	}
+	if failures == 0 {
+		t.Error("no Handle failed, although the server allows 12 subscriptions")
+	}
+
+	// With no subscription left, nothing waits for its timeout.
+	client := newService(t, srv, "client", aegis.WithPool(1))
+	for range 12 {
+		if _, err := client.Conn().SubscribeSync("used.up"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx := t.Context()
+	promptly(t, func() {
+		fails(t, aegis.Publish(ctx, client, "a", "b", "c"), aegis.ErrOverloaded, "max_subscriptions")
+	})
+	promptly(t, func() {
+		fails(t, aegis.PublishBatch(ctx, client, "a", "b", []string{"c", "d"}), aegis.ErrOverloaded, "max_subscriptions")
+	})
+	promptly(t, func() {
+		_, err := client.Dependencies(ctx)
+		fails(t, err, aegis.ErrOverloaded, "max_subscriptions")
+	})
+}
