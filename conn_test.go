@@ -14,6 +14,7 @@ import (
 	"github.com/aegistrader/aegis"
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 func TestServerRestartUnderLoad(t *testing.T) {
@@ -507,4 +508,137 @@ func TestRefusedSubscriptions(t *testing.T) {
 		_, err := client.Dependencies(ctx)
 		fails(t, err, aegis.ErrOverloaded, "max_subscriptions")
 	})
+}
+
+// A stream over the subjects of calls, such as an audit log, acknowledges each request to the caller before the handler can answer.
+// That is no answer.
+func TestStreamOverCalls(t *testing.T) {
+	t.Parallel()
+	type ack struct { // looks like the acknowledgement of a stream
+		Stream string `json:"stream"`
+		Seq    uint64 `json:"seq"`
+	}
+	for name, config := range map[string]jetstream.StreamConfig{
+		"audit":    {},
+		"full":     {MaxMsgs: 1, Discard: jetstream.DiscardNew}, // refuses all but the first
+		"no ack":   {NoAck: true},
+		"too long": {MaxMsgSize: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			config.Name, config.Subjects = "AUDIT", []string{"rpc.>"}
+			if _, err := manage(t, srv).CreateStream(t.Context(), config); err != nil {
+				t.Fatal(err)
+			}
+			svc := newService(t, srv, "orders", aegis.WithFailover(aegis.Aggressive))
+			handle(t, svc, "create", createOrder)
+			handle(t, svc, "refuse", func(context.Context, int) (int, error) { return 0, &aegis.Error{Code: "NO_FUNDS"} })
+			handle(t, svc, "later", func(ctx context.Context, n int) (any, error) {
+				time.Sleep(20 * time.Millisecond)
+				return map[string]any{"n": "v"}, nil
+			})
+			handle(t, svc, "ack", func(_ context.Context, a ack) (ack, error) { return a, nil })
+			handle(t, svc, "lead", echo, aegis.Exclusive())
+			var events journal[string]
+			subscribe(t, svc, "a.b", into(&events))
+			start(t, svc)
+			eventually(t, "the service has a leader", svc.IsLeader)
+			for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON} {
+				client := newService(t, srv, "client", aegis.WithCodec(codec))
+				for _, opts := range [][]aegis.CallOption{nil, {aegis.Idempotent()}, {aegis.ToInstance(svc.ID())}, {aegis.Balance(aegis.Random)}} {
+					if got, err := call[Order, Receipt](client, "orders", "create", Order{SKU: "x", Qty: 1}, opts...); got.ID != "x-1" || err != nil {
+						t.Error(got, err)
+					}
+					_, err := call[int, int](client, "orders", "refuse", 1, opts...)
+					fails(t, err, &aegis.Error{Code: "NO_FUNDS"})
+				}
+				if got, err := call[string, string](client, "orders", "lead", "hi", aegis.Sticky()); got != "hi" || err != nil {
+					t.Error(got, err)
+				}
+				if got, err := call[int, any](client, "orders", "later", 1); fmt.Sprint(got) != "map[n:v]" || err != nil {
+					t.Error(got, err)
+				}
+				if got, err := call[int, aegis.Raw](client, "orders", "later", 1); err != nil {
+					t.Error(err)
+				} else if v := map[string]string{}; got.Decode(&v) != nil || v["n"] != "v" {
+					t.Error(v)
+				}
+				for _, a := range []ack{{"AUDIT", 1}, {"", 0}, {"x", 1 << 40}} {
+					if got, err := call[ack, ack](client, "orders", "ack", a); got != a || err != nil {
+						t.Errorf("got %v and error %v, want %v", got, err, a)
+					}
+				}
+				publish(t, client, "a", "b", "c")
+			}
+			events.wait(t, 2)
+			client := newService(t, srv, "client")
+			ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+			defer cancel()
+			_, err := aegis.Call[int, int](ctx, client, "nobody", "m", 1)
+			fails(t, err, aegis.ErrTimeout)
+		})
+	}
+}
+
+// A stream that takes the questions of the nats tool does not confuse the explanation why nobody responds.
+func TestStreamOverSurveys(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	if _, err := manage(t, srv).CreateStream(t.Context(), jetstream.StreamConfig{Name: "ALL", Subjects: []string{"$SRV.>"}}); err != nil {
+		t.Skip("the server does not allow such a stream:", err)
+	}
+	svc, client := newService(t, srv, "orders"), newService(t, srv, "client")
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	_, err := call[string, string](client, "orders", "none", "hi")
+	fails(t, err, aegis.ErrUnimplemented)
+	_, err = call[string, string](client, "nobody", "m", "hi")
+	fails(t, err, aegis.ErrUnavailable)
+}
+
+// Responders without a queue group all answer each request. Every call gets the first answer to its own request.
+func TestSecondAnswers(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct{ responders, answers, calls, callers int }{
+		"two responders": {2, 1, 20000, 50},
+		"many answers":   {1, 50, 2000, 20},
+		"one caller":     {3, 2, 5000, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t)
+			for range test.responders {
+				nc, err := nats.Connect(srv.ClientURL())
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(nc.Close)
+				if _, err := nc.Subscribe("rpc.plain.get", func(m *nats.Msg) {
+					for range test.answers {
+						_ = m.Respond(m.Data)
+					}
+				}); err != nil {
+					t.Fatal(err)
+				}
+				if err := nc.Flush(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			client := newService(t, srv, "client", aegis.WithPool(1), aegis.WithTimeout(10*time.Second))
+			var next atomic.Int64
+			var callers sync.WaitGroup
+			for range test.callers {
+				callers.Go(func() {
+					for n := next.Add(1); n <= int64(test.calls); n = next.Add(1) {
+						if got, err := call[int64, int64](client, "plain", "get", n); got != n || err != nil {
+							t.Errorf("call %d: got %d and error %v", n, got, err)
+							return
+						}
+					}
+				})
+			}
+			callers.Wait()
+		})
+	}
 }

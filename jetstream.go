@@ -132,7 +132,7 @@ func (s *Service) jetStreamError(begin time.Duration, err error, what string) *E
 		return notRun(newError(kindOf(strconv.Itoa(api.Code)), "%s: %s (%d)", what, api.Description, api.ErrorCode))
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):
 		// The cause may be permissions that deny the question or its answer, because the server does not answer then.
-		denied := s.denials.since(begin, toPublish+"$JS.>", toSubscribe+s.conns[0].nc.Opts.InboxPrefix+".>")
+		denied := s.denials.since(begin, toPublish+"$JS.>", toSubscribe+s.conns[0].nc.Opts.InboxPrefix+".>", tooMany)
 		return cmp.Or(denied, newError(ErrTimeout, "%s: no answer from JetStream: %v", what, err))
 	case errors.Is(err, context.Canceled):
 		return newError(ErrCanceled, "%s: %v", what, err)
