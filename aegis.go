@@ -334,6 +334,9 @@ func (s *Service) Stop(ctx context.Context) error {
 		case <-s.done:
 			return nil
 		case <-ctx.Done():
+			if isClosed(s.done) {
+				return nil
+			}
 			s.hurry()
 			<-s.done
 			return newError(ErrTimeout, "Stop: %v while another Stop was running", ctx.Err())

@@ -729,6 +729,371 @@ func TestStopTimeout(t *testing.T) {
 	})
 }
 
+// unreachable returns the address of a server that does not run yet, and a function that starts it.
+func unreachable(tb testing.TB, configure ...func(*server.Options)) (url string, begin func() *server.Server) {
+	port := freePort(tb)
+	configure = append(configure, func(o *server.Options) { o.Port = port })
+	return fmt.Sprint("nats://127.0.0.1:", port), func() *server.Server { return startServer(tb, configure...) }
+}
+
+// lateService returns a service whose server need not run when it is made.
+func lateService(tb testing.TB, url, name string, opts ...nats.Option) *aegis.Service {
+	tb.Helper()
+	opts = append([]nats.Option{nats.RetryOnFailedConnect(true), nats.CustomReconnectDelay(func(int) time.Duration { return 10 * time.Millisecond })}, opts...)
+	s, err := aegis.New(name, aegis.WithURL(url), aegis.WithLogger(slog.New(slog.DiscardHandler)), aegis.WithNATS(opts...))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		_ = s.Stop(ctx)
+	})
+	return s
+}
+
+// A service that is not connected yet is not ready, and its Start waits for the connection.
+func TestServerThatComesLater(t *testing.T) {
+	t.Parallel()
+	url, begin := unreachable(t, withJetStream(t))
+	svc := lateService(t, url, "svc")
+	handle(t, svc, "m", echo)
+	var events journal[string]
+	subscribe(t, svc, "a.b", into(&events))
+	down := func() {
+		t.Helper()
+		if n := svc.Stats().Connected; n != 0 {
+			t.Errorf("%d connections are up without a server", n)
+		}
+		if status, body := get(t, svc, "/readyz"); status != 503 {
+			t.Errorf("/readyz answers %d %s", status, body)
+		}
+		if _, body := get(t, svc, "/metrics"); !strings.Contains(body, `aegis_connections{service="svc"} 0`) {
+			t.Error("the metric aegis_connections is not 0")
+		}
+		promptly(t, func() {
+			_, err := call[string, string](svc, "svc", "m", "hi")
+			if e := fails(t, err, aegis.ErrUnavailable, "127.0.0.1"); !e.NotRun {
+				t.Error("NotRun = false, want true")
+			}
+			fails(t, aegis.Publish(t.Context(), svc, "a", "b", "c", aegis.Retry(aegis.RetryPolicy{Attempts: 1})), aegis.ErrUnavailable)
+		})
+	}
+	down()
+	started := make(chan error)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	go func() { started <- svc.Start(ctx) }()
+	select {
+	case err := <-started:
+		t.Fatalf("Start returned %v without a server", err)
+	case <-time.After(300 * time.Millisecond):
+	}
+	down()
+	begin()
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	if status, body := get(t, svc, "/readyz"); status != 200 {
+		t.Errorf("/readyz answers %d %s", status, body)
+	}
+	if n := svc.Stats().Connected; n != 2 {
+		t.Errorf("%d connections are up, want 2", n)
+	}
+	if got, err := call[string, string](svc, "svc", "m", "hi"); got != "hi" || err != nil {
+		t.Error(got, err)
+	}
+	publish(t, svc, "a", "b", "c")
+	events.wait(t, 1)
+}
+
+// Start gives up on a server that does not come when its ctx ends, or when Stop is called.
+func TestServerThatNeverComes(t *testing.T) {
+	t.Parallel()
+	url, _ := unreachable(t)
+	svc := lateService(t, url, "svc")
+	begin := time.Now()
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	err := svc.Start(ctx)
+	fails(t, err, aegis.ErrUnavailable, "127.0.0.1")
+	if took := time.Since(begin); took < 300*time.Millisecond || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Start returned %v after %v, want DEADLINE_EXCEEDED as its cause after 300ms", err, took)
+	}
+
+	svc = lateService(t, url, "svc")
+	started := make(chan error)
+	go func() { started <- svc.Start(t.Context()) }()
+	time.Sleep(20 * time.Millisecond) // so that Start most likely waits
+	promptly(t, func() {
+		_ = svc.Stop(t.Context()) // says that the server can't be reached
+		fails(t, <-started, aegis.ErrClosed)
+	})
+
+	svc = lateService(t, url, "svc")
+	ctx, cancel = context.WithCancel(t.Context())
+	go func() { started <- svc.Run(ctx) }()
+	time.Sleep(20 * time.Millisecond)
+	promptly(t, func() {
+		cancel()
+		if err := <-started; err != nil && !errors.Is(err, aegis.ErrUnavailable) {
+			t.Errorf("Run returned %v", err)
+		}
+	})
+
+	// The same if the server went away after New.
+	srv := startServer(t)
+	svc = newService(t, srv, "svc")
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	eventually(t, "the service has lost its connections", func() bool { return svc.Stats().Connected == 0 })
+	handle(t, svc, "m", echo)
+	go func() { started <- svc.Start(t.Context()) }()
+	time.Sleep(20 * time.Millisecond)
+	startServer(t, samePort)
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	if got, err := call[string, string](svc, "svc", "m", "hi"); got != "hi" || err != nil {
+		t.Error(got, err)
+	}
+}
+
+// A connection that nats.go has given up, or that was closed by the user, ends the service.
+func TestConnectionClosedForGood(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(*server.Server, *aegis.Service){
+		"gave up": func(srv *server.Server, _ *aegis.Service) { srv.Shutdown() },
+		"closed":  func(_ *server.Server, s *aegis.Service) { s.Conn().Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t)
+			svc := lateService(t, srv.ClientURL(), "svc", nats.MaxReconnects(2))
+			handle(t, svc, "m", echo)
+			ended := make(chan error)
+			go func() { ended <- svc.Run(t.Context()) }()
+			eventually(t, "the service is ready", func() bool { status, _ := get(t, svc, "/readyz"); return status == 200 })
+			if status, body := get(t, svc, "/healthz"); status != 200 {
+				t.Errorf("/healthz answers %d %s", status, body)
+			}
+			end(srv, svc)
+			select {
+			case err := <-ended:
+				fails(t, err, aegis.ErrUnavailable, "closed for good")
+			case <-time.After(20 * time.Second):
+				t.Fatal("Run goes on")
+			}
+			if status, body := get(t, svc, "/healthz"); status != 503 {
+				t.Errorf("/healthz answers %d %s", status, body)
+			}
+		})
+	}
+
+	// A client without Run sees it in the probes, which don't recover.
+	srv := startServer(t)
+	client := lateService(t, srv.ClientURL(), "client", nats.MaxReconnects(2))
+	samePort := onPort(srv)
+	srv.Shutdown()
+	eventually(t, "/healthz answers 503", func() bool { status, _ := get(t, client, "/healthz"); return status == 503 })
+	srv.WaitForShutdown()
+	startServer(t, samePort)
+	if status, body := get(t, client, "/healthz"); status != 503 || !strings.Contains(body, "closed for good") {
+		t.Errorf("/healthz answers %d %s", status, body)
+	}
+	promptly(t, func() {
+		fails(t, client.Start(t.Context()), aegis.ErrUnavailable, "closed for good")
+		_, err := call[string, string](client, "svc", "m", "hi")
+		fails(t, err, aegis.ErrUnavailable)
+	})
+
+	// A Start that waits for a connection that is given up ends, too.
+	url, _ := unreachable(t)
+	late := lateService(t, url, "late", nats.MaxReconnects(2))
+	fails(t, late.Start(t.Context()), aegis.ErrUnavailable, "closed for good")
+}
+
+// Stop in a handler, or in a function of Lead, would wait for itself.
+func TestStopInHandler(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	var svc, other *aegis.Service
+	results := make(chan error, 10)
+	stop := func(ctx context.Context) {
+		results <- svc.Stop(context.Background())
+		results <- svc.Stop(ctx)
+	}
+	expect := func(what string) {
+		t.Helper()
+		for range 2 {
+			select {
+			case err := <-results:
+				fails(t, err, aegis.ErrInvalid, "Stop", "go")
+			case <-time.After(10 * time.Second):
+				t.Fatalf("Stop in %s hangs", what)
+			}
+		}
+	}
+	svc = newService(t, srv, "svc", aegis.WithMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			if m.Header.Get("Stop") != "" {
+				stop(ctx)
+			}
+			return next(ctx, m)
+		}
+	}))
+	other = newService(t, srv, "other")
+	handle(t, svc, "echo", echo)
+	handle(t, svc, "stop", func(ctx context.Context, _ int) (int, error) { stop(ctx); return 0, nil })
+	handle(t, svc, "helped", func(ctx context.Context, _ int) (int, error) {
+		done := make(chan struct{})
+		go func() { defer close(done); results <- svc.Stop(ctx) }() // waits for the handler by its ctx
+		<-done
+		results <- svc.Stop(ctx)
+		return 0, nil
+	})
+	handle(t, svc, "other", func(ctx context.Context, _ int) (int, error) { return 0, other.Stop(context.Background()) })
+	handle(t, svc, "shutdown", func(context.Context, int) (string, error) {
+		go func() { results <- svc.Stop(context.Background()) }()
+		return "bye", nil
+	})
+	subscribe(t, svc, "a.b", func(ctx context.Context, _ aegis.Event[int]) error { stop(ctx); return nil })
+	handleCommand(t, svc, "work", func(ctx context.Context, _ *aegis.Command[int]) (int, error) { stop(ctx); return 0, nil })
+	start(t, svc)
+	client := newService(t, srv, "client")
+	ctx := t.Context()
+	for _, method := range []string{"stop", "helped"} {
+		if _, err := call[int, int](client, "svc", method, 1); err != nil {
+			t.Error(err)
+		}
+		expect(method)
+	}
+	if _, err := aegis.Call[string, string](aegis.WithHeader(ctx, "Stop", "1"), client, "svc", "echo", ""); err != nil {
+		t.Error(err)
+	}
+	expect("middleware")
+	publish(t, client, "a", "b", 1)
+	expect("a handler of events")
+	wait(t, send[int, int](t, client, "svc", "work", 1))
+	expect("a handler of commands")
+	leading, cancel := context.WithCancel(ctx)
+	go func() {
+		_ = svc.Lead(leading, "group", aegis.Aggressive, func(ctx context.Context, _ uint64) error { stop(ctx); return nil })
+	}()
+	expect("the function of Lead")
+	cancel()
+	if _, err := call[int, int](client, "svc", "other", 1); err != nil {
+		t.Errorf("Stop of another service failed: %v", err)
+	}
+	if got, err := call[int, string](client, "svc", "shutdown", 1); got != "bye" || err != nil {
+		t.Error(got, err)
+	}
+	if err := <-results; err != nil {
+		t.Errorf("Stop on another goroutine returned %v", err)
+	}
+}
+
+// When the ctx of any Stop has ended and that Stop has returned, the connections are closed.
+func TestSecondStopWithLessTime(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "svc")
+	inside, release := make(chan struct{}), make(chan struct{})
+	handle(t, svc, "hang", func(context.Context, int) (int, error) {
+		close(inside)
+		<-release
+		return 0, nil
+	})
+	start(t, svc)
+	defer close(release)
+	client := newService(t, srv, "client")
+	go func() { _, _ = call[int, int](client, "svc", "hang", 1) }()
+	<-inside
+	first := make(chan error)
+	go func() { first <- svc.Stop(context.Background()) }()
+	eventually(t, "the first Stop has begun", func() bool { status, _ := get(t, svc, "/readyz"); return status == 503 })
+	begin := time.Now()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	fails(t, svc.Stop(ctx), aegis.ErrTimeout)
+	if !svc.Conn().IsClosed() {
+		t.Error("the connection is open after Stop")
+	}
+	if took := time.Since(begin); took < 200*time.Millisecond || took > 3*time.Second {
+		t.Errorf("the second Stop took %v, want its 200ms and a little more", took)
+	}
+	fails(t, <-first, aegis.ErrTimeout, "1 handlers running")
+	ended, cancelNow := context.WithCancel(t.Context())
+	cancelNow()
+	if err := svc.Stop(ended); err != nil {
+		t.Errorf("Stop of a stopped service returned %v", err)
+	}
+}
+
+// Start returns the errors of registrations that nobody has checked.
+func TestStartReturnsFailedRegistrations(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "svc"), newService(t, srv, "client")
+	noEvent := func(context.Context, aegis.Event[int]) error { return nil }
+	noCommand := func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil }
+	handle(t, svc, "good", echo)
+	_ = aegis.Handle(svc, "good", echo)
+	_ = aegis.Handle(svc, "create-order", echo)
+	_ = aegis.Handle[int, int](svc, "none", nil)
+	_ = aegis.Handle(svc, "few", echo, aegis.Concurrency(0))
+	_ = aegis.Handle(svc, "durable", echo, aegis.Durable("x"))
+	_ = aegis.Subscribe(svc, "a..b", noEvent)
+	_ = aegis.Subscribe[int](svc, "a.none", nil)
+	_ = aegis.Subscribe(svc, "a.b", noEvent, aegis.Attempts(-1))
+	_ = aegis.HandleCommand(svc, "re-balance", noCommand)
+	_ = aegis.HandleCommand[int, int](svc, "work", nil)
+	_ = aegis.HandleCommand(svc, "work", noCommand, aegis.FromStart())
+	err := svc.Start(t.Context())
+	fails(t, err, aegis.ErrInvalid, `"good"`, `"create-order"`, `"none"`, "Concurrency(0)", `Durable("x")`, `"a..b"`, `"a.none"`, "Attempts(-1)",
+		`"re-balance"`, `"work": the function is nil`, "FromStart()")
+	_, err = call[string, string](client, "svc", "good", "hi")
+	fails(t, err, aegis.ErrUnavailable)
+
+	svc = newService(t, srv, "svc")
+	start(t, svc)
+	fails(t, aegis.Handle(svc, "create-order", echo), aegis.ErrInvalid)
+	handle(t, svc, "good", echo)
+	if got, err := call[string, string](client, "svc", "good", "hi"); got != "hi" || err != nil {
+		t.Error(got, err)
+	}
+}
+
+func TestWithStopTimeout(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	for _, d := range []time.Duration{0, -time.Second} {
+		_, err := aegis.New("svc", aegis.WithURL(srv.ClientURL()), aegis.WithStopTimeout(d))
+		fails(t, err, aegis.ErrInvalid, "WithStopTimeout")
+	}
+	svc, client := newService(t, srv, "svc", aegis.WithStopTimeout(300*time.Millisecond)), newService(t, srv, "client")
+	inside, release := make(chan struct{}), make(chan struct{})
+	handle(t, svc, "hang", func(context.Context, int) (int, error) {
+		close(inside)
+		<-release
+		return 0, nil
+	})
+	defer close(release)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- svc.Run(ctx) }()
+	eventually(t, "the service is ready", func() bool { status, _ := get(t, svc, "/readyz"); return status == 200 })
+	go func() { _, _ = call[int, int](client, "svc", "hang", 1) }()
+	<-inside
+	begin := time.Now()
+	cancel()
+	fails(t, <-ended, aegis.ErrTimeout)
+	if took := time.Since(begin); took < 300*time.Millisecond || took > 3*time.Second {
+		t.Errorf("Run ended after %v, want 300ms and a little more", took)
+	}
+}
+
 func TestStopWhileDisconnected(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t)
