@@ -936,3 +936,144 @@ func TestPausedLeader(t *testing.T) {
 	}
 	checkReigns(t, reigns.all())
 }
+
+// If the bucket of the leaders is lost, a caller may go on addressing the former leader. Its answer names the new one, and corrects
+// the caller's copy.
+func TestStickyCallerWithStaleLeader(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	var sick atomic.Bool
+	add := func(id string, opts ...aegis.Option) *aegis.Service {
+		opts = append(opts, aegis.WithID(id), aegis.WithFailover(aegis.Aggressive), aegis.WithHeartbeat(time.Second))
+		s := newService(t, srv, "risk", opts...)
+		handle(t, s, "who", func(context.Context, int) (string, error) { return id, nil }, aegis.Exclusive())
+		start(t, s)
+		return s
+	}
+	a := add("a", aegis.WithHealthCheck("sick", func(context.Context) error {
+		if sick.Load() {
+			return errors.New("sick")
+		}
+		return nil
+	}))
+	eventually(t, "a leads", a.IsLeader)
+	b, client := add("b"), newService(t, srv, "client")
+	ask := func() (string, error) { return call[int, string](client, "risk", "who", 1, aegis.Sticky()) }
+	if who, err := ask(); who != "a" || err != nil {
+		t.Fatal(who, err)
+	}
+	if err := manage(t, srv).DeleteKeyValue(t.Context(), "aegis_leaders"); err != nil {
+		t.Fatal(err)
+	}
+	sick.Store(true) // so that b is elected
+	eventually(t, "b leads", b.IsLeader)
+	eventually(t, "a knows that b leads", func() bool {
+		_, err := call[int, string](client, "risk", "who", 1, aegis.ToInstance("a"))
+		return fails(t, err, aegis.ErrNotActive).Details["leader"] == "b"
+	})
+	refusals := func() uint64 { return endpointStats(t, a, "rpc", "who").Codes["NOT_ACTIVE"] }
+	before := refusals()
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if who, err := ask(); who != "b" || err != nil {
+			t.Fatal(who, err)
+		}
+	}
+	if n := refusals() - before; n > 3 {
+		t.Errorf("the former leader was addressed %d times, want at most 3", n)
+	}
+}
+
+// A leader that is killed can't answer any more. A call in flight to it fails as soon as another instance leads. If it is
+// idempotent, it is sent to that instance.
+func TestStickyCallInFlightWhenLeaderIsKilled(t *testing.T) {
+	t.Parallel()
+	for _, idempotent := range []bool{false, true} {
+		t.Run(fmt.Sprint("idempotent=", idempotent), func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			var reigns journal[reignOf]
+			child := startLeader(t, srv, "Aggressive", &reigns)
+			client := newService(t, srv, "client")
+			if _, err := call[int, string](client, "risk", "who", 1, aegis.Sticky()); err != nil {
+				t.Fatal(err)
+			}
+			next := newService(t, srv, "risk", aegis.WithID("next"), aegis.WithFailover(aegis.Aggressive))
+			handle(t, next, "write", func(context.Context, int) (string, error) { return "next", nil }, aegis.Exclusive())
+			start(t, next)
+			type result struct {
+				answer string
+				err    error
+				at     time.Time
+			}
+			done := make(chan result)
+			go func() {
+				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+				defer cancel()
+				opts := []aegis.CallOption{aegis.Sticky()}
+				if idempotent {
+					opts = append(opts, aegis.Idempotent(), aegis.Retry(aegis.RetryPolicy{AttemptTimeout: 20 * time.Second}))
+				}
+				answer, err := aegis.Call[int, string](ctx, client, "risk", "write", 1, opts...)
+				done <- result{answer, err, time.Now()}
+			}()
+			if line := <-child.told; line != "writing" {
+				t.Fatal(line)
+			}
+			if err := child.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the next instance leads", next.IsLeader)
+			leads := time.Now()
+			r := <-done
+			if took := r.at.Sub(leads); took > 2*time.Second {
+				t.Errorf("the call ended %v after the next leader was elected, want at once", took)
+			}
+			if idempotent {
+				if r.answer != "next" || r.err != nil {
+					t.Errorf("got %q and error %v, want the answer of the next leader", r.answer, r.err)
+				}
+			} else if e := fails(t, r.err, aegis.ErrUnavailable, "next leads now"); e.NotRun {
+				t.Error("NotRun is true for a call that ran")
+			}
+		})
+	}
+}
+
+// A call that is in flight when its leader hands over gets its answer.
+func TestStickyCallInFlightDuringHandOver(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "client")
+	var inside journal[string]
+	add := func(id string) *aegis.Service {
+		s := newService(t, srv, "risk", aegis.WithID(id), aegis.WithFailover(brisk))
+		handle(t, s, "m", func(context.Context, int) (string, error) {
+			inside.add(id)
+			time.Sleep(30 * time.Millisecond)
+			return id, nil
+		}, aegis.Exclusive())
+		start(t, s)
+		return s
+	}
+	leader := add("0")
+	eventually(t, "the first instance leads", leader.IsLeader)
+	for n := 1; n <= 20; n++ {
+		next := add(strconv.Itoa(n))
+		var calls sync.WaitGroup
+		begun := len(inside.all())
+		for range 10 {
+			calls.Go(func() {
+				if got, err := call[int, string](client, "risk", "m", 1, aegis.Sticky()); err != nil {
+					t.Errorf("got %q and error %v", got, err)
+				}
+			})
+		}
+		inside.wait(t, begun+1)
+		if err := leader.Stop(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		calls.Wait()
+		eventually(t, "the next instance leads", next.IsLeader)
+		leader = next
+	}
+}

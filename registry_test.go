@@ -613,3 +613,69 @@ func TestNATSMicroProtocol(t *testing.T) {
 		}
 	}
 }
+
+// LeastLoaded counts all calls from here that are addressed to an instance, however they were addressed.
+func TestLeastLoadedCountsAllCalls(t *testing.T) {
+	t.Parallel()
+	for name, opt := range map[string]aegis.CallOption{"ToInstance": aegis.ToInstance("busy"), "Sticky": aegis.Sticky()} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			client := newService(t, srv, "client")
+			var inside journal[string]
+			release := make(chan struct{})
+			for _, id := range []string{"busy", "idle", "lazy"} {
+				s := newService(t, srv, "risk", aegis.WithID(id), aegis.WithFailover(brisk))
+				handle(t, s, "who", func(context.Context, int) (string, error) { return id, nil })
+				handle(t, s, "hang", func(context.Context, int) (string, error) {
+					inside.add(id)
+					<-release
+					return id, nil
+				}, aegis.Exclusive())
+				handle(t, s, "hang_here", func(context.Context, int) (string, error) {
+					inside.add(id)
+					<-release
+					return id, nil
+				})
+				start(t, s)
+				if id == "busy" {
+					eventually(t, "it leads", s.IsLeader)
+				}
+			}
+			var calls sync.WaitGroup
+			method := map[string]string{"ToInstance": "hang_here", "Sticky": "hang"}[name]
+			for range 20 { // before the client has looked into the registry
+				calls.Go(func() {
+					if who, err := call[int, string](client, "risk", method, 1, opt); who != "busy" || err != nil {
+						t.Error(who, err)
+					}
+				})
+			}
+			inside.wait(t, 20)
+			eventually(t, "all instances are discovered", func() bool { return len(instances(t, client, "risk")) == 3 })
+			by := map[string]int{}
+			for range 300 {
+				who, err := call[int, string](client, "risk", "who", 1, aegis.Balance(aegis.LeastLoaded))
+				if err != nil {
+					t.Fatal(err)
+				}
+				by[who]++
+			}
+			if by["busy"] > 15 || by["idle"] < 50 || by["lazy"] < 50 {
+				t.Errorf("300 calls went to %v, want nearly none for the busy instance", by)
+			}
+			close(release)
+			calls.Wait()
+			for range 300 {
+				who, err := call[int, string](client, "risk", "who", 1, aegis.Balance(aegis.LeastLoaded))
+				if err != nil {
+					t.Fatal(err)
+				}
+				by[who]++
+			}
+			if by["busy"] < 30 {
+				t.Errorf("600 calls went to %v, want the busy instance to get its share when it is idle again", by)
+			}
+		})
+	}
+}
