@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math"
 	"reflect"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 )
 
@@ -754,4 +756,191 @@ func TestCallMiddlewareDecides(t *testing.T) {
 	fails(t, err, aegis.ErrInternal, "ctx")
 	_, err = aegis.New("x", aegis.WithCallMiddleware(nil))
 	fails(t, err, aegis.ErrInvalid, "WithCallMiddleware")
+}
+
+// A logLine is a line of a logger in JSON.
+type logLine struct {
+	Level, Msg, Service, Instance, Endpoint, Error string
+	ID                                             string `json:"correlation_id"`
+	LeftOut                                        int    `json:"left_out"`
+}
+
+// logLines returns the lines whose Msg contains text.
+func logLines(tb testing.TB, logged *safeBuffer, text string) (lines []logLine) {
+	tb.Helper()
+	for line := range strings.Lines(logged.String()) {
+		var l logLine
+		if err := json.Unmarshal([]byte(line), &l); err != nil {
+			tb.Fatalf("%v in %s", err, line)
+		}
+		if strings.Contains(l.Msg, text) {
+			lines = append(lines, l)
+		}
+	}
+	return lines
+}
+
+// Failures that nobody meant are in the log of the service where they happened, one line each.
+func TestUnexpectedFailuresAreLogged(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	var logged safeBuffer
+	svc := newService(t, srv, "svc", aegis.WithLogger(slog.New(slog.NewJSONHandler(&logged, nil))))
+	client := newService(t, srv, "client")
+	for method, fn := range map[string]func(context.Context, int) (any, error){
+		"plain":  func(context.Context, int) (any, error) { return nil, errors.New("database gone") },
+		"panics": func(context.Context, int) (any, error) { panic("database gone") },
+		"goexit": func(context.Context, int) (any, error) { runtime.Goexit(); return nil, nil },
+		"encode": func(context.Context, int) (any, error) { return make(chan int), nil },
+		"large":  func(context.Context, int) (any, error) { return strings.Repeat("x", 2<<20), nil },
+		"typed":  func(context.Context, int) (any, error) { return nil, &aegis.Error{Code: "NO_FUNDS"} },
+		"absent": func(context.Context, int) (any, error) { return nil, aegis.ErrNotFound },
+		"cancel": func(context.Context, int) (any, error) { return nil, context.Canceled },
+		"fine":   func(context.Context, int) (any, error) { return 1, nil },
+	} {
+		handle(t, svc, method, fn)
+	}
+	start(t, svc)
+	if l := logLines(t, &logged, "started"); len(l) != 1 || l[0].Level != "INFO" || l[0].Service != "svc" || l[0].Instance != svc.ID() {
+		t.Errorf("got the lines %+v when the service has started, want one", l)
+	}
+	for _, method := range []string{"plain", "panics", "goexit", "encode", "large", "typed", "absent", "cancel", "fine"} {
+		ctx := aegis.WithHeader(t.Context(), "Aegis-Correlation-Id", "id-"+method)
+		_, _ = aegis.Call[int, any](ctx, client, "svc", method, 1)
+		var own []logLine
+		for _, l := range logLines(t, &logged, "") {
+			if l.ID == "id-"+method {
+				own = append(own, l)
+			}
+		}
+		switch method {
+		case "typed", "absent", "cancel", "fine":
+			if len(own) != 0 {
+				t.Errorf("%s: got the lines %+v, want none", method, own)
+			}
+		default:
+			if len(own) != 1 || own[0].Level != "ERROR" || own[0].Endpoint != method || own[0].Error == "" {
+				t.Errorf("%s: got the lines %+v, want one with the endpoint and the error", method, own)
+			}
+		}
+	}
+	if err := svc.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if l := logLines(t, &logged, "stopped"); len(l) != 1 || l[0].Level != "INFO" {
+		t.Errorf("got the lines %+v when the service has stopped, want one", l)
+	}
+}
+
+// A handler that fails all the time does not flood the log.
+func TestLogIsBounded(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	var logged safeBuffer
+	svc := newService(t, srv, "svc", aegis.WithLogger(slog.New(slog.NewJSONHandler(&logged, nil))))
+	client := newService(t, srv, "client")
+	handle(t, svc, "fails", func(context.Context, int) (int, error) { return 0, errors.New("no") })
+	handle(t, svc, "panics", func(context.Context, int) (int, error) { panic("no") })
+	start(t, svc)
+	var callers sync.WaitGroup
+	for range 8 {
+		callers.Go(func() {
+			for range 500 {
+				for _, method := range []string{"fails", "panics"} {
+					_, err := call[int, int](client, "svc", method, 1)
+					fails(t, err, aegis.ErrInternal)
+				}
+			}
+		})
+	}
+	callers.Wait()
+	if n := len(logLines(t, &logged, "")); n > 50 {
+		t.Errorf("8,000 failures led to %d lines", n)
+	}
+	eventually(t, "a later failure is logged, with how many lines were left out", func() bool {
+		_, _ = call[int, int](client, "svc", "fails", 1)
+		lines := logLines(t, &logged, "request failed")
+		return lines[len(lines)-1].LeftOut > 1000
+	})
+}
+
+// After a restart of the server, a service that has not reconnected yet is not called dead.
+func TestNoRespondersAfterServerRestart(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	slow := aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 2 * time.Second }))
+	svc := newService(t, srv, "svc", slow)
+	client := newService(t, srv, "client", aegis.WithNATS(nats.CustomReconnectDelay(func(int) time.Duration { return 10 * time.Millisecond })))
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	_, err := call[string, string](client, "nobody", "m", "hi")
+	if fails(t, err, aegis.ErrUnavailable, "not running"); strings.Contains(err.Error(), "reconnected") {
+		t.Errorf("got %v without any reconnect", err)
+	}
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	eventually(t, "both have noticed", func() bool { return svc.Stats().Connected == 0 && client.Stats().Connected == 0 })
+	time.Sleep(50 * time.Millisecond) // lets the first attempts to reconnect fail
+	startServer(t, samePort)
+	eventually(t, "the client is connected again", func() bool { return client.Stats().Connected == 2 })
+	if _, err := call[string, string](client, "svc", "m", "hi"); err != nil { // otherwise the service was faster
+		fails(t, err, aegis.ErrUnavailable, "svc", "has not reconnected yet")
+	}
+	if got, err := call[string, string](client, "svc", "m", "hi", aegis.Sticky()); got != "hi" || err != nil {
+		t.Error(got, err)
+	}
+}
+
+// An answer that can't be sent because the connection is lost is logged as that.
+func TestLostAnswerIsLogged(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	var logged safeBuffer
+	svc := newService(t, srv, "svc", aegis.WithLogger(slog.New(slog.NewJSONHandler(&logged, nil))))
+	client := newService(t, srv, "client")
+	inside, release := make(chan struct{}), make(chan struct{})
+	handle(t, svc, "m", func(context.Context, int) (int, error) {
+		close(inside)
+		<-release
+		return 1, nil
+	})
+	start(t, svc)
+	go func() { _, _ = call[int, int](client, "svc", "m", 1) }()
+	<-inside
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	eventually(t, "the service has noticed", func() bool { return svc.Stats().Connected == 0 })
+	close(release)
+	eventually(t, "the lost answer is logged", func() bool { return len(logLines(t, &logged, "answer was lost")) == 1 })
+	if l := logLines(t, &logged, "answer was lost")[0]; !strings.Contains(l.Error, "connection") || strings.Contains(l.Error, "buffer") {
+		t.Errorf("got %+v", l)
+	}
+}
+
+// A question that only serves to make an error more exact is not an error if it is denied.
+func TestDeniedQuestionIsNoError(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t), func(o *server.Options) {
+		may := func(publish ...string) *server.Permissions {
+			return &server.Permissions{Publish: &server.SubjectPermission{Deny: publish}}
+		}
+		o.Users = []*server.User{{Username: "all"}, {Username: "shop", Permissions: may("$SRV.>")}}
+	})
+	var logged safeBuffer
+	svc := newService(t, srv, "svc", aegis.WithNATS(nats.UserInfo("all", "")))
+	client := newService(t, srv, "client", aegis.WithNATS(nats.UserInfo("shop", "")), aegis.WithLogger(slog.New(slog.NewJSONHandler(&logged, nil))))
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) { return c.Data, nil })
+	start(t, svc)
+	if got := wait(t, send[int, int](t, client, "svc", "work", 7)); got != 7 {
+		t.Error(got)
+	}
+	_, err := call[int, int](client, "nobody", "m", 1)
+	fails(t, err, aegis.ErrUnavailable, "unknown")
+	eventually(t, "the denial is logged", func() bool { return len(logLines(t, &logged, "NATS reports")) > 0 })
+	for _, l := range logLines(t, &logged, "") {
+		if l.Level == "ERROR" {
+			t.Errorf("got the line %+v", l)
+		}
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -538,4 +539,48 @@ func TestCallAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	single(aegis.ErrClosed, "cache", "flush")
+}
+
+// The circuit breakers are bounded, and those of other services don't hold up a call.
+func TestManyCircuitBreakers(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	client := newService(t, srv, "client", aegis.WithBreaker(aegis.BreakerPolicy{Failures: 1, Cooldown: time.Minute}))
+	first := newService(t, srv, "first")
+	handle(t, first, "m", echo)
+	start(t, first)
+	if _, err := call[string, string](client, "first", "m", "hi"); err != nil {
+		t.Fatal(err)
+	}
+	var callers sync.WaitGroup
+	for i := range 8 {
+		callers.Go(func() {
+			for n := range 500 {
+				_, err := call[string, string](client, fmt.Sprintf("none-%d-%d", i, n), "m", "hi")
+				fails(t, err, aegis.ErrUnavailable)
+			}
+		})
+	}
+	callers.Wait()
+	if n := len(client.Stats().Breakers); n > 1100 {
+		t.Errorf("%d circuit breakers after calls to 4,000 services", n)
+	}
+	if _, body := get(t, client, "/metrics"); strings.Count(body, "aegis_breaker_open{") > 1100 {
+		t.Errorf("%d series of aegis_breaker_open", strings.Count(body, "aegis_breaker_open{"))
+	}
+	for _, name := range []string{"svc", "OTHERS"} {
+		svc := newService(t, srv, name)
+		handle(t, svc, "m", echo)
+		start(t, svc)
+		if got, err := call[string, string](client, name, "m", "hi"); got != "hi" || err != nil {
+			t.Error(got, err)
+		}
+	}
+	if err := first.Stop(t.Context()); err != nil { // those that there are go on working
+		t.Fatal(err)
+	}
+	_, err := call[string, string](client, "first", "m", "hi")
+	fails(t, err, aegis.ErrUnavailable)
+	_, err = call[string, string](client, "first", "m", "hi")
+	fails(t, err, aegis.ErrCircuitOpen)
 }
