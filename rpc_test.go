@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -583,4 +585,162 @@ func TestManyCircuitBreakers(t *testing.T) {
 	fails(t, err, aegis.ErrUnavailable)
 	_, err = call[string, string](client, "first", "m", "hi")
 	fails(t, err, aegis.ErrCircuitOpen)
+}
+
+// withAccounts makes two accounts, whose users have the same names: backend exports its services, and frontend imports them.
+func withAccounts(tb testing.TB) func(*server.Options) {
+	tb.Helper()
+	file := filepath.Join(tb.TempDir(), "accounts.conf")
+	config := `accounts {
+		backend {
+			users [{user: backend, password: x}]
+			exports [{service: "rpc.>"}, {service: "$SRV.>", response_type: stream}]
+		}
+		frontend {
+			users [{user: frontend, password: x}]
+			imports [{service: {account: backend, subject: "rpc.>"}}, {service: {account: backend, subject: "$SRV.>"}}]
+		}
+	}`
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	accounts, err := server.ProcessConfigFile(file)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return func(o *server.Options) { o.Accounts, o.Users = accounts.Accounts, accounts.Users }
+}
+
+// The server replaces the reply subject of a call to another account. What it says travels in headers, too, if the caller wants it.
+func TestCallToAnotherAccount(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withAccounts(t))
+	var seen journal[string]
+	sources := aegis.WithMiddleware(func(next aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(ctx context.Context, m *aegis.Message) ([]byte, error) {
+			seen.add(m.Source)
+			return next(ctx, m)
+		}
+	})
+	svc := newService(t, srv, "svc", aegis.WithNATS(nats.UserInfo("backend", "x")), sources, aegis.WithTimeout(time.Second))
+	type remaining struct {
+		Left time.Duration
+		ID   string
+	}
+	handle(t, svc, "ctx", func(ctx context.Context, _ int) (remaining, error) {
+		deadline, _ := ctx.Deadline()
+		return remaining{time.Until(deadline), aegis.CorrelationID(ctx)}, nil
+	})
+	handle(t, svc, "fail", func(ctx context.Context, _ int) (int, error) { return 0, &aegis.Error{Code: "NO_FUNDS"} })
+	handle(t, svc, "hang", func(ctx context.Context, _ int) (int, error) {
+		<-ctx.Done()
+		return 0, ctx.Err()
+	})
+	start(t, svc)
+	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Second)
+	defer cancel()
+	for _, codec := range []aegis.Codec{aegis.MsgPack, aegis.JSON} {
+		plain := newService(t, srv, "shop", aegis.WithNATS(nats.UserInfo("frontend", "x")), aegis.WithCodec(codec))
+		if got, err := aegis.Call[int, remaining](ctx, plain, "svc", "ctx", 1); err != nil || got.Left > time.Second {
+			t.Errorf("without WithWireHeaders, got %+v and error %v, want the service's own timeout", got, err)
+		}
+		client := newService(t, srv, "shop", aegis.WithNATS(nats.UserInfo("frontend", "x")), aegis.WithWireHeaders(), aegis.WithCodec(codec))
+		for _, opts := range [][]aegis.CallOption{nil, {aegis.ToInstance(svc.ID())}, {aegis.Retry(aegis.RetryPolicy{})}} {
+			got, err := aegis.Call[int, remaining](aegis.WithHeader(ctx, "Aegis-Correlation-Id", "order-7"), client, "svc", "ctx", 1, opts...)
+			if err != nil || got.Left < 5*time.Second-time.Millisecond || got.Left > 6*time.Second || got.ID != "order-7" {
+				t.Errorf("got %+v and error %v, want 5 to 6 s and order-7", got, err)
+			}
+		}
+		if got, err := aegis.Call[int, remaining](ctx, client, "svc", "ctx", 1); err != nil || got.ID == "" {
+			t.Errorf("got %+v and error %v, want a correlation id", got, err)
+		}
+		_, err := aegis.Call[int, int](ctx, client, "svc", "fail", 1)
+		fails(t, err, &aegis.Error{Code: "NO_FUNDS"})
+		short, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+		_, err = aegis.Call[int, int](short, client, "svc", "hang", 1)
+		e := fails(t, err, aegis.ErrTimeout)
+		if id := e.Details["correlation_id"]; e.Source == "" && id == "" {
+			t.Errorf("the error %+v has no correlation id", e)
+		}
+		cancel()
+		_, err = aegis.Call[int, int](ctx, client, "svc", "none", 1)
+		fails(t, err, aegis.ErrUnimplemented)
+		_, err = aegis.Call[int, int](ctx, client, "nobody", "m", 1)
+		fails(t, err, aegis.ErrUnavailable)
+	}
+	for i, source := range seen.all() {
+		if want := "shop"; i%7 == 0 && source != "" || i%7 != 0 && source != want {
+			t.Errorf("message %d came from %q", i, source)
+		}
+	}
+}
+
+// Any NATS client can send a deadline in the header Aegis-Timeout.
+func TestTimeoutHeader(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	svc := newService(t, srv, "svc")
+	handle(t, svc, "left", func(ctx context.Context, _ int) (int64, error) {
+		deadline, _ := ctx.Deadline()
+		return time.Until(deadline).Milliseconds(), nil
+	})
+	inside, release := make(chan struct{}, 10), make(chan struct{})
+	var ran atomic.Int32
+	handle(t, svc, "busy", func(context.Context, int) (int, error) {
+		ran.Add(1)
+		inside <- struct{}{}
+		<-release
+		return 0, nil
+	}, aegis.Concurrency(1))
+	start(t, svc)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	request := func(method, timeout string) *nats.Msg {
+		m := nats.NewMsg("rpc.svc." + method)
+		m.Data, m.Header = []byte("1 "), nats.Header{"Aegis-Timeout": {timeout}, "Aegis-Source": {"legacy"}}
+		return m
+	}
+	for timeout, want := range map[string]int64{"1.5s": 1500, "1500": 1500, "1m": 60_000, "87600h": 365 * 24 * 3600 * 1000, "20000ms": 20_000, "": 5000} {
+		answer, err := nc.RequestMsg(request("left", timeout), 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var left int64
+		if err := json.Unmarshal(answer.Data, &left); err != nil || left > want || left < want-1000 {
+			t.Errorf("Aegis-Timeout %q: the handler has %s ms left, want nearly %d", timeout, answer.Data, want)
+		}
+	}
+	if callers := endpointStats(t, svc, "rpc", "left").Callers; callers["legacy"] != 6 {
+		t.Errorf("the calls came from %v, want 6 from legacy", callers)
+	}
+	for _, timeout := range []string{"abc", "-1s", "0", "0s", "NaN", "1e9999s", "-5", "1.5", strings.Repeat("9", 400), "\"1s\""} {
+		answer, err := nc.RequestMsg(request("left", timeout), 5*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if text := answer.Header.Get("Nats-Service-Error"); answer.Header.Get("Nats-Service-Error-Code") != "400" || !strings.Contains(text, "Aegis-Timeout") || len(text) > 200 {
+			t.Errorf("Aegis-Timeout %q is answered with %v", timeout, answer.Header)
+		}
+	}
+	// A request whose time was up while it waited is not run.
+	inbox := nats.NewInbox()
+	for _, timeout := range []string{"1m", "50ms"} {
+		m := request("busy", timeout)
+		m.Reply = inbox
+		if err := nc.PublishMsg(m); err != nil {
+			t.Fatal(err)
+		}
+		if timeout == "1m" {
+			<-inside
+		}
+	}
+	time.Sleep(100 * time.Millisecond)
+	close(release)
+	eventually(t, "the second request has expired", func() bool { return endpointStats(t, svc, "rpc", "busy").Expired == 1 })
+	if n := ran.Load(); n != 1 {
+		t.Errorf("%d requests ran, want 1", n)
+	}
 }
