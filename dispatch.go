@@ -71,11 +71,11 @@ type endpoint struct {
 	reserve             int64 // bytes of the server's max_payload that an answer must leave free
 
 	queue      chan *nats.Msg
-	waiting    chan job        // what shed keeps waiting; workers take from it before they take from queue
-	reject     func(*nats.Msg) // refuses a message beyond the limit; nil if the source never brings more than may run
-	stopping   chan struct{}   // closed when no more messages will come
-	finished   chan struct{}   // closed when all messages are handled
-	workerIdle chan struct{}   // tells shed that a worker is idle
+	waiting    atomic.Pointer[chan job] // what shed keeps waiting; nil until there are as many workers as there may be
+	reject     func(*nats.Msg)          // refuses a message beyond the limit; nil if the source never brings more than may run
+	stopping   chan struct{}            // closed when no more messages will come
+	finished   chan struct{}            // closed when all messages are handled
+	workerIdle chan struct{}            // tells shed that a worker is idle
 	meter      *meter
 	quota      quota // of log lines
 
@@ -101,13 +101,14 @@ type job struct {
 	arrived time.Time
 }
 
-const queueSize = 16384 // messages that the read loops can leave before a worker or shed takes them
+// The queues of a service have room for queueSize messages each, which the read loops can leave before a worker or shed takes them.
+// If there are so many handlers that this would be more than queueTotal in all, those that are added later have less room.
+const queueSize, leastQueueSize, queueTotal = 16384, 1024, 16 * queueSize
 
 // addEndpoint adds a handler, wrapped in the service's middleware, and opens it if the service has been started.
 func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 	e.svc, e.meter, e.workers = s, newMeter(), map[*worker]bool{}
 	e.limit, e.maxIdle = cfg.concurrency, min(cfg.concurrency, runtime.GOMAXPROCS(0))
-	e.queue, e.waiting = make(chan *nats.Msg, queueSize), make(chan job, e.limit)
 	e.stopping, e.finished, e.workerIdle = make(chan struct{}), make(chan struct{}), make(chan struct{}, 1)
 	for _, mw := range slices.Backward(s.cfg.middleware) {
 		e.run = mw(e.run)
@@ -129,6 +130,7 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 		e.lease = s.exclusive.Load()
 	}
 	s.endpoints[key] = e
+	e.queue = make(chan *nats.Msg, max(min(queueSize, queueTotal/len(s.endpoints)), leastQueueSize))
 	serving := s.state == started
 	s.mu.Unlock()
 
@@ -214,6 +216,9 @@ func (e *endpoint) startWorkerLocked() {
 	if len(e.workers) < e.limit {
 		w := &worker{}
 		e.workers[w] = true
+		if len(e.workers) == e.limit && e.waiting.Load() == nil { // before shed can run, so that take finds it when a worker needs it
+			e.waiting.Store(new(make(chan job, e.limit)))
+		}
 		e.idle.Add(1)
 		e.workersDone.Go(func() { e.svc.asHandler(func() { e.work(w) }) })
 	} else if e.reject != nil && !e.shedding {
@@ -255,9 +260,13 @@ func (e *endpoint) work(w *worker) {
 func (e *endpoint) take(w *worker) (j job, left bool) {
 	for {
 		noMore := isClosed(e.stopping) // then a message that is not there now will not come
+		waiting := *cmp.Or(e.waiting.Load(), &noJobs)
 		select {
-		case j := <-e.waiting:
+		case j := <-waiting: // before those in queue, which have come later
 			return j, false
+		default:
+		}
+		select {
 		case m := <-e.queue:
 			return job{msg: m}, false
 		default:
@@ -269,12 +278,17 @@ func (e *endpoint) take(w *worker) (j job, left bool) {
 		select {
 		case m := <-e.queue:
 			return job{msg: m}, false
-		case j := <-e.waiting:
+		case j := <-waiting:
 			return j, false
 		case <-e.stopping:
 		}
 	}
 }
+
+var noJobs chan job // from which nothing comes
+
+// waitingJobs returns how many messages shed keeps waiting.
+func (e *endpoint) waitingJobs() int { return len(*cmp.Or(e.waiting.Load(), &noJobs)) }
 
 // leave removes w if there are enough other idle workers, or if no more messages will come and none is left. It reports whether
 // it did. It holds mu, so that startWorkerLocked finds every worker either idle or gone, and shed finds one that takes what it
@@ -282,7 +296,7 @@ func (e *endpoint) take(w *worker) (j job, left bool) {
 func (e *endpoint) leave(w *worker, noMore bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if noMore && len(e.queue)+len(e.waiting) > 0 || !noMore && int(e.idle.Load()) <= e.maxIdle {
+	if noMore && len(e.queue)+e.waitingJobs() > 0 || !noMore && int(e.idle.Load()) <= e.maxIdle {
 		return false
 	}
 	e.idle.Add(-1)
@@ -296,7 +310,7 @@ func (e *endpoint) shed() {
 		select {
 		case m := <-e.queue:
 			select {
-			case e.waiting <- job{m, time.Now()}:
+			case *e.waiting.Load() <- job{m, time.Now()}:
 			default:
 				e.reject(m)
 			}
@@ -307,7 +321,7 @@ func (e *endpoint) shed() {
 		e.mu.Lock()
 		more = e.idle.Load() == 0 && !isClosed(e.stopping)
 		e.shedding = more
-		if !more && len(e.waiting) > 0 && len(e.workers) < e.limit { // workers may have left before shed put it there
+		if !more && e.waitingJobs() > 0 && len(e.workers) < e.limit { // workers may have left before shed put it there
 			e.startWorkerLocked()
 		}
 		e.mu.Unlock()
@@ -331,7 +345,7 @@ func (e *endpoint) handling(from, to time.Duration) (msgs []*nats.Msg) {
 func (e *endpoint) running() int { return len(e.handling(0, math.MaxInt64)) }
 
 // busy reports whether messages wait for a worker or are being handled.
-func (e *endpoint) busy() bool { return len(e.queue) > 0 || len(e.waiting) > 0 || e.running() > 0 }
+func (e *endpoint) busy() bool { return len(e.queue) > 0 || e.waitingJobs() > 0 || e.running() > 0 }
 
 // logger returns a logger for what concerns one message.
 func (e *endpoint) logger(r *request) *slog.Logger {

@@ -944,3 +944,33 @@ func TestDeniedQuestionIsNoError(t *testing.T) {
 		}
 	}
 }
+
+// The memory of a service follows use: a method that nobody calls takes little.
+func TestManyMethods(t *testing.T) { // not parallel to other tests, because it measures memory
+	srv := startServer(t)
+	memory := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc + m.StackInuse
+	}
+	svc := newService(t, srv, "svc")
+	before := memory()
+	const methods = 1000
+	for n := range methods {
+		handle(t, svc, fmt.Sprint("m", n), func(_ context.Context, v int) (int, error) { return v + n, nil })
+	}
+	start(t, svc)
+	if used := (memory() - before) >> 20; used > 32 {
+		t.Errorf("%d methods take %d MB, want at most 32 (the server's share included)", methods, used)
+	} else {
+		t.Logf("%d methods take %d MB", methods, used)
+	}
+	client := newService(t, srv, "client")
+	for n := range methods {
+		if got, err := call[int, int](client, "svc", fmt.Sprint("m", n), 1); got != n+1 || err != nil {
+			t.Fatal(got, err)
+		}
+	}
+}

@@ -191,7 +191,7 @@ func (s *Service) readings() []*reading {
 		all.Go(func() { // because pending may have to wait for the server
 			out[i] = e.meter.read(e.kind, e.name)
 			out[i].subject = e.subject
-			out[i].Pending = int64(len(e.queue)+len(e.waiting)) + e.source.pending()
+			out[i].Pending = int64(len(e.queue)+e.waitingJobs()) + e.source.pending()
 		})
 	}
 	all.Wait()

@@ -340,18 +340,11 @@ func (s *Service) callWith(ctx context.Context, service, method string, out Raw,
 	meter := s.calls.get(subject[len("rpc."):], newMeter)
 	begin := meter.begin()
 	defer func() { meter.handled("", begin, failure) }()
-	answer := &nats.Msg{}
+	var answer *nats.Msg
 	if s.outward == nil {
 		answer, failure = s.exchangeCall(ctx, subject, service, out, cfg)
 	} else {
-		answer.Data, failure = s.sendThrough(ctx, kindCall, subject, out, func(ctx context.Context, data []byte) ([]byte, *Error) {
-			got, failure := s.exchangeCall(ctx, subject, service, Raw{data, out.codec}, cfg)
-			if failure != nil {
-				return nil, failure
-			}
-			answer.Header = got.Header
-			return got.Data, nil
-		})
+		answer, failure = s.callThrough(ctx, subject, service, out, cfg)
 	}
 	if failure != nil {
 		return failure
@@ -363,6 +356,21 @@ func (s *Service) callWith(ctx context.Context, service, method string, out Raw,
 		return newError(ErrInternal, "the answer of %s.%s is not %v", service, method, err)
 	}
 	return nil
+}
+
+// callThrough calls exchangeCall through the middleware of WithCallMiddleware.
+func (s *Service) callThrough(ctx context.Context, subject, service string, out Raw, cfg *callConfig) (*nats.Msg, *Error) {
+	answer := &nats.Msg{}
+	data, failure := s.sendThrough(ctx, kindCall, subject, out, func(ctx context.Context, data []byte) ([]byte, *Error) {
+		got, failure := s.exchangeCall(ctx, subject, service, Raw{data, out.codec}, cfg)
+		if failure != nil {
+			return nil, failure
+		}
+		answer.Header = got.Header
+		return got.Data, nil
+	})
+	answer.Data = data
+	return answer, failure
 }
 
 // exchangeCall sends a request, in as many attempts as cfg allows, and returns the answer.
