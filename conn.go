@@ -534,25 +534,24 @@ func (c *conn) wakeSlots() {
 
 // slot returns the free slot that was used last, or a new one.
 func (c *conn) slot() (*slot, *Error) {
-	c.slotsMu.Lock()
-	n := len(c.free)
-	if n == 0 {
-		c.slotsMu.Unlock()
-		return c.newSlot(c.newInbox()+".>", 4*maxMissed)
-	}
-	sl := c.free[n-1]
-	c.free = c.free[:n-1]
-	c.slotsMu.Unlock()
-	for len(sl.answers) > 0 { // late answers to earlier calls
-		if m := <-sl.answers; m != nil {
-			sl.strays = true
+	for {
+		c.slotsMu.Lock()
+		n := len(c.free)
+		if n == 0 {
+			c.slotsMu.Unlock()
+			return c.newSlot(c.newInbox()+".>", slotRoom)
 		}
-	}
-	if sl.refused.Load() {
+		sl := c.free[n-1]
+		c.free = c.free[:n-1]
+		c.slotsMu.Unlock()
+		for len(sl.answers) > 0 { // a nil from wakeSlots, or a late or second answer to an earlier call
+			sl.strays = <-sl.answers != nil || sl.strays
+		}
+		if !sl.strays && !sl.refused.Load() {
+			return sl, nil
+		}
 		c.endSlot(sl)
-		return c.slot()
 	}
-	return sl, nil
 }
 
 // newSlot makes a slot, whose present call begins now. It gets the messages to subject, which may end in >, and has room for that
@@ -588,7 +587,10 @@ func (c *conn) newSlot(subject string, room int) (*slot, *Error) {
 // newInbox returns a reply subject that nobody else uses.
 func (c *conn) newInbox() string { return c.inbox + strconv.FormatUint(c.inboxCount.Add(1), 10) }
 
-const maxMissed = 8 // a slot is ended after that many calls without an answer
+const (
+	maxMissed = 8   // a slot is ended after that many calls without an answer
+	slotRoom  = 128 // for late answers, and for second answers to one call, before those to the next one
+)
 
 // release makes a slot free for the next call. It ends the slot if messages that belong to no call may fill its channel.
 func (c *conn) release(sl *slot, answered bool) {
@@ -596,7 +598,7 @@ func (c *conn) release(sl *slot, answered bool) {
 	if !answered {
 		sl.missed++
 	}
-	if sl.strays || sl.missed >= maxMissed {
+	if sl.strays || sl.missed >= maxMissed || len(sl.answers) > 0 {
 		c.endSlot(sl)
 		return
 	}
