@@ -85,8 +85,9 @@ import (
 //
 //   - The patterns: rpc.go, events.go, deadletters.go, jobs.go, commands.go, election.go, registry.go, and metrics.go, which
 //     counts what they do.
-//   - The primitives that carry them: dispatch.go (from a message to its handler and back), feed.go (from a consumer to the
-//     queue), jetstream.go (streams, keys and watches), conn.go (the connections, and request: a message out, its answer back).
+//   - The primitives that carry them: dispatch.go (from a message to its handler and back), context.go (what the handler knows
+//     about it), feed.go (from a consumer to the queue), jetstream.go (streams, keys and watches), exchange.go (request: a
+//     message out, its answer back), conn.go (the connections).
 //   - The ground: options.go, codec.go, errors.go.
 
 // A Service is one instance of a named service: a pool of connections to NATS, the handlers, and the calls that it makes.
