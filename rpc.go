@@ -239,11 +239,15 @@ func isDisconnected(err error) bool {
 // method's subject and does not answer, such as a stream over rpc.> that keeps an audit log, a call to a service that does not run
 // fails only when ctx ends.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
-	var resp, zero Resp
-	if failure := s.call(ctx, service, method, &req, &resp, opts); failure != nil {
+	v := &struct { // one allocation for both
+		req  Req
+		resp Resp
+	}{req: req}
+	if failure := s.call(ctx, service, method, &v.req, &v.resp, opts); failure != nil {
+		var zero Resp
 		return zero, failure
 	}
-	return resp, nil
+	return v.resp, nil
 }
 
 // An Answer is what one instance has answered to a [CallAll].
