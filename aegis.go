@@ -96,6 +96,7 @@ type Service struct {
 	cfg      *config
 	log      *slog.Logger
 	conns    []*conn
+	carrier  carrier
 	next     atomic.Uint32    // counts the calls of pick, so that the connections take turns
 	breakers lookup[*breaker] // by the service that is called
 	calls    lookup[*meter]   // by <service>.<method>
@@ -181,7 +182,7 @@ func New(name string, opts ...Option) (*Service, error) {
 	s.base, s.cancel = context.WithCancel(context.Background())
 	s.heartbeatCtx, s.endHeartbeats = context.WithCancel(context.Background())
 	for range cfg.pool {
-		c, err := s.connect()
+		c, err := s.connect(false)
 		if err != nil {
 			s.close()
 			return nil, err
@@ -228,7 +229,7 @@ func (s *Service) Start(ctx context.Context) error {
 	if unregistered != nil {
 		return unregistered
 	}
-	if err := s.awaitConnections(ctx); err != nil {
+	if err := s.awaitConnections(ctx, s.conns...); err != nil {
 		return err
 	}
 
@@ -410,6 +411,7 @@ func (s *Service) close() {
 	s.closed.Store(true)
 	s.cancel()
 	var closing sync.WaitGroup
+	closing.Go(s.closeCarrier)
 	for _, c := range s.conns {
 		c.disconnected() // so that the calls that wait on c fail, and no other begins
 		closing.Go(c.nc.Close)

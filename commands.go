@@ -323,7 +323,7 @@ func (x *run) claim() bool {
 		}
 	}
 	src.logger(x.r).Warn("a command can't be claimed", "error", failure)
-	src.acknowledge(x.r.in, nakAfter(backoff(x.r.delivery.attempt, fetchTick, 5*time.Second)))
+	src.acknowledge(x.r.in, nakAfter(backoff(x.r.delivery.attempt, retryPause, 5*time.Second)))
 	return false
 }
 

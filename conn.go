@@ -34,6 +34,7 @@ type conn struct {
 	lastReported atomic.Pointer[error] // the latest error that nats.go has passed to AsyncErrorCB
 	maxPayload   atomic.Int64          // the server's max_payload
 
+	lostAt            atomic.Int64  // when the connection was lost last, by the clock
 	drops, reconnects atomic.Uint32 // how often the connection was lost, and how often it was made again
 
 	sendMu  sync.Mutex // guards the next two
@@ -51,8 +52,8 @@ type conn struct {
 
 const maxSlots = 8192 // calls that may wait for their answers on one connection
 
-// connect makes one connection of the pool.
-func (s *Service) connect() (_ *conn, err error) {
+// connect makes one connection of the pool, or the carrier.
+func (s *Service) connect(carrier bool) (_ *conn, err error) {
 	c := &conn{slots: map[*slot]bool{}, first: make(chan struct{})}
 	opts := nats.GetDefaultOptions()
 	opts.Servers, opts.Name = s.cfg.urls, s.id
@@ -67,7 +68,9 @@ func (s *Service) connect() (_ *conn, err error) {
 			return nil, newError(ErrInvalid, "WithNATS: %v", err)
 		}
 	}
-	opts.ReconnectBufSize = -1 // no buffer, because what is in it would be sent after its caller had given up
+	if !carrier {
+		opts.ReconnectBufSize = -1 // no buffer, because what is in it would be sent after its caller had given up
+	}
 	// nats.go's own requests use this prefix, too.
 	opts.InboxPrefix = cmp.Or(opts.InboxPrefix, strings.TrimSuffix(nats.InboxPrefix, ".")) + "." + s.name
 	disconnected, connected, reconnected, failed := opts.DisconnectedErrCB, opts.ConnectedCB, opts.ReconnectedCB, opts.AsyncErrorCB
@@ -104,6 +107,9 @@ func (s *Service) connect() (_ *conn, err error) {
 		c.connected(nc)
 		c.reconnects.Add(1)
 		s.log.Info("reconnected to NATS", "url", nc.ConnectedUrlRedacted())
+		if carrier {
+			s.carrierIsBack(c, time.Duration(c.lostAt.Load()))
+		}
 		if reconnected != nil {
 			reconnected(nc)
 		}
@@ -163,13 +169,14 @@ func (c *conn) connected(nc *nats.Conn) {
 // disconnected makes the calls that wait on c fail. It is called when the connection is lost, and when the service closes it.
 func (c *conn) disconnected() {
 	c.up.Store(false)
+	c.lostAt.Store(int64(clock()))
 	c.drops.Add(1)
 	c.wakeSlots()
 }
 
-// awaitConnections waits until all connections are up.
-func (s *Service) awaitConnections(ctx context.Context) error {
-	for _, c := range s.conns {
+// awaitConnections waits until the connections are up.
+func (s *Service) awaitConnections(ctx context.Context, conns ...*conn) error {
+	for _, c := range conns {
 		for !c.up.Load() {
 			select {
 			case <-time.After(10 * time.Millisecond):
@@ -302,7 +309,7 @@ func (s *Service) notify(subject string, data []byte) {
 
 // flush waits until the servers have processed everything that was sent, on every connection.
 func (s *Service) flush(ctx context.Context) (failure *Error) {
-	for _, c := range s.conns {
+	for _, c := range s.allConns() {
 		if err := c.flush(ctx); err != nil {
 			failure = newError(ErrUnavailable, "no answer from %s: %v", redacted(s.cfg.urls), err)
 		}
@@ -381,7 +388,7 @@ func (s *Service) checkDenials(ctx context.Context, begin time.Duration) error {
 	if failure := s.flush(ctx); failure != nil {
 		return failure
 	}
-	for _, c := range s.conns { // LastError knows an error a moment before AsyncErrorCB is called
+	for _, c := range s.allConns() { // LastError knows an error a moment before AsyncErrorCB is called
 		last, end := c.nc.LastError(), clock()+time.Second
 		for isRefusal(last) && *cmp.Or(c.lastReported.Load(), new(error)) != last && clock() < end {
 			time.Sleep(time.Millisecond)

@@ -190,7 +190,7 @@ func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 			break
 		}
 		f.logger(r).Error("a dead letter can't be stored", "error", failure)
-		if !sleep(f.svc.base, backoff(n, fetchTick, 5*time.Second)) {
+		if !sleep(f.svc.base, backoff(n, retryPause, 5*time.Second)) {
 			return false
 		}
 	}

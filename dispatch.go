@@ -128,7 +128,11 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 		e.lease = s.exclusive.Load()
 	}
 	s.endpoints[key] = e
-	e.queue = make(chan *nats.Msg, max(min(queueSize, queueTotal/len(s.endpoints)), leastQueueSize))
+	size := max(min(queueSize, queueTotal/len(s.endpoints)), leastQueueSize)
+	if e.reject == nil { // a feed brings only what can begin
+		size = min(cfg.concurrency, pullSize)
+	}
+	e.queue = make(chan *nats.Msg, size)
 	serving := s.state == started
 	s.mu.Unlock()
 

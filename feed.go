@@ -4,7 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,10 +23,14 @@ const (
 	maxAckPending = 1 << 16 // messages of a consumer that are being handled or wait for their next attempt, in all instances
 	maxWaiting    = 1 << 12 // pull requests that wait at a consumer, from all instances
 
-	fetchTick     = 250 * time.Millisecond // between checks of the connection; also the shortest bound of a pause after a failure
-	fetchExpiry   = time.Second            // after which the server ends a pull request
-	fetchSlack    = time.Second            // for the server's report of that to arrive
+	pullSize      = 512                    // messages that are asked for at once
+	pullBytes     = 32 << 20               // bytes that all feeds of a service ask for at once; the server cuts a connection at 64 MB
+	pullExpiry    = 30 * time.Second       // after which a pull request is made anew
+	pullHeartbeat = 2 * time.Second        // between the server's signs of life; after twice that without one, the request counts as lost
+	drainTime     = 2 * time.Second        // for messages under way to arrive when a request is given up
 	checkInterval = 15 * time.Second       // after which fetch checks the consumers again
+	retryPause    = 250 * time.Millisecond // the shortest bound of a pause after a failure
+	returnPause   = time.Second            // before a message is redelivered that its instance can't handle, but asks for others
 
 	pendingTimeout = 250 * time.Millisecond // for asking the server how many messages wait
 	pendingAge     = time.Second            // after which it is asked again
@@ -53,9 +57,10 @@ type feed struct {
 	requests atomic.Int32           // to the consumers, that have not come to their end
 	starts   int                    // messages brought since the lanes were asked in reverse order, or were all empty
 	ackWait  atomic.Int64           // the shortest ack wait of the consumers
-	active   atomic.Bool            // whether to ask for messages; see share
+	waiting  atomic.Bool            // whether less than half of what a single lane was asked for last has come
 	failed   atomic.Bool            // whether a pull request has failed since fetch looked last
-	wake     chan struct{}          // tells fetch that it can ask for more, or that active has changed
+	wake     chan struct{}          // tells fetch to look whether it can ask for more
+	renew    chan struct{}          // tells keepAlive that the connection is back
 	inspect  func()                 // called at intervals while messages may be handled, unless it is nil
 
 	counting sync.Mutex    // guards counted, and pending of the lanes
@@ -65,16 +70,19 @@ type feed struct {
 	mu       sync.Mutex         // guards the rest
 	drained  bool               // whether drain was called
 	cancel   context.CancelFunc // ends fetch, if that has begun
+	active   bool               // whether to ask for messages; see share
+	request  context.Context    // of the requests under way; nil before the first
+	giveUp   context.CancelFunc // ends request
 }
 
-// A lane is one of a feed's consumers. The fields from maxBatch to ackFloor belong to openConsumer and fetch, which don't run at
+// A lane is one of a feed's consumers. The fields from consumer to ackFloor belong to openConsumer and fetch, which don't run at
 // the same time.
 type lane struct {
 	config   jetstream.ConsumerConfig
-	redrive  string        // the subject of redriven dead letters, besides the one in config; "" for none
-	maxBatch int64         // messages that may be asked for at once; 0 until the consumer was first opened
-	expiry   time.Duration // of a pull request that waits for messages
+	redrive  string // covers the subjects of redriven dead letters, besides the one in config; "" for none
+	consumer jetstream.Consumer
 	ackWait  time.Duration // of the consumer
+	created  time.Time     // when the stream was made
 	ackFloor uint64        // all messages up to this stream sequence are acknowledged
 	parked   atomic.Bool   // whether the consumer was empty, and is asked for its next message only
 	pending  int64         // messages that waited when the server was asked last
@@ -89,11 +97,17 @@ func newLane(consumer, subject string) *lane {
 }
 
 func newFeed(e *endpoint, cfg *handlerConfig, stream jetstream.StreamConfig, lanes ...*lane) *feed {
-	return &feed{endpoint: e, cfg: cfg, stream: stream, lanes: lanes, wake: make(chan struct{}, 1), cancel: func() {}}
+	return &feed{
+		endpoint: e, cfg: cfg, stream: stream, lanes: lanes, wake: make(chan struct{}, 1), renew: make(chan struct{}, 1),
+		cancel: func() {}, giveUp: func() {},
+	}
 }
 
 // open makes the consumers, and the stream for dead letters, and starts fetch.
 func (f *feed) open(ctx context.Context) error {
+	if err := f.svc.openCarrier(ctx, f); err != nil {
+		return err
+	}
 	if failure := f.openConsumers(ctx); failure != nil {
 		return failure
 	}
@@ -115,16 +129,31 @@ func (f *feed) open(ctx context.Context) error {
 	return nil
 }
 
-// share begins or ends asking for messages. Those that were asked for already still come.
+// share begins or ends asking for messages. Those that are under way still come.
 func (f *feed) share(on bool) error {
-	if f.active.Swap(on) != on {
-		signal(f.wake)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.active = on; !on {
+		f.giveUp()
 	}
+	signal(f.wake)
 	return nil
 }
 
-// openConsumers makes the consumers that do not exist. Of the others it learns the settings, which the operator may have
-// changed.
+// asking returns the ctx of pull requests, or nil if there may be none now.
+func (f *feed) asking(ctx context.Context) context.Context {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.active {
+		return nil
+	}
+	if f.request == nil || f.request.Err() != nil {
+		f.request, f.giveUp = context.WithTimeout(ctx, checkInterval)
+	}
+	return f.request
+}
+
+// openConsumers makes the consumers that do not exist, and learns what matters about the others.
 func (f *feed) openConsumers(ctx context.Context) *Error {
 	var subjects []string
 	for _, l := range f.lanes {
@@ -142,23 +171,22 @@ func (f *feed) openConsumers(ctx context.Context) *Error {
 	return failure
 }
 
-// openConsumer makes the consumer of one lane, or learns its settings. It changes a consumer that exists only if that does not
-// keep the order as the handler's Concurrency wants it, or lacks the subject of redriven dead letters.
+// openConsumer makes the consumer of one lane. When it is first opened, one that exists gets the configuration that the code wants.
+// Only its ack wait, whether it is paused, and how it is stored, are left to the operator.
 func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lane) *Error {
 	begin, config := clock(), l.config
-	subject := config.FilterSubjects[0]
-	if l.redrive != "" && takes(stream, l.redrive) && !covers(subject, l.redrive) {
+	if l.redrive != "" && takes(stream, l.redrive) && !covers(config.FilterSubjects[0], l.redrive) {
 		config.FilterSubjects = append(slices.Clone(config.FilterSubjects), l.redrive)
 	}
 	what := "the consumer " + config.Durable + " of " + f.stream.Name
-	c := f.svc.pick()
-	if c == nil {
+	c := f.svc.carrier.conn.Load()
+	if !c.up.Load() {
 		return f.svc.disconnectedError()
 	}
 	consumer, err := c.js.Consumer(ctx, f.stream.Name, config.Durable)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		if l.maxBatch > 0 { // it was opened before, and somebody has deleted it
-			if stream.CachedInfo().State.LastSeq < l.ackFloor {
+		if l.consumer != nil { // somebody has deleted it, perhaps with the stream
+			if created := stream.CachedInfo().Created; !created.Equal(l.created) {
 				l.ackFloor = 0 // the stream is a new one
 			}
 			f.svc.log.Warn("the consumer was deleted and is made again", "endpoint", f.name, "consumer", config.Durable, "after", l.ackFloor)
@@ -171,59 +199,65 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 			consumer, err = c.js.Consumer(ctx, f.stream.Name, config.Durable)
 		}
 	}
+	if err == nil && l.consumer == nil { // later, another version of the service may want another configuration
+		have := consumer.CachedInfo().Config
+		if have.FilterSubject != "" {
+			have.FilterSubject, have.FilterSubjects = "", []string{have.FilterSubject}
+		}
+		if !slices.Contains(have.FilterSubjects, config.FilterSubjects[0]) || have.AckPolicy != config.AckPolicy || have.DeliverSubject != "" {
+			return notRun(newError(ErrInvalid, "%s, which exists, is not a pull consumer for %s with explicit acknowledgement: "+
+				"delete it, or choose another name by Durable", what, config.FilterSubjects[0]))
+		}
+		want := have
+		want.FilterSubjects, want.BackOff = config.FilterSubjects, nil
+		want.MaxDeliver, want.MaxAckPending, want.InactiveThreshold = config.MaxDeliver, config.MaxAckPending, config.InactiveThreshold
+		want.MaxRequestBatch, want.MaxRequestExpires, want.MaxRequestMaxBytes = 0, 0, 0
+		if !reflect.DeepEqual(have, want) {
+			consumer, err = c.js.UpdateConsumer(ctx, f.stream.Name, want)
+		}
+	}
 	if err != nil {
 		return f.svc.jetStreamError(begin, err, what)
 	}
-	have := consumer.CachedInfo().Config
-	filters := append(have.FilterSubjects, have.FilterSubject)
-	if !slices.Contains(filters, subject) || have.AckPolicy != jetstream.AckExplicitPolicy || have.MaxDeliver > 0 {
-		return notRun(newError(ErrInvalid, "%s, which exists, is not one for %s with explicit acknowledgement and max_deliver -1: delete it, or choose another name by Durable", what, subject))
-	}
-	ordered, redriven := config.MaxAckPending == 1, slices.ContainsFunc(filters, func(p string) bool { return covers(p, l.redrive) })
-	if ordered != (have.MaxAckPending == 1) || len(config.FilterSubjects) > 1 && !redriven {
-		have.MaxAckPending, have.FilterSubject, have.FilterSubjects = config.MaxAckPending, "", config.FilterSubjects
-		if _, err := c.js.UpdateConsumer(ctx, f.stream.Name, have); err != nil {
-			return f.svc.jetStreamError(begin, err, what)
-		}
-	}
-	l.ackFloor, l.ackWait = consumer.CachedInfo().AckFloor.Stream, have.AckWait
-	l.maxBatch = int64(min(f.limit, cmp.Or(have.MaxRequestBatch, f.limit))) // 0 in the configuration means no limit
-	l.expiry = min(fetchExpiry, cmp.Or(have.MaxRequestExpires, fetchExpiry))
+	info := consumer.CachedInfo()
+	l.consumer, l.ackWait, l.ackFloor, l.created = consumer, info.Config.AckWait, info.AckFloor.Stream, stream.CachedInfo().Created
 	return nil
 }
 
-// fetch asks for messages until ctx ends. It waits for wake when it may not ask, and when all lanes are parked. After a
-// failure, and at each checkInterval, it checks the consumers.
+// fetch asks for messages until ctx ends. After a failure, after a reconnect, and at each checkInterval, it checks the consumers.
 func (f *feed) fetch(ctx context.Context) {
-	looked, trouble := clock(), 0
+	checked, trouble := clock(), 0
 	for ctx.Err() == nil {
-		free := int64(f.limit) - f.claimed.Load()
-		more := f.active.Load() && free > 0
-		if more && f.worthAsking(free) {
-			more = f.ask(ctx, free)
-		} else if more {
-			sleep(ctx, time.Millisecond) // then worthAsking may report true
+		if f.failed.Swap(false) {
+			checked = 0
 		}
-		failed := f.failed.Swap(false)
-		if failed {
-			trouble++
-			sleep(ctx, backoff(trouble, fetchTick, 2*time.Second))
-		} else {
-			trouble = 0
-		}
-		if (failed || clock()-looked > checkInterval) && f.svc.pick() != nil {
+		if clock()-checked > checkInterval {
 			within, cancel := context.WithTimeout(ctx, 5*time.Second)
-			if failure := f.openConsumers(within); failure != nil && ctx.Err() == nil {
-				f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", failure)
-			}
+			failure := f.openConsumers(within)
 			cancel()
-			looked = clock()
-		}
-		if !more && !failed {
-			select {
-			case <-f.wake:
-			case <-ctx.Done():
+			if failure != nil {
+				if trouble++; ctx.Err() == nil && f.svc.carrier.conn.Load().up.Load() {
+					f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", failure)
+				}
+				sleep(ctx, backoff(trouble, retryPause, 2*time.Second))
+				continue
 			}
+			checked, trouble = clock(), 0
+		}
+		free := int64(f.limit) - f.claimed.Load()
+		asking := f.asking(ctx)
+		switch {
+		case asking == nil || free <= 0:
+		case !f.worthAsking(free):
+			sleep(ctx, time.Millisecond) // then worthAsking may report true
+			continue
+		case f.ask(asking, free):
+			continue
+		}
+		select {
+		case <-f.wake:
+		case <-ctx.Done():
+		case <-time.After(checkInterval):
 		}
 	}
 }
@@ -235,21 +269,34 @@ func (f *feed) worthAsking(free int64) bool {
 }
 
 // ask asks for up to free messages, and reports whether more may be there at once. A single lane is asked for what is there and
-// for what comes before the request expires. Of several lanes, the most urgent first, each is asked only for what is there now,
-// until one has something. A lane that has nothing is parked: a request for its next message waits there. After 15 messages the
-// lanes are asked once in reverse order, so that one start in 16 goes to the least urgent and nothing waits forever.
+// for what comes until ctx ends, and asked again when half of that has come. Of several lanes, the most urgent first, each is asked only for what is there now, until one has
+// something. A lane that has nothing is parked: a request for its next message waits there. After 15 messages the lanes are asked
+// once in reverse order, so that one start in 16 goes to the least urgent and nothing waits forever.
 func (f *feed) ask(ctx context.Context, free int64) bool {
-	bring := func(l *lane, n int64, expiry time.Duration) (came int) {
-		f.pullFrom(ctx, l, min(n, l.maxBatch), expiry, func(m *nats.Msg) {
-			came++
-			f.queue <- m
-		})
-		f.claimed.Add(int64(came) - n)
-		return came
-	}
+	bytes := f.svc.pullBytes()
 	if len(f.lanes) == 1 {
-		bring(f.lanes[0], f.claim(free), f.lanes[0].expiry)
-		return true
+		if f.waiting.Load() {
+			return false
+		}
+		f.waiting.Store(true)
+		n, half := f.claim(min(free, pullSize)), sync.Once{}
+		next := func() {
+			f.waiting.Store(false)
+			signal(f.wake)
+		}
+		f.fetching.Go(func() {
+			left := n
+			f.await(ctx, f.lanes[0], func(m jetstream.Msg) bool {
+				f.queue <- boundMsg(m)
+				if left--; left <= n/2 {
+					half.Do(next)
+				}
+				return true
+			}, jetstream.StopAfter(n), jetstream.PullMaxMessagesWithBytesLimit(int(n), int(bytes)))
+			f.claimed.Add(-left)
+			half.Do(next)
+		})
+		return false
 	}
 	lanes, reverse := slices.All(f.lanes), f.starts >= 15
 	if reverse {
@@ -259,20 +306,20 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 		if l.parked.Load() {
 			continue
 		}
-		n := f.claim(free)
-		if n == 0 { // a command from a parked lane has taken the place
+		n := f.claim(min(free, max(bytes/f.svc.maxPayload(), 1))) // because FetchNoWait has no limit of bytes
+		if n == 0 {                                               // a command from a parked lane has taken the place
 			return false
 		}
-		if came := bring(l, n, 0); came > 0 {
-			if f.starts += came; reverse {
+		came := f.take(l, n)
+		if f.claimed.Add(came - n); came > 0 {
+			if f.starts += int(came); reverse {
 				f.starts = 0
 			}
 			return true
 		}
 		l.parked.Store(true)
-		expiry, begin := l.expiry, clock()
 		f.fetching.Go(func() {
-			f.pullFrom(ctx, l, 1, expiry, func(m *nats.Msg) { f.accept(l, m, begin) })
+			f.await(ctx, l, func(m jetstream.Msg) bool { return f.accept(l, m) }, jetstream.PullMaxMessages(1))
 			l.parked.Store(false)
 			signal(f.wake)
 		})
@@ -281,17 +328,18 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 	return false
 }
 
-// accept takes a command from a parked lane. The command does not count in claimed yet. accept gives it back if there is no
-// room for it, or if something more urgent may be waiting, because a more urgent lane is not parked any more. m was asked for
-// at the time begin: if that is longer ago than the ack wait, m may have been delivered to another instance since, which a nak
-// would disturb.
-func (f *feed) accept(from *lane, m *nats.Msg, begin time.Duration) {
+// accept takes a command from a parked lane, and reports whether the lane stays parked, because it has no more and there is room. The command does
+// not count in claimed yet. accept gives it back if there is no room for it, or if something more urgent may be waiting, because
+// a more urgent lane is not parked any more.
+func (f *feed) accept(from *lane, m jetstream.Msg) bool {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
-	if !urgent && f.claim(1) == 1 {
-		f.queue <- m
-	} else if clock()-begin < time.Duration(f.ackWait.Load()) {
-		f.acknowledge(m, nak)
+	if urgent || f.claim(1) == 0 {
+		f.svc.acknowledge(m.Reply(), nak)
+		return false
 	}
+	f.queue <- boundMsg(m)
+	meta, err := m.Metadata()
+	return err == nil && meta.NumPending == 0 && f.claimed.Load() < int64(f.limit)
 }
 
 // claim adds up to n to claimed, as many as the limit allows, and returns how many.
@@ -304,67 +352,77 @@ func (f *feed) claim(n int64) int64 {
 	}
 }
 
-// pullFrom asks a lane for up to n messages, and passes them to take: those that are there and those that come before expiry is
-// over or, if expiry is 0, only those that are there now. It returns when no more will come.
-func (f *feed) pullFrom(ctx context.Context, l *lane, n int64, expiry time.Duration, take func(*nats.Msg)) {
-	c := f.svc.pick()
-	if c == nil {
-		f.failed.Store(true)
-		return
-	}
-	drops, end := c.drops.Load(), clock()+fetchExpiry+fetchSlack
-	msgs := make(chan *nats.Msg, n+1)
-	sub, err := c.nc.ChanSubscribe(c.newInbox(), msgs)
-	if err == nil {
-		defer func() { _ = sub.Unsubscribe() }() // fails only on a closed connection
-		data := fmt.Appendf(nil, `{"batch":%d,"expires":%d,"no_wait":%t}`, n, expiry, expiry == 0)
-		err = c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, sub.Subject, data)
-	}
-	tick := time.NewTicker(fetchTick)
-	defer tick.Stop()
+// await asks a lane for messages, in the way that opts say, and passes them to take as they come, until all that were asked for
+// have come, take reports false, ctx ends, or the request fails. It returns how many came.
+func (f *feed) await(ctx context.Context, l *lane, take func(jetstream.Msg) bool, opts ...jetstream.PullMessagesOpt) (came int64) {
+	c := f.svc.carrier.conn.Load()
 	f.requests.Add(1)
 	defer f.requests.Add(-1)
-	drain, drained := ctx.Done(), false
-	for err == nil && n > 0 && !drained {
-		select {
-		case m := <-msgs:
-			switch status := m.Header.Get("Status"); {
-			case m.Reply != "" || status == "":
-				n--
-				take(m)
-			case status == "404", status == "408", m.Header.Get("Nats-Pending-Messages") != "":
-				return // there are no more messages, or the request has expired
-			default:
-				err = errors.New(status + " " + m.Header.Get("Description"))
-				f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", err)
-			}
-		case <-tick.C:
-			if c.drops.Load() != drops || clock() > end { // a request may also be lost while the connection is up
-				err = nats.ErrDisconnected
-			}
-		case <-drain:
-			// In a cluster, servers farther away go on sending for a moment after an unsubscribe, and each event lost by that
-			// would use up an attempt. So there the loop goes on until the request expires.
-			drain, drained = nil, c.nc.ConnectedClusterName() == ""
-		}
-	}
-	if n == 0 {
-		return
-	}
-	// The request has not come to its end, but what is under way can still be had.
-	_ = sub.Drain()                   // sub is nil, or the connection closed, if that fails
-	_ = c.flush(context.Background()) // fails at once if the connection is down
-	for len(msgs) > 0 {
-		if m := <-msgs; m.Reply != "" {
-			take(m)
-		}
-	}
+	it, err := l.consumer.Messages(append(opts, jetstream.PullExpiry(pullExpiry), jetstream.PullHeartbeat(pullHeartbeat))...)
 	if err != nil {
-		f.failed.Store(true)
+		f.fail(err)
+		return 0
 	}
+	defer it.Stop()
+	patience, lose := context.WithCancel(context.Background())
+	defer lose()
+	end := func() { // lets come what is under way
+		if c.up.Load() {
+			it.Drain()
+		} else {
+			it.Stop()
+		}
+		time.AfterFunc(drainTime, lose)
+	}
+	defer context.AfterFunc(ctx, end)()
+	for more := true; more; {
+		m, err := it.Next(jetstream.NextContext(patience))
+		switch {
+		case err == nil:
+			came++
+			more = take(m)
+		case errors.Is(err, jetstream.ErrMsgIteratorClosed), patience.Err() != nil:
+			return came
+		default: // the consumer was deleted, or the server is silent
+			f.fail(err)
+			end()
+		}
+	}
+	return came
 }
 
-// drain asks for no more messages, and waits until those that were asked for have come or will not come.
+// take brings up to n of the messages that a lane has now, and returns how many it has brought.
+func (f *feed) take(l *lane, n int64) (came int64) {
+	f.requests.Add(1)
+	defer f.requests.Add(-1)
+	batch, err := l.consumer.FetchNoWait(int(n))
+	if err == nil {
+		for m := range batch.Messages() {
+			came++
+			f.queue <- boundMsg(m)
+		}
+		err = batch.Error()
+	}
+	if err != nil {
+		f.fail(err)
+	}
+	return came
+}
+
+// fail makes fetch check the consumers before it asks again.
+func (f *feed) fail(err error) {
+	f.failed.Store(true)
+	f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", err)
+}
+
+// boundMsg returns the message of the jetstream package as one for the queue.
+func boundMsg(m jetstream.Msg) *nats.Msg {
+	return &nats.Msg{Subject: m.Subject(), Reply: m.Reply(), Header: m.Headers(), Data: m.Data(), Sub: bound}
+}
+
+var bound = &nats.Subscription{} // Metadata wants a message to have one
+
+// drain asks for no more messages, and waits until those under way have come.
 func (f *feed) drain(context.Context) {
 	f.mu.Lock()
 	f.drained = true
@@ -382,7 +440,7 @@ func (f *feed) release() {
 
 // acknowledge reports to the server how the delivery of m has ended: ack, nak, and so on. If the acknowledgement is lost, the
 // message is redelivered after its ack wait.
-func (f *feed) acknowledge(m *nats.Msg, how string) { f.svc.notify(m.Reply, []byte(how)) }
+func (f *feed) acknowledge(m *nats.Msg, how string) { f.svc.acknowledge(m.Reply, how) }
 
 // nakAfter returns the acknowledgement that makes the server redeliver a message after a pause.
 func nakAfter(pause time.Duration) string {
@@ -390,30 +448,37 @@ func nakAfter(pause time.Duration) string {
 }
 
 // giveBack returns a message to the server because this instance is not to handle it now. As long as a request of this instance
-// may bring the message right back, it is redelivered after fetchExpiry only.
+// may bring the message right back, it is redelivered after a pause only.
 func (f *feed) giveBack(m *nats.Msg) {
 	how := nak
 	if f.requests.Load() > 0 {
-		how = nakAfter(fetchExpiry)
+		how = nakAfter(returnPause)
 	}
 	f.acknowledge(m, how)
 }
 
 // keepAlive extends the ack wait of messages that take long to handle, so that the server does not redeliver them before their
-// deadline. It returns when the endpoint is finished. Then it deletes the consumer of a Broadcast subscription without WithID,
-// because no other instance will ever use that.
+// deadline. When the connection is back it does that at once, and makes fetch check the consumers and ask again. It returns when
+// the endpoint is finished. Then it deletes the consumer of a Broadcast subscription without WithID, because no other instance will
+// ever use that.
 func (f *feed) keepAlive() {
 	for {
-		third := time.Duration(f.ackWait.Load()) / 3
+		third, least := time.Duration(f.ackWait.Load())/3, time.Duration(0)
 		select {
 		case <-time.After(third):
+			least = third / 2
+		case <-f.renew:
+			f.failed.Store(true)
+			f.mu.Lock()
+			f.giveUp()
+			f.mu.Unlock()
 		case <-f.finished:
 			if f.cfg.broadcast && f.svc.cfg.id == nil { // if this is lost, the server does it after an hour
 				f.svc.notify("$JS.API.CONSUMER.DELETE."+f.stream.Name+"."+f.lanes[0].config.Durable, nil)
 			}
 			return
 		}
-		for _, m := range f.handling(third/2, f.cfg.deadline+third) {
+		for _, m := range f.handling(least, f.cfg.deadline+third) {
 			f.acknowledge(m, ackInProgress)
 		}
 		if f.inspect != nil {

@@ -349,7 +349,7 @@ func newWatch[T any](s *Service, bucket, filter string, valid func(string, *T) b
 			if clock()-begin > apiTimeout+time.Second || s.pick() == nil { // it went well, or no connection is up
 				trouble = 1
 			}
-			sleep(s.base, backoff(trouble, fetchTick, longest))
+			sleep(s.base, backoff(trouble, retryPause, longest))
 		}
 	})
 	if !ok {
@@ -391,7 +391,7 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	fresh := map[string]entry[T]{} // nil once the copy is complete
 	heard := clock()
 	var refill chan struct{} // w.refill once the copy is complete
-	tick := time.NewTicker(fetchTick)
+	tick := time.NewTicker(retryPause)
 	defer tick.Stop()
 	for {
 		select {

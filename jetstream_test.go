@@ -147,7 +147,8 @@ func TestConsumerCreatedByOperator(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := st.CreateConsumer(t.Context(), jetstream.ConsumerConfig{
-		Durable: "risk~order~+", FilterSubject: "events.order.*", AckPolicy: jetstream.AckExplicitPolicy, MaxRequestBatch: 7, MaxRequestExpires: 200 * time.Millisecond,
+		Durable: "risk~order~+", FilterSubject: "events.order.*", AckPolicy: jetstream.AckExplicitPolicy, AckWait: 7 * time.Second,
+		MaxRequestBatch: 7, MaxRequestExpires: 200 * time.Millisecond, MaxDeliver: 3, MaxAckPending: 5,
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -174,10 +175,23 @@ func TestConsumerCreatedByOperator(t *testing.T) {
 	}
 	got.wait(t, 101)
 
-	if _, err := st.CreateConsumer(t.Context(), jetstream.ConsumerConfig{Durable: "risk~limited", FilterSubject: "events.order.*", AckPolicy: jetstream.AckExplicitPolicy, MaxDeliver: 3}); err != nil {
+	consumer, err := st.Consumer(t.Context(), "risk~order~+")
+	if err != nil {
 		t.Fatal(err)
 	}
-	fails(t, aegis.Subscribe(svc, "order.*", into(&got), aegis.Durable("limited")), aegis.ErrInvalid, "risk~limited", "max_deliver")
+	if c := consumer.CachedInfo().Config; c.AckWait != 7*time.Second || c.MaxDeliver != -1 || c.MaxRequestBatch != 0 || c.MaxAckPending < 1000 {
+		t.Errorf("the operator's ack wait has to stay, and the rest to be aegis's: %+v", c)
+	}
+	for name, config := range map[string]jetstream.ConsumerConfig{
+		"unacknowledged": {FilterSubject: "events.order.*", AckPolicy: jetstream.AckNonePolicy},
+		"other":          {FilterSubject: "events.payment.*", AckPolicy: jetstream.AckExplicitPolicy},
+	} {
+		config.Durable = "risk~" + name
+		if _, err := st.CreateConsumer(t.Context(), config); err != nil {
+			t.Fatal(err)
+		}
+		fails(t, aegis.Subscribe(svc, "order.*", into(&got), aegis.Durable(name)), aegis.ErrInvalid, "risk~"+name, "Durable")
+	}
 }
 
 // A subscription handles as many events at once as Concurrency allows, even if only a single handler is free when events arrive.
