@@ -228,15 +228,21 @@ func TestStreamMadeAnew(t *testing.T) {
 			t.Parallel()
 			srv := startServer(t, withJetStream(t))
 			p := startProxy(t, srv)
-			svc, publisher := newService(t, srv, "risk", aegis.WithURL("nats://"+p.address)), newService(t, srv, "shop")
+			first, publisher := newService(t, srv, "risk"), newService(t, srv, "shop")
 			var got deliveries
-			subscribe(t, svc, "order.*", got.handle)
-			start(t, svc)
+			subscribe(t, first, "order.*", got.handle)
+			start(t, first)
 			for i := range 20 {
 				publish(t, publisher, "order", "created", i)
 			}
 			eventually(t, "20 events are handled", func() bool { return got.eachOnce(t, 20) })
 			eventually(t, "they are acknowledged", func() bool { return ackPending(t, srv, "AEGIS_EVENTS", "risk~order~+") == 0 })
+			if err := first.Stop(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			second := newService(t, srv, "risk", aegis.WithURL("nats://"+p.address)) // knows from its start that 20 are acknowledged
+			subscribe(t, second, "order.*", got.handle)
+			start(t, second)
 			p.stall()
 			p.cut()
 			if wipe {
