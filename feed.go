@@ -228,10 +228,7 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 func (f *feed) fetch(ctx context.Context) {
 	checked, trouble := clock(), 0
 	for ctx.Err() == nil {
-		if f.failed.Swap(false) {
-			checked = 0
-		}
-		if clock()-checked > checkInterval {
+		if f.failed.Swap(false) || clock()-checked > checkInterval {
 			within, cancel := context.WithTimeout(ctx, 5*time.Second)
 			failure := f.openConsumers(within)
 			cancel()
@@ -239,6 +236,7 @@ func (f *feed) fetch(ctx context.Context) {
 				if trouble++; ctx.Err() == nil && f.svc.carrier.conn.Load().up.Load() {
 					f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", failure)
 				}
+				f.failed.Store(true)
 				sleep(ctx, backoff(trouble, retryPause, 2*time.Second))
 				continue
 			}
