@@ -228,19 +228,26 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 func (f *feed) fetch(ctx context.Context) {
 	checked, trouble := clock(), 0
 	for ctx.Err() == nil {
-		if f.failed.Swap(false) || clock()-checked > checkInterval {
+		failed := f.failed.Swap(false)
+		if failed {
+			trouble++
+			// At once, the server might still be deleting what is to be made again.
+			sleep(ctx, retryPause+backoff(trouble, retryPause, 2*time.Second))
+		}
+		if failed || clock()-checked > checkInterval {
 			within, cancel := context.WithTimeout(ctx, 5*time.Second)
 			failure := f.openConsumers(within)
 			cancel()
 			if failure != nil {
-				if trouble++; ctx.Err() == nil && f.svc.carrier.conn.Load().up.Load() {
+				if ctx.Err() == nil && f.svc.carrier.conn.Load().up.Load() {
 					f.svc.log.Warn("messages can't be fetched", "endpoint", f.name, "error", failure)
 				}
 				f.failed.Store(true)
-				sleep(ctx, backoff(trouble, retryPause, 2*time.Second))
 				continue
 			}
-			checked, trouble = clock(), 0
+			if checked = clock(); !failed {
+				trouble = 0
+			}
 		}
 		free := int64(f.limit) - f.claimed.Load()
 		asking := f.asking(ctx)
