@@ -239,12 +239,8 @@ func (s *Service) Start(ctx context.Context) error {
 		s.checkHealth() // a check that still runs has failed
 	case <-ctx.Done():
 	}
-	var steps []func(context.Context) error
-	for _, e := range s.allEndpoints() {
-		steps = append(steps, e.open)
-	}
 	check := func(ctx context.Context) error { return s.checkDenials(ctx, begin) }
-	for _, step := range append(steps, s.subscribeOwn, check, s.register, s.campaignForExclusive, check) {
+	for _, step := range []func(context.Context) error{s.openAll, s.subscribeOwn, check, s.register, s.campaignForExclusive, check} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -252,6 +248,23 @@ func (s *Service) Start(ctx context.Context) error {
 	s.ready.Store(true)
 	s.log.Info("the service has started", "version", s.cfg.version, "handlers", len(s.allEndpoints()), "took", clock()-begin)
 	return nil
+}
+
+// openAll opens all endpoints, several at a time, and returns the error of the first that failed.
+func (s *Service) openAll(ctx context.Context) error {
+	endpoints := s.allEndpoints()
+	failures := make([]error, len(endpoints))
+	var next atomic.Int64
+	var openers sync.WaitGroup
+	for range min(len(endpoints), 16) {
+		openers.Go(func() {
+			for i := int(next.Add(1)) - 1; i < len(endpoints); i = int(next.Add(1)) - 1 {
+				failures[i] = endpoints[i].open(ctx)
+			}
+		})
+	}
+	openers.Wait()
+	return cmp.Or(failures...)
 }
 
 // notRegistered notes the failure of Handle, Subscribe or HandleCommand for Start, which returns it in case nobody has checked it.

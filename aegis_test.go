@@ -404,6 +404,10 @@ func runChild(role string) int {
 			go reign(context.Background(), svc, func(r reignOf) { fmt.Println("reign", r.from, r.to) })
 		case "idle":
 			err = aegis.Handle(svc, "create_order", createOrder)
+			n, _ := strconv.Atoi(os.Getenv("AEGIS_TEST_SUBSCRIPTIONS"))
+			for i := range n {
+				err = errors.Join(err, aegis.Subscribe(svc, fmt.Sprintf("order.t%d", i), func(context.Context, aegis.Event[int]) error { return nil }))
+			}
 		case "soak":
 			err = handleAll(svc)
 		case "events": // prints each event; the data SLEEP and EXIT make the handler sleep and the process exit
@@ -445,6 +449,7 @@ func runChild(role string) int {
 			}, aegis.Attempts(2))
 		}
 	}
+	begin := time.Now()
 	if err == nil {
 		err = svc.Start(context.Background())
 	}
@@ -453,6 +458,9 @@ func runChild(role string) int {
 		return 1
 	}
 	fmt.Println("ready")
+	if role == "idle" {
+		fmt.Println(time.Since(begin).Microseconds())
+	}
 	if role == "senders" { // on a byte of input, sends one command 25 times concurrently and prints the results
 		_, _ = os.Stdin.Read(make([]byte, 1))
 		for range 25 {

@@ -289,41 +289,48 @@ func BenchmarkBesideSlow(b *testing.B) {
 	b.Cleanup(slow.Wait)
 }
 
-// BenchmarkIdle measures the CPU time and the memory of a started service that nobody calls. The service runs in a process of its
-// own, which is this test's binary: nats-server is linked into it but does not run. The benchmark works only on Linux.
+// BenchmarkIdle measures how long Start takes, and the CPU time and the memory of a started service that nobody calls, without
+// subscriptions and with 1,000. The service runs in a process of its own, which is this test's binary: nats-server is linked into
+// it but does not run. The benchmark works only on Linux.
 func BenchmarkIdle(b *testing.B) {
 	if runtime.GOOS != "linux" {
 		b.Skip("reads /proc")
 	}
-	srv := startServer(b)
-	child := startProcess(b, "idle", srv)
-	if line, _ := child.line(b); line != "ready" {
-		b.Fatal(line)
+	for _, subscriptions := range []int{0, 1000} {
+		b.Run(fmt.Sprintf("subscriptions=%d", subscriptions), func(b *testing.B) {
+			child := startProcess(b, "idle", startServer(b, withJetStream(b)), fmt.Sprintf("AEGIS_TEST_SUBSCRIPTIONS=%d", subscriptions))
+			if line, _ := child.line(b); line != "ready" {
+				b.Fatal(line)
+			}
+			took, _ := child.line(b)
+			micros, _ := strconv.ParseFloat(took, 64)
+			b.ReportMetric(micros/1000, "start-ms")
+			// cpuTicks returns the user and system time of the child in ticks of 10 ms:
+			// https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+			cpuTicks := func() float64 {
+				stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", child.Process.Pid))
+				if err != nil {
+					b.Fatal(err)
+				}
+				fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')'):]))
+				user, _ := strconv.ParseFloat(fields[12], 64)
+				system, _ := strconv.ParseFloat(fields[13], 64)
+				return user + system
+			}
+			const watched = 8 * time.Second
+			before := cpuTicks()
+			time.Sleep(watched)
+			b.ReportMetric(100*(cpuTicks()-before)*0.01/watched.Seconds(), "%core")
+			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", child.Process.Pid))
+			if err != nil {
+				b.Fatal(err)
+			}
+			_, rss, _ := strings.Cut(string(status), "VmRSS:")
+			kb, _ := strconv.ParseFloat(strings.Fields(rss)[0], 64)
+			b.ReportMetric(kb/1024, "MB-RSS")
+			b.ReportMetric(0, "ns/op")
+		})
 	}
-	// cpuTicks returns the user and system time of the child in ticks of 10 ms:
-	// https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-	cpuTicks := func() float64 {
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", child.Process.Pid))
-		if err != nil {
-			b.Fatal(err)
-		}
-		fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')'):]))
-		user, _ := strconv.ParseFloat(fields[12], 64)
-		system, _ := strconv.ParseFloat(fields[13], 64)
-		return user + system
-	}
-	const watched = 3 * time.Second
-	before := cpuTicks()
-	time.Sleep(watched)
-	b.ReportMetric(100*(cpuTicks()-before)*0.01/watched.Seconds(), "%core")
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", child.Process.Pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	_, rss, _ := strings.Cut(string(status), "VmRSS:")
-	kb, _ := strconv.ParseFloat(strings.Fields(rss)[0], 64)
-	b.ReportMetric(kb/1024, "MB-RSS")
-	b.ReportMetric(0, "ns/op")
 }
 
 // BenchmarkPublish compares Publish, which encodes, with the jetstream package's PublishMsg of the same bytes and headers.

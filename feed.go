@@ -26,7 +26,7 @@ const (
 	pullSize      = 512                    // messages that are asked for at once
 	pullBytes     = 32 << 20               // bytes that all feeds of a service ask for at once; the server cuts a connection at 64 MB
 	pullExpiry    = 30 * time.Second       // after which a pull request is made anew
-	pullHeartbeat = 2 * time.Second        // between the server's signs of life; after twice that without one, the request counts as lost
+	pullHeartbeat = 5 * time.Second        // between the server's signs of life; after twice that without one, the request counts as lost
 	drainTime     = 2 * time.Second        // for messages under way to arrive when a request is given up
 	checkInterval = 15 * time.Second       // after which fetch checks the consumers again
 	retryPause    = 250 * time.Millisecond // the shortest bound of a pause after a failure
@@ -148,7 +148,7 @@ func (f *feed) asking(ctx context.Context) context.Context {
 		return nil
 	}
 	if f.request == nil || f.request.Err() != nil {
-		f.request, f.giveUp = context.WithTimeout(ctx, checkInterval)
+		f.request, f.giveUp = context.WithCancel(ctx)
 	}
 	return f.request
 }
@@ -224,6 +224,18 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 	return nil
 }
 
+// learnFloors learns how far the consumers have come. It reports false if one of them can't be asked.
+func (f *feed) learnFloors(ctx context.Context) bool {
+	for _, l := range f.lanes {
+		info, err := l.consumer.Info(ctx)
+		if err != nil {
+			return false
+		}
+		l.ackFloor = info.AckFloor.Stream
+	}
+	return true
+}
+
 // fetch asks for messages until ctx ends. After a failure, after a reconnect, and at each checkInterval, it checks the consumers.
 func (f *feed) fetch(ctx context.Context) {
 	checked, trouble := clock(), 0
@@ -236,7 +248,10 @@ func (f *feed) fetch(ctx context.Context) {
 		}
 		if failed || clock()-checked > checkInterval {
 			within, cancel := context.WithTimeout(ctx, 5*time.Second)
-			failure := f.openConsumers(within)
+			var failure *Error
+			if failed || !f.learnFloors(within) {
+				failure = f.openConsumers(within)
+			}
 			cancel()
 			if failure != nil {
 				if ctx.Err() == nil && f.svc.carrier.conn.Load().up.Load() {
@@ -380,8 +395,9 @@ func (f *feed) await(ctx context.Context, l *lane, take func(jetstream.Msg) bool
 		time.AfterFunc(drainTime, lose)
 	}
 	defer context.AfterFunc(ctx, end)()
+	untilLost := []jetstream.NextOpt{jetstream.NextContext(patience)}
 	for more := true; more; {
-		m, err := it.Next(jetstream.NextContext(patience))
+		m, err := it.Next(untilLost...)
 		switch {
 		case err == nil:
 			came++
