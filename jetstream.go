@@ -110,14 +110,39 @@ func (s *Service) askJetStream(ctx context.Context, what string, ask func(contex
 	})
 }
 
-// Codes of the JetStream API.
+// Codes of the JetStream API; all of them are in https://github.com/nats-io/nats-server/blob/main/server/errors.json.
 const (
+	accountResources        = 10002 // the account's quota of storage is used up
 	noSuitablePeers         = 10005 // from a cluster that is not complete
 	temporarilyUnavailable  = 10008 // from a cluster without a leader
 	wrongSequence           = 10071 // a compare-and-swap came too late
 	wrongSequenceReplicated = 10164 // the same, from a replicated stream
 	inProcess               = 10158 // a message with the same id is being stored
+	maxConsumers            = 10026
+	maxStreams              = 10027
+	invalidStreamConfig     = 10052
+	replicasNotSupported    = 10074 // more than one, without a cluster
+	streamSealed            = 10109
+	noAccountLimits         = 10120 // the account has no quota for that number of replicas
+	moveInProgress          = 10124
+	memberChangeInProgress  = 10202
+	reconfiguring           = 10226
 )
+
+// kindOfAPIError returns the sentinel for an error of JetStream by what it means, because the server's status does not always say
+// that. What may pass, and what only an operator can change, is unavailable. Only what the caller has to change is invalid.
+func kindOfAPIError(e *jetstream.APIError) *Error {
+	switch e.ErrorCode {
+	case accountResources, maxConsumers, maxStreams, streamSealed, noAccountLimits, moveInProgress, memberChangeInProgress, reconfiguring:
+		return ErrUnavailable // although the status is 400
+	case replicasNotSupported, invalidStreamConfig:
+		return ErrInvalid // although the status is 500
+	}
+	if e.Code >= 500 || e.Code == 429 {
+		return ErrUnavailable
+	}
+	return kindOf(strconv.Itoa(e.Code))
+}
 
 // jetStreamError returns the Error for an error of the jetstream package, about a question that was asked at the time begin. It
 // is an ErrTimeout if patiently has to ask again.
@@ -129,7 +154,7 @@ func (s *Service) jetStreamError(begin time.Duration, err error, what string) *E
 	case errors.As(err, &api) && (api.ErrorCode == temporarilyUnavailable || api.ErrorCode == noSuitablePeers):
 		return newError(ErrTimeout, "%s: %s (%d)", what, api.Description, api.ErrorCode)
 	case errors.As(err, &api):
-		return notRun(newError(kindOf(strconv.Itoa(api.Code)), "%s: %s (%d)", what, api.Description, api.ErrorCode))
+		return notRun(newError(kindOfAPIError(api), "%s: %s (%d)", what, api.Description, api.ErrorCode))
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):
 		// The cause may be permissions that deny the question or its answer, because the server does not answer then.
 		denied := s.denials.since(begin, toPublish+"$JS.>", toSubscribe+s.conns[0].nc.Opts.InboxPrefix+".>", tooMany)
@@ -208,7 +233,7 @@ func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 	case refused.ErrorCode == wrongSequence || refused.ErrorCode == wrongSequenceReplicated:
 		return 0, notRun(newError(errConflict, "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
 	default:
-		return 0, notRun(newError(kindOf(strconv.Itoa(refused.Code)), "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
+		return 0, notRun(newError(kindOfAPIError(refused), "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
 	}
 }
 

@@ -387,3 +387,108 @@ func TestMalformedRegistryEntries(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// limitAccount sets the quotas of the account that all tests use.
+func limitAccount(tb testing.TB, srv *server.Server, limits server.JetStreamAccountLimits) {
+	tb.Helper()
+	if err := srv.GlobalAccount().UpdateJetStreamLimits(map[string]server.JetStreamAccountLimits{"": limits}); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// What a full account, a full stream or a quota refuses may be accepted later, so it is not the caller's fault.
+func TestFullAccount(t *testing.T) {
+	t.Parallel()
+	unlimited := server.JetStreamAccountLimits{MaxMemory: -1, MaxStore: -1, MaxStreams: -1, MaxConsumers: -1}
+	full := unlimited
+	full.MaxStore = 600_000
+	for name, fill := range map[string]func(srv *server.Server) (relieve func()){
+		"the account's storage": func(srv *server.Server) func() {
+			limitAccount(t, srv, full)
+			return func() { limitAccount(t, srv, unlimited) }
+		},
+		"the stream's bytes": func(srv *server.Server) func() {
+			update := func(bytes int64) {
+				for _, name := range []string{"AEGIS_EVENTS", "AEGIS_COMMANDS"} {
+					st, err := manage(t, srv).Stream(t.Context(), name)
+					if err != nil {
+						t.Fatal(err)
+					}
+					config := st.CachedInfo().Config
+					config.MaxBytes, config.Discard = bytes, jetstream.DiscardNew
+					if _, err := manage(t, srv).UpdateStream(t.Context(), config); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			update(600_000)
+			return func() { update(-1) }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			svc := newService(t, srv, "risk")
+			var got journal[string]
+			subscribe(t, svc, "order.*", into(&got))
+			handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (int, error) { return len(c.Data), nil })
+			start(t, svc)
+			publish(t, svc, "order", "created", "first")
+			relieve := fill(srv)
+			large := strings.Repeat("x", 100_000)
+			refused := func(err error) {
+				t.Helper()
+				if e := fails(t, err, aegis.ErrUnavailable, "was refused"); !e.NotRun {
+					t.Error("NotRun is not set")
+				}
+			}
+			var err error
+			stored := 1
+			for ; err == nil && stored < 20; stored++ {
+				err = aegis.Publish(t.Context(), svc, "order", "created", large)
+			}
+			refused(err)
+			stored--
+			refused(aegis.PublishBatch(t.Context(), svc, "order", "created", []string{large}))
+			err = nil
+			for i := 0; err == nil && i < 100; i++ {
+				_, err = aegis.SendCommand[string, int](t.Context(), svc, "nobody", "work", large)
+			}
+			refused(err)
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			patient := make(chan error, 1)
+			go func() { patient <- aegis.Publish(ctx, svc, "order", "created", "last"+large, aegis.Sticky()) }()
+			time.Sleep(300 * time.Millisecond)
+			select {
+			case err := <-patient:
+				t.Fatalf("Publish with Sticky returned %v while the storage was full", err)
+			default:
+			}
+			relieve()
+			if err := <-patient; err != nil {
+				t.Error(err)
+			}
+			if all := got.wait(t, stored+1); !strings.HasPrefix(all[len(all)-1], "last") {
+				t.Errorf("got %.20q at last", all[len(all)-1])
+			}
+		})
+	}
+	t.Run("the number of consumers", func(t *testing.T) {
+		t.Parallel()
+		srv := startServer(t, withJetStream(t))
+		limits := unlimited
+		limits.MaxConsumers = 1
+		limitAccount(t, srv, limits)
+		svc := newService(t, srv, "risk")
+		var got journal[int]
+		subscribe(t, svc, "order.*", into(&got))
+		subscribe(t, svc, "payment.*", into(&got))
+		fails(t, svc.Start(t.Context()), aegis.ErrUnavailable, "maximum consumers limit")
+	})
+	t.Run("replicas without a cluster", func(t *testing.T) {
+		t.Parallel()
+		srv := startServer(t, withJetStream(t))
+		fails(t, aegis.Publish(t.Context(), newService(t, srv, "risk", aegis.WithReplicas(3)), "order", "created", 1), aegis.ErrInvalid, "replicas")
+	})
+}
