@@ -1789,7 +1789,7 @@ func TestHostileInput(t *testing.T) { // not parallel, because it uses the whole
 	}
 	subjects := []string{
 		"rpc.risk.echo", "rpc.risk.echo.a", "rpc.risk.create_order", "rpc.risk.$cancel", "$SRV.PING", "$SRV.INFO.risk", "$SRV.STATS.risk.a", "$SRV.NOTHING",
-		"events.order.created", "events.$redrive.risk~order~+", "commands.risk.work", "commands.risk.work.critical",
+		"events.order.created", "events.$redrive.risk~order~+.7", "commands.risk.work", "commands.risk.work.critical",
 		"$KV.aegis_registry.risk.x", "$KV.aegis_registry.risk.x.y", "$KV.aegis_commands.risk.work.x", "aegis.jobs.risk.work.x", "service.risk.register",
 	}
 	// Some messages are unsolicited replies to calls, both calls that wait for an answer and calls that have ended. A

@@ -151,7 +151,7 @@ func (s *Service) redriveEvent(ctx context.Context, d DeadLetter) *Error {
 	if failure != nil {
 		return failure
 	}
-	subject := redrivePrefix + d.Consumer
+	subject := fmt.Sprintf("%s%s.%d", redrivePrefix, d.Consumer, d.Sequence) // its own, so that no limit of a subject evicts another one
 	have := consumer.CachedInfo().Config
 	if !slices.ContainsFunc(append(have.FilterSubjects, have.FilterSubject), func(p string) bool { return covers(p, subject) }) {
 		return notRun(newError(ErrInvalid, "%s does not take %s: add that to its filter and to the stream's subjects", what, subject))

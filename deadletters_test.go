@@ -250,7 +250,7 @@ func TestEventThatKillsItsProcessBecomesDeadLetter(t *testing.T) {
 	if slices.Max(attempts) > 5 || slices.Max(attempts) <= 2 || !slices.IsSorted(attempts) || len(slices.Compact(slices.Clone(attempts))) != len(attempts) {
 		t.Errorf("the event was run at the attempts %v", attempts)
 	}
-	if len(letters) != 1 || letters[0].Attempts != 5 || !strings.Contains(letters[0].Reason, "never finished") {
+	if len(letters) != 1 || letters[0].Attempts != 5 || !strings.Contains(letters[0].Reason, "not handled again") {
 		t.Errorf("got the dead letters %+v", letters)
 	}
 }
@@ -331,5 +331,71 @@ func TestDeliveryCutShortByStopCountsAsAttempt(t *testing.T) {
 	}
 	if d := deadLetters(t, publisher)[0]; d.Attempts != 3 || !strings.Contains(d.Reason, "no such account") {
 		t.Errorf("got a dead letter after %d attempts because of %q", d.Attempts, d.Reason)
+	}
+}
+
+// Letters that are redriven at once don't evict each other, even if the stream keeps one message of each subject.
+func TestRedriveManyWithLimitPerSubject(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	const n = 50
+	var healthy atomic.Bool
+	var got deliveries
+	subscribe(t, svc, "order.*", func(ctx context.Context, e aegis.Event[int]) error {
+		if !healthy.Load() {
+			return errors.New("not yet")
+		}
+		return got.handle(ctx, e)
+	}, aegis.Attempts(1), aegis.Concurrency(1))
+	start(t, svc)
+	for i := range n {
+		publish(t, svc, "order", fmt.Sprintf("created%d", i), i)
+	}
+	eventually(t, "all are dead letters", func() bool { return len(deadLetters(t, svc)) == n })
+	st, err := manage(t, srv).Stream(t.Context(), "AEGIS_EVENTS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := st.CachedInfo().Config
+	config.MaxMsgsPerSubject = 1
+	if _, err := manage(t, srv).UpdateStream(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	healthy.Store(true)
+	for _, d := range deadLetters(t, svc) {
+		if err := svc.Redrive(t.Context(), d); err != nil {
+			t.Error(err)
+		}
+	}
+	eventually(t, "all are handled", func() bool { return got.eachOnce(t, n) })
+	if letters := deadLetters(t, svc); len(letters) > 0 {
+		t.Errorf("%d letters are left", len(letters))
+	}
+}
+
+// The reason in a dead letter is what was seen. A new version with fewer Attempts sees only that an event was delivered often.
+func TestReasonOfDeadLetter(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	first := newService(t, srv, "risk")
+	var failed atomic.Int32
+	subscribe(t, first, "order.*", func(context.Context, aegis.Event[int]) error {
+		failed.Add(1)
+		return errors.New("no funds")
+	}, aegis.Attempts(10), aegis.Backoff(time.Millisecond, 100*time.Millisecond))
+	start(t, first)
+	publish(t, first, "order", "created", 1)
+	eventually(t, "six attempts have failed", func() bool { return failed.Load() >= 6 })
+	if err := first.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	second := newService(t, srv, "risk")
+	subscribe(t, second, "order.*", func(context.Context, aegis.Event[int]) error { return nil }, aegis.Attempts(1))
+	start(t, second)
+	var letters []aegis.DeadLetter
+	eventually(t, "there is a dead letter", func() bool { letters = deadLetters(t, second); return len(letters) == 1 })
+	if reason := letters[0].Reason; !strings.Contains(reason, "does not know how they ended") || strings.Contains(reason, "never finished") {
+		t.Errorf("the reason is %q", reason)
 	}
 }

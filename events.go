@@ -5,11 +5,13 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -42,7 +44,7 @@ type Event[T any] struct {
 const (
 	eventStream   = "AEGIS_EVENTS"
 	eventPrefix   = "events."
-	redrivePrefix = eventPrefix + "$redrive." // followed by the name of the consumer that the event is for
+	redrivePrefix = eventPrefix + "$redrive." // followed by the name of the consumer that the event is for, a dot, and a number
 
 	headerID      = "Aegis-Id"      // the id of a command; dead letters and redriven events have it too, and the next two
 	headerSubject = "Aegis-Subject" // the original subject
@@ -177,13 +179,15 @@ func (s *Service) seal(header nats.Header, out Raw, what string) *Error {
 // when every event was confirmed or has failed. It blocks until ctx ends at most; if ctx has no deadline, it gives up when no
 // event was confirmed for [WithTimeout].
 //
-// The error joins (see [errors.Join]) one [*Error] for each event that failed, with the position of the event in
-// Details["index"]. Options, resending and errors are those of [Publish]. Events that were sent again are stored out of order.
+// The error joins one [*Error] for each event that failed, with the position of the event in Details["index"]: its Unwrap method
+// returns all of them, as that of [errors.Join] does, and its text has the first ten. Options, resending and errors are those of [Publish]. Events that were sent again are stored out of order.
 func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType string, data []T, opts ...CallOption) error {
 	p, failure := s.newPublication(domain, eventType, opts)
 	if failure != nil {
 		return failure
 	}
+	p.cfg = new(*p.cfg)
+	p.cfg.patience = s.cfg.timeout
 	b := &batch{publication: p, failures: make([]*Error, len(data)), mayBeStored: make([]bool, len(data))}
 	b.value = func(i int) any { return &data[i] }
 	var all error
@@ -238,7 +242,25 @@ func (b *batch) publish(ctx context.Context) error {
 			errs = append(errs, failure)
 		}
 	}
-	return errors.Join(errs...)
+	if len(errs) == 0 {
+		return nil
+	}
+	return batchError(errs)
+}
+
+// A batchError has the errors of the events of a batch that failed. Its text has the first of them.
+type batchError []error
+
+const maxBatchErrors = 10
+
+func (e batchError) Unwrap() []error { return e }
+
+func (e batchError) Error() string {
+	text := errors.Join(e[:min(len(e), maxBatchErrors)]...).Error()
+	if more := len(e) - maxBatchErrors; more > 0 {
+		text += fmt.Sprintf("\nand %d more", more)
+	}
+	return text
 }
 
 // encode encodes event i and sets the headers for it.
@@ -271,7 +293,7 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 		return todo
 	}
 	defer c.endSlot(sl)
-	timeout := b.cfg.policy().AttemptTimeout // counted from the last confirmation
+	timeout := b.cfg.policy().AttemptTimeout // from one confirmation to the next
 	sl.wakeAt(clock() + timeout)
 	prefix := sl.prefix + strconv.FormatUint(sl.calls, 36) + "." // the position of the event follows
 	sent, unconfirmed := 0, 0
@@ -382,13 +404,43 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 	if cfg.concurrency == 1 {
 		l.config.MaxAckPending = 1
 	}
-	l.redrive = redrivePrefix + l.config.Durable
-	e.source = &subscription{newFeed(e, cfg, s.eventStream(), l)}
+	l.redrive = redrivePrefix + l.config.Durable + ".*"
+	e.source = &subscription{feed: newFeed(e, cfg, s.eventStream(), l), failures: map[uint64]*Error{}}
 	return s.addEndpoint(e, cfg)
 }
 
 // A subscription is the source of an endpoint's events.
-type subscription struct{ *feed }
+type subscription struct {
+	*feed
+
+	running sync.Map // the sequences of the events that are being handled
+
+	mu       sync.Mutex        // guards failures
+	failures map[uint64]*Error // of the last attempts that failed here, by the event's sequence; at most maxFailures
+}
+
+const maxFailures = 1024
+
+// noteFailure remembers how the latest attempt at an event has failed, for the reason in its dead letter. nil means that there will
+// be no other attempt.
+func (f *subscription) noteFailure(sequence uint64, failure *Error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if failure == nil {
+		delete(f.failures, sequence)
+	} else if len(f.failures) < maxFailures {
+		f.failures[sequence] = failure
+	}
+}
+
+// unfinished returns the error for an event that was delivered that often without a result.
+func (f *subscription) unfinished(r *request, deliveries int) *Error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return cmp.Or(f.failures[r.delivery.sequence], newError(ErrInternal, "not handled again after %d deliveries, because Attempts is %d: "+
+		"this instance does not know how they ended; the handler may have failed, crashed or hung, or an acknowledgement was lost",
+		deliveries, f.cfg.attempts))
+}
 
 // serve handles one event.
 func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
@@ -396,26 +448,32 @@ func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
 	r := f.newRequest(m, arrived)
 	switch {
 	case r == nil: // newRequest has logged why
-	case strings.HasPrefix(m.Subject, redrivePrefix) && m.Subject != f.lanes[0].redrive: // it is for another consumer
+	case strings.HasPrefix(m.Subject, redrivePrefix) && !covers(f.lanes[0].redrive, m.Subject): // it is for another consumer
 		f.acknowledge(m, ack)
 	case f.svc.draining.Load() || !f.admit(r):
 		f.giveBack(m)
 	case r.delivery.attempt > f.cfg.attempts+extraDeliveries:
 		attempts := r.delivery.attempt - 1
-		failure := newError(ErrInternal, "delivered %d times and never finished: "+
-			"its handler crashed or hung, or its instance or an acknowledgement was lost", attempts)
+		failure := f.unfinished(r, attempts)
 		f.meter.ended(r.msg.Source, failure)
 		f.deadLetter(r, failure, attempts)
 	default:
+		if _, runs := f.running.LoadOrStore(r.delivery.sequence, true); runs {
+			return // it was redelivered because the server did not hear that it runs
+		}
 		f.dispatch(r)
 	}
 }
 
 // done acknowledges an event that was handled. One that was not is redelivered, or becomes a dead letter.
 func (f *subscription) done(r *request, _ []byte, failure *Error) {
+	f.running.Delete(r.delivery.sequence) // before it can be redelivered
 	switch {
 	case failure == nil:
 		f.acknowledge(r.in, ack)
+		if r.delivery.attempt > 1 {
+			f.noteFailure(r.delivery.sequence, nil)
+		}
 	case f.svc.base.Err() != nil || r.fenced: // Stop has cancelled the handler, or another instance leads
 		f.giveBack(r.in)
 	case r.permanent || r.delivery.attempt >= f.cfg.attempts:
@@ -423,6 +481,7 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 	default:
 		pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
 		f.logOften(r, slog.LevelWarn, "an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
+		f.noteFailure(r.delivery.sequence, failure)
 		f.acknowledge(r.in, nakAfter(pause))
 	}
 }
@@ -433,6 +492,7 @@ func (f *subscription) deadLetter(r *request, failure *Error, attempts int) {
 	how := nak
 	if f.storeDeadLetter(r, failure, attempts) {
 		how = ack
+		f.noteFailure(r.delivery.sequence, nil)
 	}
 	f.acknowledge(r.in, how)
 }

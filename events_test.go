@@ -708,3 +708,43 @@ func TestStopWithoutTimeInCluster(t *testing.T) {
 		t.Errorf("dead letters: %+v", letters)
 	}
 }
+
+// A batch gives up when no event was confirmed for WithTimeout, and not before.
+func TestPublishBatchOverStalledLink(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	p := startProxy(t, srv)
+	svc := newService(t, srv, "shop", aegis.WithURL("nats://"+p.address), aegis.WithTimeout(20*time.Second))
+	publish(t, svc, "order", "created", 0)
+	p.stall()
+	time.AfterFunc(5*time.Second, p.heal)
+	if err := aegis.PublishBatch(context.Background(), svc, "order", "created", make([]int, 3000)); err != nil {
+		t.Error(err)
+	}
+	st, err := manage(t, srv).Stream(t.Context(), "AEGIS_EVENTS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := st.CachedInfo().State.Msgs; n != 3001 {
+		t.Errorf("%d events are stored, want 3001", n)
+	}
+}
+
+// The error of a batch stays readable, and has the error of each event.
+func TestErrorOfLargeBatch(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "shop")
+	data := make([]any, 100_000)
+	for i := range data {
+		data[i] = func() {}
+	}
+	err := aegis.PublishBatch(t.Context(), svc, "order", "created", data)
+	fails(t, err, aegis.ErrInvalid, "and 99990 more")
+	if n := strings.Count(err.Error(), "\n"); n > 20 {
+		t.Errorf("the text has %d lines", n)
+	}
+	if joined, ok := err.(interface{ Unwrap() []error }); !ok || len(joined.Unwrap()) != len(data) {
+		t.Error("the error does not unwrap to 100,000")
+	}
+}

@@ -331,6 +331,7 @@ type callConfig struct {
 	strategy           *Strategy
 	version, key       *string
 	priority           *Priority
+	patience           time.Duration // the AttemptTimeout, unless Retry sets one; 0 for the default
 }
 
 // A RetryPolicy says how often, and after which pauses, a call is sent again. The pause before attempt n+1 is random between 0
@@ -452,7 +453,7 @@ func (c *callConfig) policy() RetryPolicy {
 	}
 	return RetryPolicy{
 		Attempts: cmp.Or(p.Attempts, 3), Backoff: cmp.Or(p.Backoff, 50*time.Millisecond),
-		MaxBackoff: cmp.Or(p.MaxBackoff, time.Second), AttemptTimeout: cmp.Or(p.AttemptTimeout, time.Second),
+		MaxBackoff: cmp.Or(p.MaxBackoff, time.Second), AttemptTimeout: cmp.Or(p.AttemptTimeout, c.patience, time.Second),
 	}
 }
 
