@@ -449,6 +449,13 @@ func (src *commandSource) done(r *request, data []byte, failure *Error) {
 	default:
 		failure = failure.cut()
 		x.rec.Error = failure
+		if r.again != nil {
+			x.rec.State = retrying
+			x.rec.Attempt--
+			src.logOften(r, slog.LevelInfo, "a command is handled again later", "error", failure, "pause", r.again.pause)
+			x.conclude(nakAfter(r.again.pause))
+			return
+		}
 		if x.rec.Failures++; r.permanent || x.rec.Failures+x.rec.Crashes >= src.cfg.attempts {
 			x.fail(failure)
 			return

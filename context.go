@@ -27,13 +27,14 @@ type request struct {
 	from            address   // what reply says about the caller
 	id              string    // of a stored message or a request without a reply subject: the correlation id if no header has one
 	deadline        time.Time
-	codec           Codec     // of the payload, then of the answer; nil until the payload is decoded
-	permanent       bool      // whether another attempt would end with the same error
-	ran             bool      // whether the handler was called
-	delivery        *delivery // nil for an RPC request
-	run             *run      // of a command, else nil
-	term            *term     // the term in which an exclusive handler was called, else nil
-	fenced          bool      // whether the term was over when the handler returned
+	codec           Codec       // of the payload, then of the answer; nil until the payload is decoded
+	permanent       bool        // whether another attempt would end with the same error
+	again           *retryError // from RetryAfter, else nil
+	ran             bool        // whether the handler was called
+	delivery        *delivery   // nil for an RPC request
+	run             *run        // of a command, else nil
+	term            *term       // the term in which an exclusive handler was called, else nil
+	fenced          bool        // whether the term was over when the handler returned
 
 	mu     sync.Mutex      // guards timed and cancel
 	timed  context.Context // the ctx with the deadline, nil until it is made; see live

@@ -3,7 +3,6 @@ package aegis
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"iter"
 	"maps"
@@ -87,7 +86,7 @@ func (s *Service) letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 	d := DeadLetter{Time: m.Time, Header: copyHeader(m.Header), Data: m.Data, Sequence: m.Sequence, codec: s.cfg.codec}
 	d.Subject, d.Consumer, d.Reason = m.Header.Get(headerSubject), m.Header.Get(headerConsumer), m.Header.Get(headerReason)
 	d.Attempts, _ = strconv.Atoi(m.Header.Get(headerAttempts))
-	for _, key := range []string{headerConsumer, headerReason, headerAttempts} {
+	for _, key := range []string{headerConsumer, headerReason, headerAttempts, headerAttempt} {
 		delete(d.Header, key)
 	}
 	return d
@@ -102,23 +101,9 @@ func (s *Service) letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 // from [Service.DeadLetters], if the command has not failed, or if the consumer does not take redriven events; [ErrUnavailable]
 // also if somebody else has just changed the command; and those of [Publish].
 func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
-	if d.Sequence == 0 || d.Consumer == "" {
-		return notRun(newError(ErrInvalid, "Redrive: sequence %d with consumer %q is not from DeadLetters", d.Sequence, d.Consumer))
-	}
-	var m *jetstream.RawStreamMsg
-	what := "the dead letter " + strconv.FormatUint(d.Sequence, 10)
-	failure := s.askJetStream(ctx, what, func(ctx context.Context, js jetstream.JetStream) error {
-		dead, err := js.Stream(ctx, deadStream)
-		if err == nil {
-			m, err = dead.GetMsg(ctx, d.Sequence)
-		}
-		return err
-	})
+	failure := s.checkLetter(ctx, "Redrive", d)
 	switch {
 	case failure != nil:
-		return failure
-	case !m.Time.Equal(d.Time):
-		return notRun(newError(ErrNotFound, "%s of %v does not exist any more: another one has its sequence now", what, d.Time))
 	case strings.HasPrefix(d.Subject, commandPrefix):
 		failure = s.redriveCommand(ctx, d)
 	default:
@@ -127,17 +112,56 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	if failure != nil {
 		return failure
 	}
-	return s.askJetStream(ctx, "it was redriven, but removing "+what, func(ctx context.Context, js jetstream.JetStream) error {
+	if failure = s.removeLetter(ctx, d, "it was redriven, but removing "); failure != nil && failure.Code != ErrNotFound.Code {
+		return failure
+	}
+	return nil
+}
+
+// Discard removes a dead letter for good, also one of a subscription or a command that does not exist any more. It blocks until
+// ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
+//
+// Errors: [ErrNotFound] if the dead letter was redriven or discarded already; [ErrInvalid] if d is not from [Service.DeadLetters];
+// and those of [Service.DeadLetters].
+func (s *Service) Discard(ctx context.Context, d DeadLetter) error {
+	failure := s.checkLetter(ctx, "Discard", d)
+	if failure == nil {
+		failure = s.removeLetter(ctx, d, "removing ")
+	}
+	return failure.orNil()
+}
+
+// checkLetter returns an error if the dead letter d does not exist.
+func (s *Service) checkLetter(ctx context.Context, verb string, d DeadLetter) *Error {
+	if d.Sequence == 0 || d.Consumer == "" {
+		return notRun(newError(ErrInvalid, "%s: sequence %d with consumer %q is not from DeadLetters", verb, d.Sequence, d.Consumer))
+	}
+	var m *jetstream.RawStreamMsg
+	failure := s.askJetStream(ctx, d.name(), func(ctx context.Context, js jetstream.JetStream) error {
+		dead, err := js.Stream(ctx, deadStream)
+		if err == nil {
+			m, err = dead.GetMsg(ctx, d.Sequence)
+		}
+		return err
+	})
+	if failure == nil && !m.Time.Equal(d.Time) {
+		failure = notRun(newError(ErrNotFound, "%s of %v does not exist any more: another one has its sequence now", d.name(), d.Time))
+	}
+	return failure
+}
+
+// removeLetter removes the dead letter d. In the text of an error, doing comes before its name.
+func (s *Service) removeLetter(ctx context.Context, d DeadLetter, doing string) *Error {
+	return s.askJetStream(ctx, doing+d.name(), func(ctx context.Context, js jetstream.JetStream) error {
 		dead, err := js.Stream(ctx, deadStream)
 		if err == nil {
 			err = dead.DeleteMsg(ctx, d.Sequence)
 		}
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return nil
-		}
 		return err
-	}).orNil()
+	})
 }
+
+func (d DeadLetter) name() string { return "the dead letter " + strconv.FormatUint(d.Sequence, 10) }
 
 // redriveEvent stores the event of a dead letter again, for the consumer that failed to handle it. The message id keeps a Redrive
 // that is repeated within the stream's duplicate window from storing the event twice.

@@ -448,6 +448,11 @@ func (e *endpoint) dispatch(r *request) {
 	}()
 	data, err := e.run(r, &r.msg)
 	failure = asError(err)
+	if _, permanent := errors.AsType[*permanentError](err); permanent {
+		r.permanent = true
+	} else {
+		r.again, _ = errors.AsType[*retryError](err)
+	}
 	if limit := e.svc.maxPayload() - e.reserve; failure == nil && int64(len(data)) > limit {
 		r.permanent = true
 		failure = newError(ErrInternal, "the answer of %s has %d bytes, more than the %d that the server's max_payload leaves: split it, or raise that limit", e.name, len(data), limit)

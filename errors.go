@@ -73,7 +73,12 @@ func (e *Error) Is(target error) bool {
 }
 
 // Unwrap returns Cause, or nil if there is none.
-func (e *Error) Unwrap() error { return e.Cause.orNil() }
+func (e *Error) Unwrap() error {
+	if e == nil { // errors.As looks at a nil *Error too, if a handler returns one
+		return nil
+	}
+	return e.Cause.orNil()
+}
 
 // orNil returns e as an error, and the nil interface if e is nil.
 func (e *Error) orNil() error {

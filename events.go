@@ -51,12 +51,16 @@ const (
 	headerTime    = "Aegis-Time"    // when the message was first stored, in RFC 3339
 	headerSource  = "Aegis-Source"  // the service that sent it
 	headerVersion = "Aegis-Version" // of an event
+	headerAttempt = "Aegis-Attempt" // the attempt that the first delivery of an event from RetryAfter is
 	maxEventToken = 128             // characters
 	batchWindow   = 1024            // events of a batch that may wait for their confirmation; the server accepts up to 100,000
 )
 
 func (s *Service) eventStream() jetstream.StreamConfig {
-	return jetstream.StreamConfig{Name: eventStream, Subjects: []string{eventPrefix + ">"}, Replicas: s.cfg.replicas}
+	return jetstream.StreamConfig{
+		Name: eventStream, Subjects: []string{eventPrefix + ">", schedulePrefix + ">"}, Replicas: s.cfg.replicas,
+		MaxAge: s.cfg.maxAge, MaxBytes: cmp.Or(s.cfg.maxBytes, -1),
+	}
 }
 
 // Publish stores an event in the stream AEGIS_EVENTS, with the subject events.<domain>.<eventType>, and returns when the server
@@ -88,7 +92,9 @@ type publication struct {
 	name    string // <domain>.<type>
 	subject string
 	header  nats.Header
-	id      string // seal adds a suffix to it
+	id      string    // seal adds a suffix to it
+	due     time.Time // when it is to be delivered; zero for at once
+	checked bool      // whether the stream can do what the options want
 }
 
 func (s *Service) newPublication(domain, eventType string, opts []CallOption) (*publication, *Error) {
@@ -105,6 +111,7 @@ func (s *Service) newPublication(domain, eventType string, opts []CallOption) (*
 	if cfg.key != nil {
 		p.id = name + ":" + *cfg.key // events of other types may have the same key
 	}
+	p.due = cfg.due()
 	return p, nil
 }
 
@@ -119,8 +126,20 @@ func (p *publication) publish(ctx context.Context, value any) *Error {
 		if failure := p.seal(Raw{data, out.codec}, ""); failure != nil {
 			return failure
 		}
-		return p.s.storeWithRetries(ctx, &exchange{subject: p.subject, header: p.header, data: data}, p.s.eventStream(), p.cfg)
+		return p.store(ctx, &exchange{subject: p.target(""), header: p.header, data: data})
 	})
+}
+
+// store stores x, in as many attempts as the options allow.
+func (p *publication) store(ctx context.Context, x *exchange) *Error {
+	_, failure := p.s.withRetries(ctx, x, p.cfg, func() (*nats.Msg, *Error, bool) {
+		failure := p.checkStream(ctx, x)
+		if failure == nil {
+			_, failure = p.s.store(ctx, x, p.s.eventStream())
+		}
+		return nil, failure, retryable(failure)
+	})
+	return failure
 }
 
 // setHeader sets the headers that come from ctx and from the options.
@@ -139,6 +158,7 @@ func (p *publication) marshal(value any) (Raw, *Error) {
 // seal sets the headers that differ from event to event, and checks the size. It adds suffix to the event's id.
 func (p *publication) seal(out Raw, suffix string) *Error {
 	p.header[jetstream.MsgIDHeader] = []string{p.id + suffix}
+	p.setSchedule(suffix)
 	return p.s.seal(p.header, out, "the event "+p.name)
 }
 
@@ -223,8 +243,8 @@ func (b *batch) publish(ctx context.Context) error {
 		first, rest := todo[0], todo[1:]
 		payload, failure := b.encode(first)
 		if failure == nil {
-			x := &exchange{subject: b.subject, header: maps.Clone(b.header), data: payload}
-			if failure = b.s.storeWithRetries(ctx, x, b.s.eventStream(), b.cfg); failure != nil {
+			x := &exchange{subject: b.target(suffix(first)), header: maps.Clone(b.header), data: payload}
+			if failure = b.store(ctx, x); failure != nil {
 				for _, i := range rest {
 					b.setResult(i, notRun(newError(failure, "not sent, because event %d failed: %s", first, failure.Message)))
 				}
@@ -269,8 +289,11 @@ func (b *batch) encode(i int) ([]byte, *Error) {
 	if failure != nil {
 		return nil, failure
 	}
-	return out.data, b.seal(out, "-"+strconv.Itoa(i))
+	return out.data, b.seal(out, suffix(i))
 }
+
+// suffix returns what the id of event i of a batch ends with.
+func suffix(i int) string { return "-" + strconv.Itoa(i) }
 
 // setResult stores the result of an attempt at event i.
 func (b *batch) setResult(i int, failure *Error) {
@@ -309,7 +332,7 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 			}
 			b.failures[i] = notConfirmed
 			unconfirmed++
-			m := &nats.Msg{Subject: b.subject, Reply: prefix + strconv.Itoa(i), Header: b.header, Data: payload}
+			m := &nats.Msg{Subject: b.target(suffix(i)), Reply: prefix + strconv.Itoa(i), Header: b.header, Data: payload}
 			if err := c.nc.PublishMsg(m); err != nil {
 				broken = newError(ErrUnavailable, "publishing to %s: %v", b.subject, err)
 			}
@@ -476,10 +499,15 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 		}
 	case f.svc.base.Err() != nil || r.fenced: // Stop has cancelled the handler, or another instance leads
 		f.giveBack(r.in)
+	case r.again != nil && f.again(r, r.again.pause):
+		f.logOften(r, slog.LevelInfo, "an event is handled again later", "error", failure, "pause", r.again.pause)
 	case r.permanent || r.delivery.attempt >= f.cfg.attempts:
 		f.deadLetter(r, failure, r.delivery.attempt)
 	default:
 		pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
+		if r.again != nil {
+			pause = r.again.pause
+		}
 		f.logOften(r, slog.LevelWarn, "an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
 		f.noteFailure(r.delivery.sequence, failure)
 		f.acknowledge(r.in, nakAfter(pause))

@@ -58,6 +58,7 @@ type feed struct {
 	starts   int                    // messages brought since the lanes were asked in reverse order, or were all empty
 	ackWait  atomic.Int64           // the shortest ack wait of the consumers
 	waiting  atomic.Bool            // whether less than half of what a single lane was asked for last has come
+	maxPause atomic.Int64           // for how long the stream can keep a message for later, 0 if it can't
 	failed   atomic.Bool            // whether a pull request has failed since fetch looked last
 	wake     chan struct{}          // tells fetch to look whether it can ask for more
 	renew    chan struct{}          // tells keepAlive that the connection is back
@@ -166,6 +167,7 @@ func (f *feed) openConsumers(ctx context.Context) *Error {
 		}
 	}
 	if failure == nil {
+		f.maxPause.Store(int64(scheduleLimit(stream)))
 		f.ackWait.Store(int64(slices.MinFunc(f.lanes, func(a, b *lane) int { return cmp.Compare(a.ackWait, b.ackWait) }).ackWait))
 	}
 	return failure
@@ -532,6 +534,7 @@ func (f *feed) pending() (n int64) {
 type delivery struct {
 	consumer string
 	time     time.Time // when the message was first stored
+	stored   time.Time // when it was stored as it is
 	sequence uint64    // in the stream
 	attempt  int       // 1 for the first delivery
 }
@@ -546,7 +549,8 @@ func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 			"endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
 		return nil
 	}
-	d := &delivery{consumer: meta.Consumer, time: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
+	d := &delivery{consumer: meta.Consumer, stored: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
+	d.time = d.stored
 	r := &request{svc: f.svc, in: m, deadline: arrived.Add(f.cfg.deadline), delivery: d}
 	r.msg = Message{Kind: f.kind, Subject: m.Subject, Header: m.Header, Data: m.Data}
 	if strings.HasPrefix(m.Subject, redrivePrefix) { // the headers say where the message came from
@@ -554,8 +558,11 @@ func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 		if t, err := time.Parse(time.RFC3339Nano, m.Header.Get(headerTime)); err == nil {
 			d.time = t
 		}
+		if first, err := strconv.ParseUint(m.Header.Get(headerAttempt), 10, 31); err == nil && first > 0 {
+			d.attempt += int(first) - 1
+		}
 	} else if f.kind == kindEvent {
-		id = m.Header.Get(jetstream.MsgIDHeader)
+		id = cmp.Or(m.Header.Get(jetstream.MsgIDHeader), id) // one that was scheduled has Aegis-Id
 	}
 	if f.kind == kindEvent {
 		// Publish puts <domain>.<type>: before an idempotency key, because events of other types may have the same key.

@@ -39,7 +39,11 @@ func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfi
 	}
 	stream, err := c.js.Stream(ctx, want.Name)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		if stream, err = c.js.CreateStream(ctx, want); errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+		made := want
+		if want.Name == eventStream { // one that exists need not have these
+			made.AllowMsgSchedules, made.AllowRollup, made.AllowMsgTTL = true, true, true
+		}
+		if stream, err = c.js.CreateStream(ctx, made); errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
 			// Another instance was faster.
 			if stream, err = c.js.Stream(ctx, want.Name); errors.Is(err, jetstream.ErrStreamNotFound) {
 				// The cluster has not finished.
@@ -67,7 +71,8 @@ func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfi
 	case want.SubjectDeleteMarkerTTL > 0 && have.SubjectDeleteMarkerTTL == 0:
 		fix = "set subject_delete_marker_ttl, such as 1h, so that other instances learn what has expired"
 	case missing >= 0:
-		fix = "it does not take " + subjects[missing] + ": add " + want.Subjects[0] + " to its subjects"
+		add := want.Subjects[max(slices.IndexFunc(want.Subjects, func(p string) bool { return covers(p, subjects[missing]) }), 0)]
+		fix = "it does not take " + subjects[missing] + ": add " + add + " to its subjects"
 	default:
 		return stream, nil
 	}

@@ -41,6 +41,8 @@ type config struct {
 	middleware   []Middleware
 	outward      []Middleware // of WithCallMiddleware
 	wireHeaders  bool
+	maxAge       time.Duration // these two are of the stream of events; 0 is no limit
+	maxBytes     int64
 
 	pool, concurrency, replicas     int
 	timeout, heartbeat, stopTimeout time.Duration
@@ -99,6 +101,14 @@ func WithConcurrency(n int) Option { return func(c *config) { c.concurrency = n 
 // WithReplicas sets how many servers of a cluster keep each stream and bucket that the service makes, 1 to 5. The default is 1.
 // It has no effect on streams and buckets that exist.
 func WithReplicas(n int) Option { return func(c *config) { c.replicas = n } }
+
+// WithRetention limits the stream of events that the service makes, AEGIS_EVENTS: an event is dropped at this age, and the oldest
+// ones are dropped when all together have that many bytes, whether they were handled or not. 0 is no limit, which is the default
+// for both: then the stream grows until the disk is full. The age is at least 1 s. WithRetention has no effect on a stream that
+// exists; set its max_age and max_bytes instead (nats stream edit AEGIS_EVENTS --max-age=24h).
+func WithRetention(age time.Duration, bytes int64) Option {
+	return func(c *config) { c.maxAge, c.maxBytes = age, bytes }
+}
 
 // WithHeartbeat sets the interval at which the instance refreshes its entry in the registry and runs its health checks: at least
 // 1 s. The default is 10 s. The entry of an instance that crashed expires after three heartbeats, rounded down to whole seconds.
@@ -174,6 +184,7 @@ func newConfig(opts []Option) (*config, *Error) {
 	ok.want(c.stopTimeout > 0, "WithStopTimeout(%v): want more than 0", c.stopTimeout)
 	ok.want(c.concurrency >= 1 && c.concurrency <= maxConcurrency, "WithConcurrency(%d): want 1 to %d", c.concurrency, maxConcurrency)
 	ok.want(c.replicas >= 1 && c.replicas <= 5, "WithReplicas(%d): want 1 to 5", c.replicas)
+	ok.want((c.maxAge == 0 || c.maxAge >= time.Second) && c.maxBytes >= 0, "WithRetention(%v, %d): want an age of 1s or more, and bytes; 0 is no limit", c.maxAge, c.maxBytes)
 	ok.want(c.heartbeat >= time.Second, "WithHeartbeat(%v): want at least 1s, because NATS counts whole seconds", c.heartbeat)
 	ok.want(c.failover.valid(), "WithFailover(%+v): %s", c.failover, wantPolicy)
 	ok.want(c.breaker.Failures >= 0 && c.breaker.Cooldown >= 0, "WithBreaker(%+v): negative", c.breaker)
@@ -236,8 +247,8 @@ type handlerConfig struct {
 // together: an event waits until the one before it is finished, retries included.
 func Concurrency(n int) HandlerOption { return func(c *handlerConfig) { c.concurrency = n } }
 
-// Attempts sets how often an event or a command is tried, 1 or more in all, before it becomes a dead letter. The default is 5 for
-// events and 3 for commands.
+// Attempts sets how often an event or a command is tried, 1 or more in all, before it becomes a dead letter. The default is 10 for
+// events, which with the default [Backoff] span up to 3 minutes, 1.5 on average. It is 3 for commands.
 func Attempts(n int) HandlerOption {
 	return onlyFor(storedKinds, fmt.Sprintf("Attempts(%d)", n), func(c *handlerConfig) { c.attempts = n })
 }
@@ -285,6 +296,42 @@ func FromStart() HandlerOption {
 // the next leader then.
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
+// Permanent returns an error for a handler of events or commands to return: there is no other attempt, and the message becomes a
+// dead letter at once. It wraps err, so that [errors.Is] and [errors.As] see it, and has its text. It is nil if err is nil. In
+// answers to calls it has no effect.
+func Permanent(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &permanentError{err}
+}
+
+type permanentError struct{ error }
+
+func (e *permanentError) Unwrap() error { return e.error }
+
+// RetryAfter returns an error for a handler of events or commands to return: the message is handled again after d, and that uses
+// up no attempt, for example while a bank is closed. There is no limit to how often. A d that is not positive means at once. It
+// wraps err, so that [errors.Is] and [errors.As] see it, and has its text. It is nil if err is nil. Inside of [Permanent], and in
+// answers to calls, it has no effect.
+//
+// An event is stored anew for that time, so that it has another Sequence, and others may be handled before it even if [Concurrency]
+// is 1. If the stream AEGIS_EVENTS was made by somebody else without allow_msg_schedules, or drops messages before that time, the
+// event is redelivered after d, which counts as an attempt.
+func RetryAfter(err error, d time.Duration) error {
+	if err == nil {
+		return nil
+	}
+	return &retryError{err, max(d, 0)}
+}
+
+type retryError struct {
+	error
+	pause time.Duration
+}
+
+func (e *retryError) Unwrap() error { return e.error }
+
 // onlyFor returns an option that only handlers of some kinds of messages can have; for others it sets misplaced. kinds names them
 // in words that contain their constants, as "events and commands" contains kindEvent. option is the option's text.
 func onlyFor(kinds, option string, set func(*handlerConfig)) HandlerOption {
@@ -301,7 +348,7 @@ const storedKinds = "events and commands"
 
 func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerConfig, *Error) {
 	c := &handlerConfig{
-		kind: kind, concurrency: s.cfg.concurrency, attempts: map[string]int{kindRPC: 1, kindEvent: 5, kindCommand: 3}[kind],
+		kind: kind, concurrency: s.cfg.concurrency, attempts: map[string]int{kindRPC: 1, kindEvent: 10, kindCommand: 3}[kind],
 		backoff: 500 * time.Millisecond, maxPause: time.Minute, deadline: 5 * time.Minute,
 	}
 	for _, opt := range opts {
@@ -331,6 +378,9 @@ type callConfig struct {
 	strategy           *Strategy
 	version, key       *string
 	priority           *Priority
+	at                 *time.Time
+	after              *time.Duration
+	expire             time.Duration // 0 if ExpireAfter was not given
 	patience           time.Duration // the AttemptTimeout, unless Retry sets one; 0 for the default
 }
 
@@ -391,6 +441,36 @@ func IdempotencyKey(k string) CallOption { return func(c *callConfig) { c.key = 
 // start first, except that one start in 16 goes to the least urgent, so that none waits forever.
 func AtPriority(p Priority) CallOption { return func(c *callConfig) { c.priority = &p } }
 
+// At has an event delivered at the time t, or at once if t is in the past. The server keeps it until then, so that this process may
+// end. Cancelling it is not possible. Publish fails with [ErrInvalid] if the stream drops its messages before that time, and if the
+// stream was made by somebody else without allow_msg_schedules. The times are those of the server's clock.
+func At(t time.Time) CallOption { return func(c *callConfig) { c.at = &t } }
+
+// After is [At] with the time d from now.
+func After(d time.Duration) CallOption { return func(c *callConfig) { c.after = &d } }
+
+// ExpireAfter keeps an event from being delivered, or delivered again, when d is over. It counts from the time of [At] or [After],
+// or else from when the event is stored. d is at least 1 s, and rounded up to whole seconds. An event that expired is no dead letter. Publish
+// fails with [ErrInvalid] if the stream was made by somebody else without allow_msg_ttl.
+func ExpireAfter(d time.Duration) CallOption {
+	return func(c *callConfig) { c.expire = cmp.Or(d, -1) }
+}
+
+// due returns the time of At or After. It is zero if there is none, or if that is over.
+func (c *callConfig) due() time.Time {
+	var due time.Time
+	switch {
+	case c.after != nil:
+		due = time.Now().Add(*c.after)
+	case c.at != nil:
+		due = *c.at
+	}
+	if time.Until(due) <= 0 {
+		return time.Time{}
+	}
+	return due
+}
+
 const maxIDLength = 256 // bytes of an idempotency key
 
 // callConfigs has the settings of a call without options, by the kind of its message. Nobody changes them. Sending an event or a
@@ -429,6 +509,14 @@ func newCallConfig(kind string, opts []CallOption) (*callConfig, *Error) {
 		printable := !strings.ContainsFunc(*k, func(r rune) bool { return r <= ' ' || r > '~' })
 		ok.want(c.kind != kindRPC, "IdempotencyKey(%q): calls have no key; see Idempotent", *k)
 		ok.want(printable && *k != "" && len(*k) <= maxIDLength, "IdempotencyKey(%q): want 1 to %d printable ASCII characters, no spaces", *k, maxIDLength)
+	}
+	if c.at != nil || c.after != nil {
+		ok.want(c.kind == kindEvent, "At and After: only events are sent for later")
+		ok.want(c.at == nil || c.after == nil, "At and After: choose one of them")
+	}
+	if d := c.expire; d != 0 {
+		ok.want(c.kind == kindEvent, "ExpireAfter(%v): only events expire", d)
+		ok.want(d >= time.Second, "ExpireAfter(%v): want 1s or more", max(d, 0))
 	}
 	if p := c.priority; p != nil {
 		ok.want(c.kind == kindCommand, "AtPriority(%d): only commands have a priority", *p)
