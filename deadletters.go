@@ -51,7 +51,8 @@ func (s *Service) deadStream() jetstream.StreamConfig {
 
 // DeadLetters yields the dead letters of all services that are stored when it begins, the oldest first. It reads them one by one.
 // Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, DeadLetters yields the
-// error and ends.
+// error and ends. To see those of one subscription, compare Consumer, which is the service's name, a tilde, and the pattern with ~ for
+// the dots, + for * and # for >, or the name of [Durable]: "risk~payment~+". A loop may redrive or discard them as it goes.
 //
 // Errors: [ErrUnavailable] if there is no connection or no JetStream; [ErrTimeout] and [ErrCanceled] when ctx ends; [ErrClosed]
 // after Stop; [ErrDenied] if the server's permissions do not allow it.

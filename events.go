@@ -31,7 +31,7 @@ type Event[T any] struct {
 	Version string
 	// Source is the service that published the event, as the sender claims; not authenticated.
 	Source string
-	// Time is when the server first stored the event.
+	// Time is when the server first stored the event; if it was published with [At] or [After], when it became due.
 	Time time.Time
 	// Sequence is the event's number in the stream. It rises from event to event, with gaps. A redriven event has a new one.
 	Sequence uint64
@@ -71,9 +71,10 @@ func (s *Service) eventStream() jetstream.StreamConfig {
 // Every event has an id, so that an event that is sent twice is stored once. Therefore an event that was not confirmed is sent
 // again, as [Retry] does for an [Idempotent] call: by default up to 3 times in all, with [Sticky] until ctx ends.
 //
-// Errors: [ErrInvalid] for a name or an option that is out of range, and for an event that can't be encoded or is larger than the
-// server's max_payload less 2 KiB (so that it fits a dead letter); [ErrUnavailable] if there is no connection or no JetStream, or
-// if the stream refuses the event for now, because it is full for example; [ErrTimeout] and [ErrCanceled] when ctx ends;
+// Errors: [ErrInvalid] for a name or an option that is out of range, for an event that can't be encoded or is larger than the
+// server's max_payload less 2 KiB (so that it fits a dead letter), and for a stream made by somebody else that can't do what an
+// option wants; [ErrUnavailable] if there is no connection or no JetStream, or if the stream refuses the event for now, because it
+// or its account is full for example; [ErrTimeout] and [ErrCanceled] when ctx ends;
 // [ErrOverloaded] if the connections carry too many calls ([WithPool]); [ErrClosed] after Stop; [ErrDenied] if the server's
 // permissions do not allow it. If the stream refuses the event for another reason, the code is the one for the server's status.
 // Unless NotRun is set in the error, the event may have been stored.
@@ -374,14 +375,21 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 //
 // Each event is handled at least once. It is acknowledged when fn returns nil. After an error or a panic it is redelivered after
 // a pause ([Backoff]). An error at delivery number [Attempts] or later makes it a dead letter; see [Service.DeadLetters]. An
-// event that can't be decoded into T becomes one at once.
+// event that can't be decoded into T becomes one at once, and so does one for which fn returns [Permanent]. For [RetryAfter] it is
+// handled again later, which uses up no attempt.
 //
 // An event whose handler died with its process is redelivered after 10 s, the ack wait. fn's ctx ends after [Deadline], or when
 // Stop's time is up, and an event whose handler Stop has cut short is redelivered. Such deliveries count as attempts, although
 // they ended without a result. Therefore an event may be delivered up to three times beyond Attempts. If none of these deliveries
-// has a result either, the event becomes a dead letter without another call of fn.
+// has a result either, the event becomes a dead letter without another call of fn. While the connection is lost, handlers go on, and
+// what they have finished is acknowledged when it is back.
 //
-// Events are handled concurrently, up to [Concurrency] at once in each instance, and in no order unless Concurrency is 1.
+// A subscription belongs to its pattern, or to the name that [Durable] gives it. Another pattern is another subscription, which
+// begins with the events that are published from then on, or with the oldest one that the stream still has ([FromStart]); the old
+// one stays until somebody removes its consumer (nats consumer rm AEGIS_EVENTS <name>).
+//
+// Events are handled concurrently, up to [Concurrency] at once in each instance, and in no order unless Concurrency is 1. With 1, if
+// fn goes on after its ctx has ended, another instance may begin the next event while it still runs.
 // Subscribe does not block before [Service.Start]. After Start, Subscribe also makes the consumer, for which it blocks for
 // [WithTimeout] at most.
 //

@@ -478,6 +478,88 @@ func ExamplePublishBatch() {
 	// Output: event 1 INVALID_ARGUMENT: encoding the event price.changed: json: unsupported value: NaN
 }
 
+// A reminder is stored now and delivered later by the server. It is not delivered any more when it is of no use.
+func ExampleAfter() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("orders", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	handled := make(chan string)
+	err = aegis.Subscribe(svc, "order.*", func(_ context.Context, e aegis.Event[string]) error {
+		handled <- e.Type + " " + e.Data
+		return nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := svc.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+	if err := aegis.Publish(ctx, svc, "order", "unpaid", "1-AAPL", aegis.After(time.Second), aegis.ExpireAfter(time.Hour)); err != nil {
+		log.Fatal(err)
+	}
+	if err := aegis.Publish(ctx, svc, "order", "created", "1-AAPL"); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(<-handled)
+	fmt.Println(<-handled)
+	// Output:
+	// created 1-AAPL
+	// unpaid 1-AAPL
+}
+
+// A handler says which of its errors pass by themselves, and which never do.
+func ExampleRetryAfter() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("payments", aegis.WithURL(url), aegis.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	bankOpens := time.Now().Add(time.Second)
+	paid := make(chan string)
+	err = aegis.Subscribe(svc, "order.created", func(_ context.Context, e aegis.Event[string]) error {
+		switch {
+		case e.Data == "":
+			return aegis.Permanent(errors.New("the order has no number")) // a dead letter at once
+		case time.Now().Before(bankOpens):
+			return aegis.RetryAfter(errors.New("the bank is closed"), time.Until(bankOpens))
+		}
+		paid <- fmt.Sprintf("paid %s at attempt %d", e.Data, e.Attempt)
+		return nil
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := svc.Start(ctx); err != nil {
+		log.Fatal(err)
+	}
+	if err := aegis.PublishBatch(ctx, svc, "order", "created", []string{"", "1-AAPL"}); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(<-paid)
+	for d, err := range svc.DeadLetters(ctx) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(d.Reason)
+		if err := svc.Discard(ctx, d); err != nil {
+			log.Fatal(err)
+		}
+	}
+	// Output:
+	// paid 1-AAPL at attempt 1
+	// payments: INTERNAL: the order has no number
+}
+
 // An event that has failed on every attempt becomes a dead letter. Once the cause is fixed, Redrive has the event handled again.
 func ExampleService_Redrive() {
 	url, stop := embeddedServer()

@@ -178,7 +178,7 @@ func TestAcknowledgementsWhileServerIsAway(t *testing.T) {
 			if !got.eachOnce(t, n) {
 				t.Errorf("got %d events, want %d", len(got.all()), n)
 			}
-			if letters := deadLetters(t, publisher); len(letters) > 0 {
+			if letters := deadLetters(t, newService(t, srv, "operator")); len(letters) > 0 {
 				t.Errorf("got %d dead letters: %s", len(letters), letters[0].Reason)
 			}
 		})

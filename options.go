@@ -248,7 +248,8 @@ type handlerConfig struct {
 func Concurrency(n int) HandlerOption { return func(c *handlerConfig) { c.concurrency = n } }
 
 // Attempts sets how often an event or a command is tried, 1 or more in all, before it becomes a dead letter. The default is 10 for
-// events, which with the default [Backoff] span up to 3 minutes, 1.5 on average. It is 3 for commands.
+// events, which with the default [Backoff] span up to 3 minutes, 1.5 on average. It is 3 for commands. At most 65,536 messages of a
+// subscription are being handled or wait for their next attempt; beyond that it gets no others.
 func Attempts(n int) HandlerOption {
 	return onlyFor(storedKinds, fmt.Sprintf("Attempts(%d)", n), func(c *handlerConfig) { c.attempts = n })
 }
