@@ -24,7 +24,7 @@ const (
 	maxWaiting    = 1 << 12 // pull requests that wait at a consumer, from all instances
 
 	pullSize      = 512                    // messages that are asked for at once
-	pullBytes     = 32 << 20               // bytes that all feeds of a service ask for at once; the server cuts a connection at 64 MB
+	pullBytes     = 8 << 20                // bytes that all feeds of a service ask for at once; the server cuts a connection at 64 MB
 	pullExpiry    = 30 * time.Second       // after which a pull request is made anew
 	pullHeartbeat = 5 * time.Second        // between the server's signs of life; after twice that without one, the request counts as lost
 	drainTime     = 2 * time.Second        // for messages under way to arrive when a request is given up
@@ -60,6 +60,7 @@ type feed struct {
 	waiting  atomic.Bool            // whether less than half of what a single lane was asked for last has come
 	maxPause atomic.Int64           // for how long the stream can keep a message for later, 0 if it can't
 	failed   atomic.Bool            // whether a pull request has failed since fetch looked last
+	renewed  atomic.Bool            // whether the connection was lost and is back, since fetch looked last
 	wake     chan struct{}          // tells fetch to look whether it can ask for more
 	renew    chan struct{}          // tells keepAlive that the connection is back
 	inspect  func()                 // called at intervals while messages may be handled, unless it is nil
@@ -248,10 +249,10 @@ func (f *feed) fetch(ctx context.Context) {
 			// At once, the server might still be deleting what is to be made again.
 			sleep(ctx, retryPause+backoff(trouble, retryPause, 2*time.Second))
 		}
-		if failed || clock()-checked > checkInterval {
+		if renewed := f.renewed.Swap(false); failed || renewed || clock()-checked > checkInterval {
 			within, cancel := context.WithTimeout(ctx, 5*time.Second)
 			var failure *Error
-			if failed || !f.learnFloors(within) {
+			if failed || renewed || !f.learnFloors(within) {
 				failure = f.openConsumers(within)
 			}
 			cancel()
@@ -269,7 +270,7 @@ func (f *feed) fetch(ctx context.Context) {
 		free := int64(f.limit) - f.claimed.Load()
 		asking := f.asking(ctx)
 		switch {
-		case asking == nil || free <= 0:
+		case asking == nil || free <= 0 || f.waiting.Load():
 		case !f.worthAsking(free):
 			sleep(ctx, time.Millisecond) // then worthAsking may report true
 			continue
@@ -291,24 +292,22 @@ func (f *feed) worthAsking(free int64) bool {
 }
 
 // ask asks for up to free messages, and reports whether more may be there at once. A single lane is asked for what is there and
-// for what comes until ctx ends, and asked again when half of that has come. Of several lanes, the most urgent first, each is asked only for what is there now, until one has
-// something. A lane that has nothing is parked: a request for its next message waits there. After 15 messages the lanes are asked
-// once in reverse order, so that one start in 16 goes to the least urgent and nothing waits forever.
+// for what comes until ctx ends, and asked again when half of that has come. Of several lanes, the most urgent first, each is
+// asked only for what is there now, until one has something. A lane that has nothing is parked: a request for its next message
+// waits there. After 15 messages the lanes are asked once in reverse order, so that one start in 16 goes to the least urgent and
+// nothing waits forever.
 func (f *feed) ask(ctx context.Context, free int64) bool {
 	bytes := f.svc.pullBytes()
 	if len(f.lanes) == 1 {
-		if f.waiting.Load() {
-			return false
-		}
 		f.waiting.Store(true)
-		n, half := f.claim(min(free, pullSize)), sync.Once{}
+		n, half, consumer := f.claim(min(free, pullSize)), sync.Once{}, f.lanes[0].consumer
 		next := func() {
 			f.waiting.Store(false)
 			signal(f.wake)
 		}
 		f.fetching.Go(func() {
 			left := n
-			f.await(ctx, f.lanes[0], func(m jetstream.Msg) bool {
+			f.await(ctx, consumer, func(m jetstream.Msg) bool {
 				f.queue <- boundMsg(m)
 				if left--; left <= n/2 {
 					half.Do(next)
@@ -340,8 +339,9 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 			return true
 		}
 		l.parked.Store(true)
+		consumer := l.consumer
 		f.fetching.Go(func() {
-			f.await(ctx, l, func(m jetstream.Msg) bool { return f.accept(l, m) }, jetstream.PullMaxMessages(1))
+			f.await(ctx, consumer, func(m jetstream.Msg) bool { return f.accept(l, m) }, jetstream.PullMaxMessages(1))
 			l.parked.Store(false)
 			signal(f.wake)
 		})
@@ -374,16 +374,16 @@ func (f *feed) claim(n int64) int64 {
 	}
 }
 
-// await asks a lane for messages, in the way that opts say, and passes them to take as they come, until all that were asked for
-// have come, take reports false, ctx ends, or the request fails. It returns how many came.
-func (f *feed) await(ctx context.Context, l *lane, take func(jetstream.Msg) bool, opts ...jetstream.PullMessagesOpt) (came int64) {
+// await asks a consumer for messages, in the way that opts say, and passes them to take as they come, until all that were asked for
+// have come, take reports false, ctx ends, or the request fails.
+func (f *feed) await(ctx context.Context, consumer jetstream.Consumer, take func(jetstream.Msg) bool, opts ...jetstream.PullMessagesOpt) {
 	c := f.svc.carrier.conn.Load()
 	f.requests.Add(1)
 	defer f.requests.Add(-1)
-	it, err := l.consumer.Messages(append(opts, jetstream.PullExpiry(pullExpiry), jetstream.PullHeartbeat(pullHeartbeat))...)
+	it, err := consumer.Messages(append(opts, jetstream.PullExpiry(pullExpiry), jetstream.PullHeartbeat(pullHeartbeat))...)
 	if err != nil {
 		f.fail(err)
-		return 0
+		return
 	}
 	defer it.Stop()
 	patience, lose := context.WithCancel(context.Background())
@@ -402,16 +402,14 @@ func (f *feed) await(ctx context.Context, l *lane, take func(jetstream.Msg) bool
 		m, err := it.Next(untilLost...)
 		switch {
 		case err == nil:
-			came++
 			more = take(m)
 		case errors.Is(err, jetstream.ErrMsgIteratorClosed), patience.Err() != nil:
-			return came
+			return
 		default: // the consumer was deleted, or the server is silent
 			f.fail(err)
 			end()
 		}
 	}
-	return came
 }
 
 // take brings up to n of the messages that a lane has now, and returns how many it has brought.
@@ -491,10 +489,11 @@ func (f *feed) keepAlive() {
 		case <-time.After(third):
 			least = third / 2
 		case <-f.renew:
-			f.failed.Store(true)
+			f.renewed.Store(true)
 			f.mu.Lock()
 			f.giveUp()
 			f.mu.Unlock()
+			signal(f.wake)
 		case <-f.finished:
 			if f.cfg.broadcast && f.svc.cfg.id == nil { // if this is lost, the server does it after an hour
 				f.svc.notify("$JS.API.CONSUMER.DELETE."+f.stream.Name+"."+f.lanes[0].config.Durable, nil)
