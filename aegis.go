@@ -83,11 +83,11 @@ import (
 //
 // The files form three layers, and each layer is built on the ones after it:
 //
-//   - The patterns: rpc.go, events.go, deadletters.go, jobs.go, commands.go, election.go, registry.go, and metrics.go, which
-//     counts what they do.
+//   - The patterns: rpc.go, events.go, schedules.go (events for later), deadletters.go, jobs.go, commands.go, election.go,
+//     registry.go, and metrics.go, which counts what they do.
 //   - The primitives that carry them: dispatch.go (from a message to its handler and back), context.go (what the handler knows
 //     about it), feed.go (from a consumer to the queue), jetstream.go (streams, keys and watches), exchange.go (request: a
-//     message out, its answer back), conn.go (the connections).
+//     message out, its answer back), carrier.go (the connection of the feeds), conn.go (the connections).
 //   - The ground: options.go, codec.go, errors.go.
 
 // A Service is one instance of a named service: a pool of connections to NATS, the handlers, and the calls that it makes.

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"github.com/aegistrader/aegis"
 	"github.com/nats-io/nats-server/v2/server"
 )
@@ -397,5 +399,51 @@ func TestReasonOfDeadLetter(t *testing.T) {
 	eventually(t, "there is a dead letter", func() bool { letters = deadLetters(t, second); return len(letters) == 1 })
 	if reason := letters[0].Reason; !strings.Contains(reason, "does not know how they ended") || strings.Contains(reason, "never finished") {
 		t.Errorf("the reason is %q", reason)
+	}
+}
+
+// Nothing but dead letters is stored in AEGIS_DEAD, so that replacing a busy instance evicts none of them.
+func TestDeadLettersAreNotEvicted(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	if _, err := manage(t, srv).CreateStream(t.Context(), jetstream.StreamConfig{Name: "AEGIS_DEAD", Subjects: []string{"aegis.dead.>"}, MaxMsgs: 1}); err != nil {
+		t.Fatal(err)
+	}
+	publisher := newService(t, srv, "shop")
+	instance := func() (svc *aegis.Service, running *journal[int]) {
+		svc, running = newService(t, srv, "risk"), &journal[int]{}
+		subscribe(t, svc, "order.*", func(ctx context.Context, e aegis.Event[int]) error {
+			if e.Data < 0 {
+				return aegis.Permanent(errors.New("no such account"))
+			}
+			running.add(e.Data)
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) {
+			running.add(c.Data)
+			<-ctx.Done()
+			return 0, ctx.Err()
+		})
+		start(t, svc)
+		return svc, running
+	}
+	for n := range 3 {
+		svc, running := instance()
+		if n == 0 {
+			publish(t, publisher, "order", "created", -1)
+			for i := range 20 {
+				publish(t, publisher, "order", "created", i)
+				send[int, int](t, publisher, "risk", "work", i)
+			}
+		}
+		running.wait(t, 40)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		fails(t, svc.Stop(ctx), aegis.ErrTimeout)
+		cancel()
+	}
+	letters := deadLetters(t, publisher)
+	if len(letters) != 1 || letters[0].Sequence != 1 || !strings.Contains(letters[0].Reason, "no such account") {
+		t.Errorf("got the letters %+v", letters)
 	}
 }
