@@ -5,6 +5,8 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/base64"
+	"encoding/json"
+	"errors"
 	"log/slog"
 	"strings"
 	"sync"
@@ -37,7 +39,7 @@ type Command[T any] struct {
 
 // Progress is the state of a command at a moment.
 type Progress struct {
-	State   string  // queued, running or retrying; at the end completed, failed or canceled
+	State   string  // scheduled, queued, running or retrying; at the end completed, failed or canceled
 	Percent float64 // 0 to 100
 	Message string
 	Attempt int
@@ -45,7 +47,7 @@ type Progress struct {
 }
 
 // The states of a command.
-const queued, running, retrying = "queued", "running", "retrying"
+const scheduled, queued, running, retrying = "scheduled", "queued", "running", "retrying"
 const completed, failed, canceled = "completed", "failed", "canceled"
 
 const (
@@ -57,14 +59,15 @@ const (
 
 	resultTTL        = 24 * time.Hour
 	recordTimeout    = 5 * time.Second        // for reading or writing the record of a command that runs
-	outcomeTimeout   = 30 * time.Second       // for writing the outcome of an attempt
+	outcomeTimeout   = 3 * time.Second        // for an attempt to write the outcome of a run
 	progressInterval = 100 * time.Millisecond // between writes of progress
 	maxProgress      = 1 << 10                // bytes of a progress message
+	clockSkew        = time.Second            // by which a worker may be woken early, by its own clock
 	followInterval   = 10 * time.Second       // between reads of a record, in case an update was lost
 )
 
 func (s *Service) commandStream() jetstream.StreamConfig {
-	return jetstream.StreamConfig{Name: commandStream, Subjects: []string{commandPrefix + "*.*", commandPrefix + "*.*.*"},
+	return jetstream.StreamConfig{Name: commandStream, Subjects: []string{commandPrefix + "*.*", commandPrefix + "*.*.*", timetablePrefix + "*.*.*"},
 		Retention: jetstream.WorkQueuePolicy, Replicas: s.cfg.replicas}
 }
 
@@ -76,7 +79,8 @@ func (s *Service) recordStream() jetstream.StreamConfig {
 	return config
 }
 
-// A record is everything that is known about a command except its data.
+// A record is everything that is known about a command except its data. It is stored as JSON, so that an operator can read it:
+// nats kv get aegis_commands <service>.<command>.<id>.
 type record struct {
 	State    string    `json:"state"`
 	Percent  float64   `json:"percent,omitempty"`
@@ -85,10 +89,13 @@ type record struct {
 	Time     time.Time `json:"time"`
 	Priority Priority  `json:"priority,omitempty"`
 	Source   string    `json:"source,omitempty"`
-	Digest   string    `json:"digest"`             // of the data
+	Due      time.Time `json:"due,omitzero"`       // when it may begin
+	Expire   time.Time `json:"expire,omitzero"`    // when it may not begin any more
+	Digest   string    `json:"digest"`             // of the data; "" if that can't be compared
 	Failures int       `json:"failures,omitempty"` // attempts that failed
 	Crashes  int       `json:"crashes,omitempty"`  // attempts that ended without a result
-	Owner    string    `json:"owner,omitempty"`    // the instance that has claimed it
+	Owner    string    `json:"owner,omitempty"`    // the instance that has claimed it last
+	Run      string    `json:"run,omitempty"`      // identifies the run that has claimed it last
 	Delivery int       `json:"delivery,omitempty"` // the number of the delivery of that message by which it was claimed last
 	Wake     uint64    `json:"wake,omitempty"`     // the stream sequence of the message that led to the claim
 	Nonce    string    `json:"nonce"`              // makes each change unique, so that compareAndSwap recognizes its own
@@ -99,6 +106,18 @@ type record struct {
 
 func (r *record) final() bool {
 	return r.State == completed || r.State == failed || r.State == canceled
+}
+
+// expired reports whether the command may not begin any more, and does not run.
+func (r *record) expired() bool {
+	return !r.final() && r.State != running && !r.Expire.IsZero() && time.Until(r.Expire) <= 0
+}
+
+// expire makes r the record of a command that has expired.
+func (r *record) expire(service string) {
+	last := r.Error
+	r.Error = newError(ErrTimeout, "it had to begin by %s", r.Expire.Format(time.RFC3339))
+	r.Error.Source, r.Error.Cause, r.State = service, last, failed
 }
 
 func (r *record) progress() Progress {
@@ -113,6 +132,16 @@ func recordKey(service, command, id string) string {
 	return service + "." + command + "." + id
 }
 
+// idOf returns the id in the last token of a record's key.
+func idOf(token string) string {
+	if encoded, ok := strings.CutPrefix(token, "="); ok {
+		if id, err := base64.RawURLEncoding.DecodeString(encoded); err == nil {
+			return string(id)
+		}
+	}
+	return token
+}
+
 // writeRecord replaces the record by rec if it still has the given revision; 0 means that there is no record yet. If somebody
 // else has changed the record, the failure is a conflict, and writeRecord returns the present record, nil if it was deleted, and
 // its revision.
@@ -120,7 +149,7 @@ func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revi
 	now *record, at uint64, failure *Error,
 ) {
 	rec.Nonce, rec.Time = rand.Text(), time.Now().UTC()
-	data, err := MsgPack.Marshal(rec)
+	data, err := json.Marshal(rec)
 	if err != nil {
 		return nil, 0, asError(err)
 	}
@@ -154,7 +183,11 @@ func parseRecord(key string, data []byte) (*record, *Error) {
 		return nil, nil
 	}
 	rec := &record{}
-	if err := MsgPack.Unmarshal(data, rec); err != nil {
+	err := json.Unmarshal(data, rec)
+	if data[0] != '{' { // from v0.1.0
+		err = MsgPack.Unmarshal(data, rec)
+	}
+	if err != nil {
 		return nil, newError(ErrInternal, "the record of %s can't be read: %v", key, err)
 	}
 	return rec, nil
@@ -169,8 +202,13 @@ func parseRecord(key string, data []byte) (*record, *Error) {
 // instance begins the next attempt after 10 s, the ack wait. An instance that was paused or cut off may go on with fn for a
 // moment after another one has taken over. So make effects elsewhere idempotent by Command.ID, or guard them with Command.Fence.
 //
-// After the last attempt the command has failed, and becomes a dead letter. Data that can't be decoded into T fails at once. The
-// result must fit the server's max_payload, less 2 KiB.
+// After the last attempt the command has failed, and becomes a dead letter. Data that can't be decoded into T fails at once, and so
+// does a command for which fn returns [Permanent]. For [RetryAfter] fn is called again later, which uses up no attempt. An fn that
+// returns context.Canceled, although the command was not cancelled, has failed like any other. The result must fit three quarters
+// of the server's max_payload, less 2 KiB.
+//
+// The outcome is stored as soon as the server is there, however long that takes. If the process ends before, or Stop's time is up,
+// the attempt counts as a crash.
 //
 // When Stop's time is up, a command whose handler returns an error because its ctx has ended is queued again, and the attempt
 // does not count. If a handler ignores its ctx for longer than 0.2 s after that, the attempt counts, and the command is delivered
@@ -202,13 +240,13 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 	if failure := cmp.Or(checkNames(s.name, kindCommand, command), failure); failure != nil {
 		return failure
 	}
-	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn, reserve: letterRoom}
+	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn}
 	var lanes []*lane
 	for _, level := range []Priority{Critical, High, Normal, Low} { // the most urgent first
 		suffix := suffixes[level]
 		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(suffix, ".", "~", 1), e.subject+suffix))
 	}
-	src := &commandSource{feed: newFeed(e, cfg, s.commandStream(), lanes...), owner: rand.Text()}
+	src := &commandSource{feed: newFeed(e, cfg, s.commandStream(), lanes...)}
 	src.inspect = src.checkRuns
 	e.source = src
 	return s.addEndpoint(e, cfg)
@@ -219,7 +257,6 @@ type commandSource struct {
 	*feed
 
 	checking atomic.Bool // whether a goroutine of checkRuns is at work
-	owner    string      // identifies this source in records
 	runs     sync.Map    // string -> *run, by the key of the record
 }
 
@@ -227,6 +264,7 @@ type commandSource struct {
 type run struct {
 	src      *commandSource
 	key      string // of the record
+	nonce    string // identifies this run in the record
 	r        *request
 	last     Progress                 // of the previous attempt
 	fence    atomic.Uint64            // the revision of the claim, 0 until the command is claimed
@@ -256,7 +294,7 @@ func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
 		src.acknowledge(m, ackTerminate)
 		return
 	}
-	x := &run{src: src, key: recordKey(src.svc.name, src.name, r.id), r: r}
+	x := &run{src: src, key: recordKey(src.svc.name, src.name, r.id), nonce: rand.Text(), r: r}
 	x.reporting, x.endReports = context.WithCancelCause(context.Background())
 	r.run = x
 	if src.svc.draining.Load() || !src.admit(r) {
@@ -275,7 +313,7 @@ func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
 	}
 }
 
-// claim claims the command for this run: it writes a record that names this source as the owner. If claim reports false, it has
+// claim claims the command for this run: it writes a record that names this run. If claim reports false, it has
 // acknowledged the message, or stored the outcome, and the handler must not be called.
 func (x *run) claim() bool {
 	src, sequence := x.src, x.r.delivery.sequence
@@ -285,21 +323,36 @@ func (x *run) claim() bool {
 	defer cancel()
 	rec, revision, failure := src.svc.readRecord(ctx, nil, x.key)
 	for failure == nil || failure.Code == errConflict.Code {
-		// The command is over, or another message led to its claim and will lead to its next attempt.
-		if rec == nil || rec.final() || rec.Wake != 0 && rec.Wake != sequence && rec.State != queued {
+		if rec != nil && rec.Run == x.nonce { // it was claimed just now, but the confirmation was lost
+			x.revision = revision
+			x.fence.Store(revision)
+			return true
+		}
+		if rec == nil && x.r.delivery.firing {
+			rec = x.firing()
+		}
+		early := rec != nil && rec.State == scheduled && time.Until(rec.Due) > clockSkew
+		if rec == nil || rec.final() || early { // before its time, another message will come for it
 			src.acknowledge(x.r.in, ack)
 			return false
 		}
 		delivery := x.r.delivery.attempt
-		mine := rec.State == running && rec.Owner == src.owner && rec.Delivery == delivery
-		if rec.Wake == sequence && delivery <= rec.Delivery && !mine {
+		switch {
+		case rec.State == queued || rec.Wake == 0:
+		case rec.Wake == sequence && delivery <= rec.Delivery:
 			return false // this delivery was held up, and a later one has claimed the command since
+		case rec.Wake != sequence && src.wakes(ctx, rec, x.r):
+			return false
 		}
 		x.rec, x.revision = *rec, revision
-		if mine { // it was claimed just now, but the confirmation was lost
-			x.rec.Attempt--
-		} else if rec.State == running { // the instance that has claimed it has crashed, or lost the connection
+		if rec.State == running { // the instance that has claimed it has crashed, or lost the connection
 			x.rec.Crashes++
+		}
+		if !rec.Expire.IsZero() && time.Until(rec.Expire) <= 0 {
+			x.rec.expire(src.svc.name)
+			src.meter.ended(x.r.msg.Source, x.rec.Error)
+			x.conclude(ack)
+			return false
 		}
 		if x.rec.Failures+x.rec.Crashes >= src.cfg.attempts {
 			last := x.rec.Error
@@ -313,7 +366,7 @@ func (x *run) claim() bool {
 			return false
 		}
 		x.last = rec.progress()
-		x.rec.State, x.rec.Owner, x.rec.Wake, x.rec.Delivery = running, src.owner, sequence, delivery
+		x.rec.State, x.rec.Owner, x.rec.Run, x.rec.Wake, x.rec.Delivery = running, src.svc.id, x.nonce, sequence, delivery
 		x.rec.Attempt++
 		rec, revision, failure = src.svc.writeRecord(ctx, x.key, &x.rec, revision, callConfigs[kindCommand])
 		if failure == nil {
@@ -325,6 +378,44 @@ func (x *run) claim() bool {
 	src.logger(x.r).Warn("a command can't be claimed", "error", failure)
 	src.acknowledge(x.r.in, nakAfter(backoff(x.r.delivery.attempt, retryPause, 5*time.Second)))
 	return false
+}
+
+// firing returns the first record of a command that a schedule has sent.
+func (x *run) firing() *record {
+	rec := &record{State: queued, Source: x.r.msg.Source}
+	for level, suffix := range suffixes {
+		if strings.HasSuffix(x.r.msg.Subject, suffix) {
+			rec.Priority = level
+		}
+	}
+	if ttl := x.r.in.Header.Get(jetstream.MsgTTLHeader); ttl != "" {
+		rec.Expire = x.r.delivery.stored.Add(lifetime(ttl)).UTC()
+	}
+	return rec
+}
+
+// wakes reports whether another message than that of r led to the claim of a command and will lead to its next attempt, so that r's
+// need not. It has acknowledged r's message then. Somebody may have removed the other message from the queue. Then r's takes its
+// place: at once if the command waits, and if it runs as soon as its deadline is over.
+func (src *commandSource) wakes(ctx context.Context, rec *record, r *request) bool {
+	c := src.svc.pick()
+	if c == nil {
+		return false // then the claim fails, too
+	}
+	stream, err := c.js.Stream(ctx, commandStream)
+	if err == nil {
+		_, err = stream.GetMsg(ctx, rec.Wake)
+	}
+	ackWait := time.Duration(src.ackWait.Load())
+	switch {
+	case !errors.Is(err, jetstream.ErrMsgNotFound): // it is there, or this instance may not look
+		src.acknowledge(r.in, ack)
+	case rec.State == running && time.Duration(r.delivery.attempt)*ackWait < src.cfg.deadline+ackWait:
+		src.acknowledge(r.in, nakAfter(ackWait))
+	default:
+		return false
+	}
+	return true
 }
 
 // write writes the record with the latest report, and retries until ctx ends or the time is up. If the command is lost, it ends
@@ -345,7 +436,7 @@ func (x *run) write(ctx context.Context, within time.Duration) *Error {
 			return nil
 		case failure.Code != errConflict.Code:
 			return failure
-		case now == nil || now.Owner != x.src.owner || now.State == canceled:
+		case now == nil || now.Run != x.nonce || now.State == canceled:
 			return x.lost(now)
 		}
 		x.revision = revision // an earlier write was stored, but its confirmation was lost
@@ -384,9 +475,9 @@ func (src *commandSource) checkRuns() {
 func (x *run) check() bool {
 	ctx, cancel := context.WithTimeout(x.src.svc.base, recordTimeout)
 	defer cancel()
-	claimed := x.fence.Load() > 0 // loaded before the read, because a record that was read before the claim has another owner
+	claimed := x.fence.Load() > 0 // loaded before the read, because a record that was read before the claim has another run
 	now, _, failure := x.src.svc.readRecord(ctx, nil, x.key)
-	if failure == nil && now != nil && (now.State == canceled || claimed && now.Owner != x.src.owner) {
+	if failure == nil && now != nil && (now.State == canceled || claimed && now.Run != x.nonce) {
 		x.lost(now)
 	}
 	return failure == nil
@@ -437,11 +528,20 @@ func (src *commandSource) done(r *request, data []byte, failure *Error) {
 	x.writing.Lock() // waits for a write of progress, which may find that the command is lost
 	defer x.writing.Unlock()
 	x.endReports(nil)
-	switch lost := x.whyLost(); {
+	lost := x.whyLost()
+	if lost == nil && failure != nil && failure.Code == ErrCanceled.Code && src.svc.base.Err() == nil {
+		own := newError(ErrInternal, "the handler returned an error as if the command had been cancelled, which it was not: %s", failure.Message)
+		own.Source, failure = failure.Source, own
+	}
+	switch {
 	case lost != nil:
 		x.yieldTo(lost)
 	case failure == nil:
 		codec := cmp.Or(r.codec, src.svc.cfg.codec) // r has none if middleware answered
+		if p := x.reported.Swap(nil); p != nil {
+			x.rec.Message = p.Message
+		}
+		x.rec.Percent = 100
 		x.rec.State, x.rec.Result, x.rec.Type, x.rec.Error = completed, data, codec.ContentType(), nil
 		x.conclude(ack)
 	case src.svc.base.Err() != nil || r.fenced: // Stop has cancelled the handler, or another instance leads
@@ -477,13 +577,23 @@ func (x *run) fail(failure *Error) {
 	x.conclude(ack)
 }
 
-// conclude writes the record and then acknowledges the message in the way that how says.
+// conclude writes the record and then acknowledges the message in the way that how says. It goes on trying, and keeps the message,
+// until the record is written, the command is lost, or Stop's time is up.
 func (x *run) conclude(how string) {
-	if failure := x.write(context.Background(), outcomeTimeout); failure != nil {
-		x.yieldTo(failure)
+	for {
+		failure := x.write(context.Background(), outcomeTimeout)
+		switch {
+		case failure == nil:
+			x.src.acknowledge(x.r.in, how)
+		case x.whyLost() == nil && x.src.svc.base.Err() == nil:
+			x.src.logOften(x.r, slog.LevelWarn, "the outcome of a command is not stored yet", "error", failure)
+			x.src.acknowledge(x.r.in, ackInProgress)
+			continue
+		default:
+			x.yieldTo(failure)
+		}
 		return
 	}
-	x.src.acknowledge(x.r.in, how)
 }
 
 // requeue queues the command again. If it was claimed, the attempt does not count.
@@ -529,7 +639,7 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 	next.Digest, next.Source = digest(d.Header, d.Data), d.Header.Get(headerSource)
 	switch {
 	case rec.State == failed:
-		_, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand])
+		_, _, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand])
 	case rec.State != queued || rec.Digest != next.Digest: // otherwise an earlier Redrive may have come no further than this
 		return notRun(newError(ErrInvalid, "Redrive: the command %s is %s, and only one that failed is queued again", id, rec.State))
 	}
@@ -540,5 +650,5 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 		return failure
 	}
 	x := &exchange{subject: d.Subject, header: copyHeader(d.Header), data: d.Data}
-	return s.queueCommand(ctx, x, key, revision, callConfigs[kindCommand])
+	return s.queueCommand(ctx, x, callConfigs[kindCommand])
 }

@@ -2,6 +2,7 @@ package aegis_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"runtime"
@@ -618,4 +619,160 @@ func TestCommandEdgeCases(t *testing.T) {
 	_, err = aegis.SendCommand[int, int](aegis.WithHeader(t.Context(), "bad key", "x"), client, "risk", "work", 1, aegis.IdempotencyKey("bad"))
 	fails(t, err, aegis.ErrInvalid, "bad key")
 	fails(t, waitError(t, aegis.Attach[int](client, "risk", "work", "bad")), aegis.ErrNotFound) // it leaves no record
+}
+
+// An outcome that can't be written while the server is away is written when it is back, and the command does not run again.
+func TestOutcomeIsKeptWhileServerIsAway(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	svc, client := newService(t, srv, "risk"), newService(t, srv, "shop")
+	var runs atomic.Int32
+	running, release := make(chan struct{}, 9), make(chan struct{})
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) {
+		runs.Add(1)
+		running <- struct{}{}
+		<-release
+		if c.Data == 2 {
+			return 0, errors.New("no funds")
+		}
+		return c.Data + 1, nil
+	}, aegis.Attempts(1))
+	start(t, svc)
+	good, bad := send[int, int](t, client, "risk", "work", 1), send[int, int](t, client, "risk", "work", 2)
+	<-running
+	<-running
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	close(release)
+	time.Sleep(5 * time.Second) // longer than one attempt to write the outcome
+	startServer(t, samePort, store)
+	if n := wait(t, good); n != 2 {
+		t.Errorf("got %d, want 2", n)
+	}
+	fails(t, waitError(t, bad), aegis.ErrInternal, "no funds")
+	if n := runs.Load(); n != 2 {
+		t.Errorf("the handler was called %d times, want 2", n)
+	}
+}
+
+// A run whose outcome was never written counts as a crash, also if the next run is in the same instance.
+func TestRunsAreToldApart(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) { return c.Attempt, nil }, aegis.Attempts(3))
+	start(t, svc)
+	kv, err := manage(t, srv).KeyValue(t.Context(), "aegis_commands")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As if this instance had claimed it and then ended without a result.
+	rec := fmt.Sprintf(`{"state":"running","attempt":1,"time":%q,"digest":"","owner":%q,"run":"another","delivery":1,"nonce":"x"}`, time.Now().Format(time.RFC3339), svc.ID())
+	if _, err := kv.Create(t.Context(), "risk.work.k", []byte(rec)); err != nil {
+		t.Fatal(err)
+	}
+	job := send[int, int](t, svc, "risk", "work", 1, aegis.IdempotencyKey("k")) // wakes it
+	if n := wait(t, job); n != 2 {
+		t.Errorf("the result is from attempt %d, want 2", n)
+	}
+	entry, err := kv.Get(t.Context(), "risk.work.k")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stored struct {
+		State   string
+		Percent float64
+		Crashes int
+		Owner   string
+	}
+	if err := json.Unmarshal(entry.Value(), &stored); err != nil {
+		t.Fatal(err)
+	}
+	if stored.State != "completed" || stored.Percent != 100 || stored.Crashes != 1 || stored.Owner != svc.ID() {
+		t.Errorf("the record is %s", entry.Value())
+	}
+}
+
+// If somebody empties the queue, a send with the same key makes the command run, whatever its state.
+func TestQueueIsFilledAgain(t *testing.T) {
+	t.Parallel()
+	for _, state := range []string{"queued", "retrying"} {
+		t.Run(state, func(t *testing.T) {
+			t.Parallel()
+			srv := startServer(t, withJetStream(t))
+			client := newService(t, srv, "shop")
+			var runs atomic.Int32
+			instance := func() *aegis.Service {
+				svc := newService(t, srv, "risk")
+				handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) {
+					if runs.Add(1) == 1 && state == "retrying" {
+						return 0, errors.New("not yet")
+					}
+					return c.Attempt, nil
+				}, aegis.Backoff(time.Hour, time.Hour))
+				start(t, svc)
+				return svc
+			}
+			want := 1
+			if state == "retrying" {
+				instance()
+				want = 2
+			}
+			key := aegis.IdempotencyKey("k")
+			job := send[int, int](t, client, "risk", "work", 7, key)
+			if state == "retrying" {
+				eventually(t, "the first attempt has failed", func() bool { return ackPending(t, srv, "AEGIS_COMMANDS", "risk~work") == 1 && runs.Load() == 1 })
+				for p := range job.Updates(t.Context()) {
+					if p.State == "retrying" {
+						break
+					}
+				}
+			}
+			st, err := manage(t, srv).Stream(t.Context(), "AEGIS_COMMANDS")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := st.Purge(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if state == "queued" {
+				instance()
+			}
+			send[int, int](t, client, "risk", "work", 7, key)
+			if n := wait(t, job); n != want {
+				t.Errorf("the result is from attempt %d, want %d", n, want)
+			}
+			send[int, int](t, client, "risk", "work", 7, key) // has an outcome
+			if n := runs.Load(); int(n) != want {
+				t.Errorf("the handler was called %d times, want %d", n, want)
+			}
+		})
+	}
+}
+
+// A handler that gives up by itself has failed. Only Cancel cancels a command.
+func TestHandlersOwnCancel(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	handleCommand(t, svc, "work", func(ctx context.Context, c *aegis.Command[int]) (int, error) {
+		if c.Data == 1 {
+			return 0, context.Canceled
+		}
+		return 0, &aegis.Error{Code: aegis.ErrCanceled.Code, Message: "by the bank"}
+	}, aegis.Attempts(1))
+	start(t, svc)
+	for data, text := range map[int]string{1: "context canceled", 2: "by the bank"} {
+		job := send[int, int](t, svc, "risk", "work", data)
+		err := waitError(t, job)
+		fails(t, err, aegis.ErrInternal, "the handler returned", text)
+		if errors.Is(err, aegis.ErrCanceled) {
+			t.Errorf("%v counts as cancelled", err)
+		}
+		if all := updates(t, job); all[len(all)-1].State != "failed" {
+			t.Errorf("the state is %s", all[len(all)-1].State)
+		}
+	}
 }

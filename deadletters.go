@@ -58,26 +58,14 @@ func (s *Service) deadStream() jetstream.StreamConfig {
 // after Stop; [ErrDenied] if the server's permissions do not allow it.
 func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] {
 	return func(yield func(DeadLetter, error) bool) {
-		var stream jetstream.Stream
-		for next := uint64(1); ; next++ {
-			var m *jetstream.RawStreamMsg
-			failure := s.askJetStream(ctx, "the stream "+deadStream, func(ctx context.Context, js jetstream.JetStream) (err error) {
-				if stream == nil {
-					stream, err = js.Stream(ctx, deadStream)
-				}
-				if err == nil {
-					m, err = stream.GetMsg(ctx, next, jetstream.WithGetMsgSubject(letterPrefix+">"))
-				}
-				return err
-			})
-			switch {
-			case failure != nil && failure.Code != ErrNotFound.Code: // there may be no such stream, or no more messages in it
+		for m, failure := range s.stored(ctx, deadStream, letterPrefix+">") {
+			if failure != nil {
 				yield(DeadLetter{}, failure)
 				return
-			case failure != nil || m.Sequence > stream.CachedInfo().State.LastSeq || !yield(s.letterOf(m), nil):
+			}
+			if !yield(s.letterOf(m), nil) {
 				return
 			}
-			next = m.Sequence
 		}
 	}
 }

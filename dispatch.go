@@ -65,8 +65,7 @@ type endpoint struct {
 	sharing             sync.Mutex // held by share, so that the latest state is the last that the source is told
 	kind, name, subject string
 	run                 HandlerFunc
-	limit, maxIdle      int   // how many workers there may be, and how many idle ones stay
-	reserve             int64 // bytes of the server's max_payload that an answer must leave free
+	limit, maxIdle      int // how many workers there may be, and how many idle ones stay
 
 	queue      chan *nats.Msg
 	waiting    atomic.Pointer[chan job] // what shed keeps waiting; nil until there are as many workers as there may be
@@ -453,7 +452,11 @@ func (e *endpoint) dispatch(r *request) {
 	} else {
 		r.again, _ = errors.AsType[*retryError](err)
 	}
-	if limit := e.svc.maxPayload() - e.reserve; failure == nil && int64(len(data)) > limit {
+	limit := e.svc.maxPayload()
+	if e.kind == kindCommand {
+		limit = (limit - letterRoom) / 4 * 3 // the record has it in base64
+	}
+	if failure == nil && int64(len(data)) > limit {
 		r.permanent = true
 		failure = newError(ErrInternal, "the answer of %s has %d bytes, more than the %d that the server's max_payload leaves: split it, or raise that limit", e.name, len(data), limit)
 	}

@@ -534,6 +534,7 @@ type delivery struct {
 	consumer string
 	time     time.Time // when the message was first stored
 	stored   time.Time // when it was stored as it is
+	firing   bool      // whether a schedule has sent it, so that a command has no record yet
 	sequence uint64    // in the stream
 	attempt  int       // 1 for the first delivery
 }
@@ -542,6 +543,11 @@ type delivery struct {
 func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 	meta, err := m.Metadata()
 	id := m.Header.Get(headerID)
+	firing := false
+	if err == nil && f.kind == kindCommand && id == "" {
+		id = firingID(m, meta.Timestamp)
+		firing = id != ""
+	}
 	if err != nil || meta.Stream != f.stream.Name || f.kind == kindCommand && id == "" ||
 		!slices.ContainsFunc(f.lanes, func(l *lane) bool { return l.config.Durable == meta.Consumer }) {
 		f.svc.log.Warn("dropped a message that is no "+f.kind,
@@ -549,7 +555,7 @@ func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 		return nil
 	}
 	d := &delivery{consumer: meta.Consumer, stored: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
-	d.time = d.stored
+	d.time, d.firing = d.stored, firing
 	r := &request{svc: f.svc, in: m, deadline: arrived.Add(f.cfg.deadline), delivery: d}
 	r.msg = Message{Kind: f.kind, Subject: m.Subject, Header: m.Header, Data: m.Data}
 	if strings.HasPrefix(m.Subject, redrivePrefix) { // the headers say where the message came from

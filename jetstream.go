@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"iter"
 	"maps"
 	"slices"
 	"strconv"
@@ -40,7 +41,7 @@ func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfi
 	stream, err := c.js.Stream(ctx, want.Name)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		made := want
-		if want.Name == eventStream { // one that exists need not have these
+		if want.Name == eventStream || want.Name == commandStream { // one that exists need not have these
 			made.AllowMsgSchedules, made.AllowRollup, made.AllowMsgTTL = true, true, true
 		}
 		if stream, err = c.js.CreateStream(ctx, made); errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
@@ -113,6 +114,34 @@ func (s *Service) askJetStream(ctx context.Context, what string, ask func(contex
 		}
 		return nil
 	})
+}
+
+// stored yields the messages of a stream that match subject and are stored when it begins, the oldest first. It reads them one by
+// one. If a read fails, it yields the error and ends.
+func (s *Service) stored(ctx context.Context, name, subject string) iter.Seq2[*jetstream.RawStreamMsg, *Error] {
+	return func(yield func(*jetstream.RawStreamMsg, *Error) bool) {
+		var stream jetstream.Stream
+		for next := uint64(1); ; next++ {
+			var m *jetstream.RawStreamMsg
+			failure := s.askJetStream(ctx, "the stream "+name, func(ctx context.Context, js jetstream.JetStream) (err error) {
+				if stream == nil {
+					stream, err = js.Stream(ctx, name)
+				}
+				if err == nil {
+					m, err = stream.GetMsg(ctx, next, jetstream.WithGetMsgSubject(subject))
+				}
+				return err
+			})
+			switch {
+			case failure != nil && failure.Code != ErrNotFound.Code: // there may be no such stream, or no more messages in it
+				yield(nil, failure)
+				return
+			case failure != nil || m.Sequence > stream.CachedInfo().State.LastSeq || !yield(m, nil):
+				return
+			}
+			next = m.Sequence
+		}
+	}
 }
 
 // Codes of the JetStream API; all of them are in https://github.com/nats-io/nats-server/blob/main/server/errors.json.

@@ -12,6 +12,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -38,8 +39,9 @@ var suffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".
 // command is then queued until an instance takes it, even if none runs now.
 //
 // With [IdempotencyKey], a command that is sent again, from anywhere, is executed once: the Job follows the existing execution,
-// or has its outcome, which is kept for a day. Without a key, each SendCommand is a command of its own. [AtPriority], [Retry] and
-// [Sticky] apply. A command that is sent again because its confirmation is missing is still the same command. SendCommand blocks
+// or has its outcome, which is kept for a day. Until then the key is taken, also if the command failed or was cancelled: use another
+// one, or [Service.Redrive]. Without a key, each SendCommand is a command of its own. [AtPriority], [At], [After], [ExpireAfter],
+// [Retry] and [Sticky] apply. A command that is sent again because its confirmation is missing is still the same command. SendCommand blocks
 // until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
 //
 // Errors: [ErrInvalid] for a name or an option that is out of range, for data that can't be encoded or is too large, and for a
@@ -63,18 +65,22 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if failure != nil {
 		return failure
 	}
+	sum := digestOf(value)
 	return s.through(ctx, kindSend, subject, out, func(ctx context.Context, data []byte) *Error {
 		header := s.newHeader(ctx)
 		header[headerID] = []string{id}
 		if failure := s.seal(header, Raw{data, out.codec}, what); failure != nil {
 			return failure
 		}
-		return s.createCommand(ctx, service, command, id, header, data, cfg)
+		if !bytes.Equal(data, out.data) || sum == "" { // middleware has changed it, or JSON can't express the value
+			sum = digest(header, data)
+		}
+		return s.createCommand(ctx, service, command, id, sum, header, data, cfg)
 	})
 }
 
 // createCommand creates the record of a command, unless it exists, and queues the command.
-func (s *Service) createCommand(ctx context.Context, service, command, id string, header nats.Header, data []byte, cfg *callConfig) *Error {
+func (s *Service) createCommand(ctx context.Context, service, command, id, sum string, header nats.Header, data []byte, cfg *callConfig) *Error {
 	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
 	if len(copyHeader(header)) < len(header) { // copyHeader has left out a header that can't be sent
 		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q",
@@ -83,7 +89,19 @@ func (s *Service) createCommand(ctx context.Context, service, command, id string
 	if s.unhandled(ctx, service, subject) {
 		return notRun(newError(ErrUnimplemented, "instances of %s run, but none handles the command %s", service, command))
 	}
-	rec := &record{State: queued, Priority: *cfg.priority, Source: s.name, Digest: digest(header, data)}
+	due := cfg.due()
+	if !due.IsZero() {
+		if failure := s.checkTimetable(ctx, scheduleOf(key), due); failure != nil {
+			return failure
+		}
+	}
+	rec := &record{State: queued, Due: due, Priority: *cfg.priority, Source: s.name, Digest: sum}
+	if !due.IsZero() {
+		rec.State = scheduled
+	}
+	if cfg.expire > 0 {
+		rec.Expire = later(due, time.Now()).Add(cfg.expire).UTC()
+	}
 	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
 	if failure != nil && failure.Code == errConflict.Code && now == nil && revision > 0 { // the record was deleted
 		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
@@ -91,14 +109,20 @@ func (s *Service) createCommand(ctx context.Context, service, command, id string
 	switch {
 	case failure != nil && (failure.Code != errConflict.Code || now == nil):
 		return failure
-	case now.Digest != rec.Digest:
+	case now.Digest != rec.Digest && now.Digest != "" && rec.Digest != "":
 		return notRun(newError(ErrInvalid, "IdempotencyKey(%q): %s.%s was sent with that key and other data", id, service, command))
-	case now.State != queued:
+	case now.final():
 		return nil
 	}
-	// The record is new, or its sender may have stopped before it queued the command.
-	x := &exchange{subject: subject + suffixes[now.Priority], header: header, data: data}
-	failure = s.queueCommand(ctx, x, key, revision, cfg)
+	// The record is new, or its sender may have stopped before it queued the command, or somebody may have emptied the queue. A
+	// message too many does no harm.
+	x := &exchange{subject: commandPrefix + service + "." + command + suffixes[now.Priority], header: header, data: data}
+	if now.State == scheduled && time.Until(now.Due) > 0 {
+		x.header = maps.Clone(header)
+		setSchedule(x.header, now.Due, x.subject, "")
+		x.subject = scheduleOf(key)
+	}
+	failure = s.queueCommand(ctx, x, cfg)
 	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again, so make the record final, which expires
 		rec.State = canceled
 		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
@@ -106,14 +130,26 @@ func (s *Service) createCommand(ctx context.Context, service, command, id string
 	return failure
 }
 
-// queueCommand stores x, the message that makes a worker look at the record. revision is that of the record; the message id
-// contains it, so that a command that is queued again later is not taken for a duplicate.
-func (s *Service) queueCommand(ctx context.Context, x *exchange, key string, revision uint64, cfg *callConfig) *Error {
-	x.header = withHeader(x.header, jetstream.MsgIDHeader, key+"@"+strconv.FormatUint(revision, 10))
+// queueCommand stores x, the message that makes a worker look at the record. Its message id is its own, so that a command that is
+// queued again is not taken for a duplicate.
+func (s *Service) queueCommand(ctx context.Context, x *exchange, cfg *callConfig) *Error {
+	x.header = withHeader(x.header, jetstream.MsgIDHeader, rand.Text())
 	return s.storeWithRetries(ctx, x, s.commandStream(), cfg)
 }
 
-// digest returns the same text for equal data, whatever the codec and the order of the keys of a map.
+// digestOf returns the same text for equal values: a hash of their canonical JSON. It is "" for a value that JSON can't express.
+func digestOf(value any) string {
+	if raw, ok := value.(*Raw); ok {
+		return digest(nats.Header{headerContentType: {raw.codec.ContentType()}}, raw.data)
+	}
+	data, err := marshal(JSON, value)
+	if err != nil {
+		return ""
+	}
+	return digest(nats.Header{headerContentType: {JSON.ContentType()}}, data.data)
+}
+
+// digest is digestOf for an encoded value.
 func digest(h nats.Header, data []byte) string {
 	var v any
 	var err error
@@ -124,10 +160,11 @@ func digest(h nats.Header, data []byte) string {
 	} else {
 		err = c.Unmarshal(data, &v)
 	}
-	if sorted, unsorted := json.Marshal(v); err == nil && unsorted == nil {
-		data = sorted
+	sorted, unsorted := json.Marshal(v)
+	if err != nil || unsorted != nil {
+		return ""
 	}
-	sum := sha256.Sum256(data)
+	sum := sha256.Sum256(sorted)
 	return hex.EncodeToString(sum[:16])
 }
 
@@ -206,6 +243,11 @@ func (j *Job[R]) Cancel(ctx context.Context) error {
 			return notRun(newError(ErrNotFound, "there is no command %s of %s.%s", id, service, command))
 		case rec.State == canceled:
 			return nil
+		case rec.expired():
+			next := *rec
+			next.expire(service)
+			rec, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand])
+			continue
 		case rec.final():
 			return notRun(newError(ErrInvalid, "too late to cancel the command %s of %s.%s: it is %s", id, service, command, rec.State))
 		case ctx.Err() != nil:
@@ -268,7 +310,20 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 				return nil
 			}
 		}
-		sl.wakeAt(clock() + interval)
+		wait := interval
+		switch {
+		case rec.expired(): // without a worker, nobody else may write that
+			next := *rec
+			next.expire(strings.SplitN(key, ".", 2)[0])
+			_, _, failure := s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand])
+			if failure == nil || failure.Code == errConflict.Code {
+				m = &nats.Msg{} // reads the record
+				continue
+			}
+		case !rec.Expire.IsZero():
+			wait = min(wait, max(time.Until(rec.Expire), 0)+time.Millisecond)
+		}
+		sl.wakeAt(clock() + wait)
 		select {
 		case <-ctx.Done():
 			return asError(ctx.Err())
@@ -279,6 +334,54 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 				return failure
 			}
 			m, interval = &nats.Msg{}, followInterval // reads the record, in case an update was lost
+		}
+	}
+}
+
+// A CommandInfo is what [Service.Commands] shows of a command.
+type CommandInfo struct {
+	Service, Command string
+	ID, Source       string // its id, and the service that sent it
+	Priority         Priority
+	Progress         Progress
+	Error            *Error // of a command that failed, or of the last attempt
+}
+
+// Commands yields the commands of a service that are scheduled, queued, running, or kept with their outcome, in the order of their
+// last change. It reads them one by one, and is meant for an operator: it takes about a second for 5,000 commands. One that changes meanwhile may appear in
+// its former state. Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, Commands
+// yields the error and ends. Errors: [ErrInvalid] if the name is out of range, and those of [Service.DeadLetters].
+func (s *Service) Commands(ctx context.Context, service string) iter.Seq2[CommandInfo, error] {
+	return func(yield func(CommandInfo, error) bool) {
+		if failure := checkNames(service, kindCommand, "x"); failure != nil {
+			yield(CommandInfo{}, failure)
+			return
+		}
+		shown := map[string]bool{}
+		for range 2 { // the second time for those that were changed, and so moved behind the end, meanwhile
+			for m, failure := range s.stored(ctx, "KV_"+recordBucket, recordPrefix+service+".*.*") {
+				if failure != nil {
+					yield(CommandInfo{}, failure)
+					return
+				}
+				key := strings.TrimPrefix(m.Subject, recordPrefix)
+				rec, failure := parseRecord(key, m.Data)
+				if shown[key] || failure == nil && rec == nil { // rec is nil for a deleted record
+					continue
+				}
+				shown[key] = true
+				if failure != nil {
+					rec = &record{Error: failure}
+				}
+				tokens := strings.SplitN(key, ".", 3)
+				info := CommandInfo{
+					Service: service, Command: tokens[1], ID: idOf(tokens[2]), Source: rec.Source,
+					Priority: rec.Priority, Progress: rec.progress(), Error: rec.Error,
+				}
+				if !yield(info, nil) {
+					return
+				}
+			}
 		}
 	}
 }

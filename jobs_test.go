@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -398,4 +399,31 @@ func TestFollowedJobsUseAllConnections(t *testing.T) {
 	}
 	close(release)
 	all.Wait()
+}
+
+// Equal data joins, whatever the order in which a codec writes its parts. Data that JSON can't express is not compared.
+func TestIdempotencyKeyWithUnorderedData(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	book := map[int64]float64{}
+	for i := range int64(20) {
+		book[i*1000] = float64(i) / 3
+	}
+	again := func(data any, n int) error {
+		key := aegis.IdempotencyKey(fmt.Sprintf("%T", data))
+		for range n {
+			if _, err := aegis.SendCommand[any, int](t.Context(), svc, "nobody", "work", data, key); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	for _, data := range []any{book, map[bool]int{true: 1, false: 2}, []any{book, map[string]any{"b": 1.5, "a": book}}, time.Now(), math.NaN(), &book} {
+		if err := again(data, 20); err != nil {
+			t.Errorf("%T: %v", data, err)
+		}
+	}
+	book[0] = 1
+	fails(t, again(book, 1), aegis.ErrInvalid, "other data")
 }

@@ -442,17 +442,21 @@ func IdempotencyKey(k string) CallOption { return func(c *callConfig) { c.key = 
 // start first, except that one start in 16 goes to the least urgent, so that none waits forever.
 func AtPriority(p Priority) CallOption { return func(c *callConfig) { c.priority = &p } }
 
-// At has an event delivered at the time t, or at once if t is in the past. The server keeps it until then, so that this process may
-// end. Cancelling it is not possible. Publish fails with [ErrInvalid] if the stream drops its messages before that time, and if the
-// stream was made by somebody else without allow_msg_schedules. The times are those of the server's clock.
+// At has an event delivered, or a command executed, at the time t, or at once if t is in the past. The server keeps it until then, so
+// that this process may end. A command can be cancelled until then; its state is scheduled. Publish and SendCommand fail with
+// [ErrInvalid] if the stream drops its messages before that time, and if the stream was made by somebody else without
+// allow_msg_schedules. The time is that of the server's clock.
 func At(t time.Time) CallOption { return func(c *callConfig) { c.at = &t } }
 
 // After is [At] with the time d from now.
 func After(d time.Duration) CallOption { return func(c *callConfig) { c.after = &d } }
 
-// ExpireAfter keeps an event from being delivered, or delivered again, when d is over. It counts from the time of [At] or [After],
-// or else from when the event is stored. d is at least 1 s, and rounded up to whole seconds. An event that expired is no dead letter. Publish
-// fails with [ErrInvalid] if the stream was made by somebody else without allow_msg_ttl.
+// ExpireAfter keeps an event from being delivered, or delivered again, when d is over, and a command from being begun, or begun
+// again. It counts from the time of [At] or [After], or else from when it is sent. d is at least 1 s.
+//
+// For an event, d is rounded up to whole seconds. One that expired is no dead letter. Publish fails with [ErrInvalid] if the stream
+// was made by somebody else without allow_msg_ttl. A command that expired has failed with [ErrTimeout], whose Cause is the error
+// of its last attempt if there was one; it becomes no dead letter. Its time is that of the clocks of sender and worker.
 func ExpireAfter(d time.Duration) CallOption {
 	return func(c *callConfig) { c.expire = cmp.Or(d, -1) }
 }
@@ -512,11 +516,11 @@ func newCallConfig(kind string, opts []CallOption) (*callConfig, *Error) {
 		ok.want(printable && *k != "" && len(*k) <= maxIDLength, "IdempotencyKey(%q): want 1 to %d printable ASCII characters, no spaces", *k, maxIDLength)
 	}
 	if c.at != nil || c.after != nil {
-		ok.want(c.kind == kindEvent, "At and After: only events are sent for later")
+		ok.want(c.kind != kindRPC, "At and After: only events and commands are sent for later")
 		ok.want(c.at == nil || c.after == nil, "At and After: choose one of them")
 	}
 	if d := c.expire; d != 0 {
-		ok.want(c.kind == kindEvent, "ExpireAfter(%v): only events expire", d)
+		ok.want(c.kind != kindRPC, "ExpireAfter(%v): only events and commands expire; a call has the deadline of its ctx", d)
 		ok.want(d >= time.Second, "ExpireAfter(%v): want 1s or more", max(d, 0))
 	}
 	if p := c.priority; p != nil {

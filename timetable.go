@@ -1,0 +1,224 @@
+package aegis
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"iter"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// This file has commands for later: At and After of SendCommand, and the schedules of commands that recur. The server keeps the
+// time, and stores the message of a command in the work queue when it is due; see schedules.go.
+
+const (
+	timetablePrefix = "aegis.schedules.commands." // followed by <service>.<command>.<name of a schedule, or = and a hash>
+	headerSchedule  = "Aegis-Schedule"            // the name of a schedule, in it and in what it fires
+	headerSpec      = "Aegis-Spec"                // of a schedule, as it was given
+	firingTTL       = 24 * time.Hour              // after which a firing that no worker has begun is dropped
+)
+
+// scheduleOf returns the subject of the schedule of one command, which has this key.
+func scheduleOf(key string) string {
+	service, rest, _ := strings.Cut(key, ".")
+	command, _, _ := strings.Cut(rest, ".")
+	return timetablePrefix + service + "." + command + ".=" + strings.TrimPrefix(scheduleSubject(key), schedulePrefix)
+}
+
+// later returns the later one of two times.
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// checkTimetable returns an error if the stream can't keep a message with this subject until the time due, which is zero if it need
+// not. It makes the stream if there is none.
+func (s *Service) checkTimetable(ctx context.Context, subject string, due time.Time) *Error {
+	stream, failure := s.openStream(ctx, s.commandStream(), subject)
+	if failure != nil {
+		return notRun(failure)
+	}
+	const lacks = "the stream " + commandStream + ", which exists, can't do what is wanted: "
+	switch have := stream.CachedInfo().Config; {
+	case !have.AllowMsgSchedules:
+		return notRun(newError(ErrInvalid, lacks+"for commands at a time set allow_msg_schedules"))
+	case have.MaxAge > 0 && time.Until(due) > have.MaxAge:
+		return notRun(newError(ErrInvalid, lacks+"it drops messages after %v (max_age), before %v", have.MaxAge, due.Format(time.RFC3339)))
+	}
+	return nil
+}
+
+// A Schedule is a command that recurs, as [Service.Schedules] shows it.
+type Schedule struct {
+	Name, Spec       string // as they were given to [ScheduleCommand]
+	Service, Command string
+	Set              time.Time // when it was set last
+}
+
+// ScheduleCommand has a command sent again and again. The server keeps the schedule and does the sending, so that nobody has to run
+// for that. Of several workers one executes each firing, which is a command of its own: its id is <name>@<time>.
+//
+// spec is "@every 1m30s" (1 s at least, counted from when it is set), @hourly, @daily, @weekly, @monthly, @yearly, or six fields:
+// second, minute, hour, day of month, month, day of week (0 to 6 or SUN to SAT), as in "0 30 9 * * MON-FRI". The time zone is UTC, unless
+// spec begins with one: "TZ=Europe/London 0 0 9 * * *". name is 1 to 64 letters, digits, - and _. A schedule of the same name,
+// service and command is replaced; if nothing changes, it is left alone, so that all instances may set it when they start.
+//
+// While the server is down, nothing fires. After a clean restart one missed firing is made up for; after a crash @every begins to
+// count anew. A firing that no worker has begun within a day, or [ExpireAfter], is dropped. When the stream gets another leader, a
+// firing may, rarely, come twice. The options are [AtPriority] and ExpireAfter.
+//
+// Errors: [ErrInvalid] for a spec, a name or an option that is out of range, and for a stream AEGIS_COMMANDS that was made by
+// somebody else and can't do it; those of [Publish].
+func ScheduleCommand[T any](ctx context.Context, s *Service, name, spec, service, command string, data T, opts ...CallOption) error {
+	cfg, failure := newCallConfig(kindCommand, opts)
+	if failure := cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
+		return failure
+	}
+	return s.scheduleCommand(ctx, name, spec, service, command, &data, cfg).orNil()
+}
+
+func (s *Service) scheduleCommand(ctx context.Context, name, spec, service, command string, value any, cfg *callConfig) *Error {
+	pattern, zone, failure := parseSpec(spec)
+	var ok checks
+	ok.want(isToken(name, 64), "schedule %q: want a name of 1 to 64 of a-z, A-Z, 0-9, - and _", name)
+	ok.want(cfg.at == nil && cfg.after == nil && cfg.key == nil && cfg.retry == nil && !cfg.sticky,
+		"ScheduleCommand: the options are AtPriority and ExpireAfter")
+	if failure := cmp.Or(failure, ok.failure); failure != nil {
+		return failure
+	}
+	what, target := "the command "+service+"."+command, commandPrefix+service+"."+command+suffixes[*cfg.priority]
+	out, failure := s.marshal(value, what)
+	if failure != nil {
+		return failure
+	}
+	return s.through(ctx, kindSend, target, out, func(ctx context.Context, data []byte) *Error {
+		h := s.newHeader(ctx)
+		h[headerSchedule], h[headerSpec] = []string{name}, []string{spec}
+		if failure := s.seal(h, Raw{data, out.codec}, what); failure != nil {
+			return failure
+		}
+		h[jetstream.ScheduleHeader], h[jetstream.ScheduleTargetHeader] = []string{pattern}, []string{target}
+		h[jetstream.ScheduleTTLHeader] = []string{seconds(cmp.Or(cfg.expire, firingTTL))}
+		if zone != "" {
+			h[jetstream.ScheduleTimeZoneHeader] = []string{zone}
+		}
+		x := &exchange{subject: timetablePrefix + service + "." + command + "." + name, header: h, data: data}
+		if failure := s.checkTimetable(ctx, x.subject, time.Time{}); failure != nil {
+			return failure
+		}
+		now, failure := s.schedule(ctx, x.subject)
+		if failure == nil && sameSchedule(now, x) {
+			return nil
+		}
+		if failure != nil && failure.Code != ErrNotFound.Code {
+			return notRun(failure)
+		}
+		return s.storeWithRetries(ctx, x, s.commandStream(), cfg)
+	})
+}
+
+// sameSchedule reports whether x would change nothing about the schedule in m.
+func sameSchedule(m *jetstream.RawStreamMsg, x *exchange) bool {
+	same := func(key string) bool { return slices.Equal(m.Header[key], x.header[key]) }
+	return bytes.Equal(m.Data, x.data) && !slices.ContainsFunc([]string{
+		headerSpec, headerContentType, headerSource, jetstream.ScheduleTargetHeader, jetstream.ScheduleTTLHeader,
+	}, func(key string) bool { return !same(key) })
+}
+
+// parseSpec returns the pattern and the time zone for the server. The server checks the rest.
+func parseSpec(spec string) (pattern, zone string, failure *Error) {
+	pattern = strings.TrimSpace(spec)
+	if rest, ok := strings.CutPrefix(pattern, "TZ="); ok {
+		zone, pattern, _ = strings.Cut(rest, " ")
+		pattern = strings.TrimSpace(pattern)
+	}
+	every, isEvery := strings.CutPrefix(pattern, "@every ")
+	interval, err := time.ParseDuration(every)
+	macros := []string{"@hourly", "@daily", "@midnight", "@weekly", "@monthly", "@yearly", "@annually"}
+	switch {
+	case isEvery && zone != "":
+		return "", "", notRun(newError(ErrInvalid, "schedule %q: an interval has no time zone", spec))
+	case isEvery && (err != nil || interval < time.Second):
+		return "", "", notRun(newError(ErrInvalid, "schedule %q: want an interval of 1s or more", spec))
+	case isEvery, slices.Contains(macros, pattern), pattern != "" && pattern[0] != '@' && len(strings.Fields(pattern)) == 6:
+		return pattern, zone, nil
+	}
+	return "", "", notRun(newError(ErrInvalid, "schedule %q: want @every and an interval, @hourly, @daily, @weekly, @monthly, @yearly, "+
+		"or six fields that begin with the seconds", spec))
+}
+
+// schedule returns the message that is stored under a schedule's subject.
+func (s *Service) schedule(ctx context.Context, subject string) (m *jetstream.RawStreamMsg, failure *Error) {
+	failure = s.askJetStream(ctx, "the schedule "+subject, func(ctx context.Context, js jetstream.JetStream) error {
+		stream, err := js.Stream(ctx, commandStream)
+		if err == nil {
+			m, err = stream.GetLastMsgForSubject(ctx, subject)
+		}
+		return err
+	})
+	return m, failure
+}
+
+// Schedules yields the schedules of all services. Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no
+// deadline. If a read fails, Schedules yields the error and ends. Its errors are those of [Service.DeadLetters].
+func (s *Service) Schedules(ctx context.Context) iter.Seq2[Schedule, error] {
+	return func(yield func(Schedule, error) bool) {
+		for m, failure := range s.stored(ctx, commandStream, timetablePrefix+">") {
+			if failure != nil {
+				yield(Schedule{}, failure)
+				return
+			}
+			tokens := strings.Split(strings.TrimPrefix(m.Subject, timetablePrefix), ".")
+			name := m.Header.Get(headerSchedule)
+			if name == "" || len(tokens) != 3 { // a command for later
+				continue
+			}
+			if !yield(Schedule{name, m.Header.Get(headerSpec), tokens[0], tokens[1], m.Time}, nil) {
+				return
+			}
+		}
+	}
+}
+
+// Unschedule removes a schedule. What it has fired already stays. Errors: [ErrNotFound] if there is no such schedule; [ErrInvalid]
+// for a name that is out of range; and those of [Service.DeadLetters].
+func (s *Service) Unschedule(ctx context.Context, service, command, name string) error {
+	if failure := checkNames(service, kindCommand, command); failure != nil {
+		return failure
+	}
+	if !isToken(name, 64) {
+		return notRun(newError(ErrInvalid, "schedule %q: want a name of 1 to 64 of a-z, A-Z, 0-9, - and _", name))
+	}
+	what := "the schedule " + name + " of " + service + "." + command
+	return s.askJetStream(ctx, what, func(ctx context.Context, js jetstream.JetStream) error {
+		stream, err := js.Stream(ctx, commandStream)
+		if err != nil {
+			return err
+		}
+		m, err := stream.GetLastMsgForSubject(ctx, timetablePrefix+service+"."+command+"."+name)
+		if err == nil {
+			err = stream.DeleteMsg(ctx, m.Sequence)
+		}
+		return err
+	}).orNil()
+}
+
+// firingID returns the id of a command that a schedule has fired, or "" if m is none. Duplicates of one firing share the time of the
+// next one.
+func firingID(m *nats.Msg, stored time.Time) string {
+	name := m.Header.Get(headerSchedule)
+	if !isToken(name, 64) {
+		return ""
+	}
+	if next := m.Header.Get("Nats-Schedule-Next"); next != "" && len(next) < 64 && next != "purge" {
+		return name + "@" + next
+	}
+	return name + "@" + stored.UTC().Format(time.RFC3339)
+}
