@@ -67,7 +67,7 @@ func TestCommand(t *testing.T) {
 					close(reported)
 				}
 			}
-			if n := len(states); n < 2 || n > 12 || states[n-1] != "completed 99 nearly 1" || !slices.Contains(states, "running 25 a quarter 1") {
+			if n := len(states); n < 2 || n > 12 || states[n-1] != "completed 100 nearly 1" || !slices.Contains(states, "running 25 a quarter 1") {
 				t.Errorf("got %q", states)
 			}
 			if r := wait(t, j); r.ID != "x-k.1/"+name {

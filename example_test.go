@@ -671,7 +671,7 @@ func ExampleSendCommand() {
 	fmt.Println(job.Wait(ctx))
 	// Output:
 	// running 50 half of tech
-	// completed 50 half of tech
+	// completed 100 half of tech
 	// {2} <nil>
 }
 

@@ -411,7 +411,7 @@ func TestIdempotencyKeyWithUnorderedData(t *testing.T) {
 		book[i*1000] = float64(i) / 3
 	}
 	again := func(data any, n int) error {
-		key := aegis.IdempotencyKey(fmt.Sprintf("%T", data))
+		key := aegis.IdempotencyKey(strings.ReplaceAll(fmt.Sprintf("%T", data), " ", ""))
 		for range n {
 			if _, err := aegis.SendCommand[any, int](t.Context(), svc, "nobody", "work", data, key); err != nil {
 				return err
