@@ -776,3 +776,67 @@ func TestHandlersOwnCancel(t *testing.T) {
 		}
 	}
 }
+
+// While the account's quota is used up, the outcome of a command can't be written. It is kept, and the command does not run again.
+func TestOutcomeIsKeptWhileAccountIsFull(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	var runs atomic.Int32
+	running, release := make(chan struct{}, 1), make(chan struct{})
+	handleCommand(t, svc, "work", func(context.Context, *aegis.Command[int]) (string, error) {
+		runs.Add(1)
+		running <- struct{}{}
+		<-release
+		return strings.Repeat("x", 10_000), nil
+	}, aegis.Attempts(1))
+	start(t, svc)
+	job := send[int, string](t, svc, "risk", "work", 1)
+	<-running
+	limits := server.JetStreamAccountLimits{MaxMemory: -1, MaxStore: 1, MaxStreams: -1, MaxConsumers: -1}
+	limitAccount(t, srv, limits)
+	close(release)
+	time.Sleep(4 * time.Second)
+	limits.MaxStore = -1
+	limitAccount(t, srv, limits)
+	if r := wait(t, job); len(r) != 10_000 {
+		t.Errorf("got %d bytes", len(r))
+	}
+	if n := runs.Load(); n != 1 {
+		t.Errorf("the handler was called %d times, want once", n)
+	}
+}
+
+// If somebody removes the message of a command that runs, another send does not start a second run beside the first.
+func TestQueueIsEmptiedWhileCommandRuns(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var runs atomic.Int32
+	release := make(chan struct{})
+	for range 2 {
+		svc := newService(t, srv, "risk")
+		handleCommand(t, svc, "work", func(context.Context, *aegis.Command[int]) (int, error) {
+			runs.Add(1)
+			<-release
+			return 1, nil
+		})
+		start(t, svc)
+	}
+	key := aegis.IdempotencyKey("k")
+	job := send[int, int](t, client, "risk", "work", 7, key)
+	eventually(t, "it runs", func() bool { return runs.Load() == 1 })
+	st, err := manage(t, srv).Stream(t.Context(), "AEGIS_COMMANDS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Purge(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	send[int, int](t, client, "risk", "work", 7, key)
+	time.Sleep(500 * time.Millisecond)
+	close(release)
+	if n := wait(t, job); n != 1 || runs.Load() != 1 {
+		t.Errorf("got %d after %d runs", n, runs.Load())
+	}
+}

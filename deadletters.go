@@ -82,7 +82,8 @@ func (s *Service) letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 }
 
 // Redrive sends the event or the command of a dead letter back to the consumer that failed to handle it, and to no other one. The
-// consumer may use all its [Attempts] again. Then Redrive removes the dead letter. The caller may have changed d.Header and
+// consumer may use all its [Attempts] again. A command that failed is queued again, and gets a new outcome, which replaces the old
+// one. Then Redrive removes the dead letter. The caller may have changed d.Header and
 // d.Data. An event keeps its id, time and subject, and has a new Sequence. Redrive blocks until ctx ends at most, or for several
 // times [WithTimeout] if ctx has no deadline. A Redrive that failed can be repeated.
 //

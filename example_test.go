@@ -560,6 +560,74 @@ func ExampleRetryAfter() {
 	// payments: INTERNAL: the order has no number
 }
 
+// A report is made every day at nine, by whichever worker is there. The server keeps the schedule.
+func ExampleScheduleCommand() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("reports", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	// Each instance may do this when it starts: a schedule that has not changed is left alone.
+	err = aegis.ScheduleCommand(ctx, svc, "daily", "TZ=Europe/London 0 0 9 * * MON-FRI", "reports", "make", "all books")
+	if err != nil {
+		log.Fatal(err)
+	}
+	for s, err := range svc.Schedules(ctx) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(s.Service, s.Command, s.Name, s.Spec)
+	}
+	fmt.Println(svc.Unschedule(ctx, "reports", "make", "daily"))
+	// Output:
+	// reports make daily TZ=Europe/London 0 0 9 * * MON-FRI
+	// <nil>
+}
+
+// Commands for later can be cancelled, and expire. No worker has to run for that. The list is for an operator.
+func ExampleService_Commands() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("trading", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	send := func(key string, opts ...aegis.CallOption) *aegis.Job[string] {
+		job, err := aegis.SendCommand[int, string](ctx, svc, "orders", "execute", 100, append(opts, aegis.IdempotencyKey(key))...)
+		if err != nil {
+			log.Fatal(err)
+		}
+		return job
+	}
+	send("at-the-close", aegis.After(8*time.Hour))
+	second := send("at-noon", aegis.After(3*time.Hour))
+	if err := second.Cancel(ctx); err != nil {
+		log.Fatal(err)
+	}
+	third := send("now-or-never", aegis.ExpireAfter(time.Second))
+	if _, err := third.Wait(ctx); errors.Is(err, aegis.ErrTimeout) {
+		fmt.Println("nobody has begun it")
+	}
+	for c, err := range svc.Commands(ctx, "orders") {
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Printf("%-8s %-13s %s\n", c.Command, c.ID, c.Progress.State)
+	}
+	// Output:
+	// nobody has begun it
+	// execute  at-the-close  scheduled
+	// execute  at-noon       canceled
+	// execute  now-or-never  failed
+}
+
 // An event that has failed on every attempt becomes a dead letter. Once the cause is fixed, Redrive has the event handled again.
 func ExampleService_Redrive() {
 	url, stop := embeddedServer()

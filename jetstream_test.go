@@ -428,9 +428,14 @@ func TestFullAccount(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			srv := startServer(t, withJetStream(t))
-			// One that aegis makes schedules messages, and so can't discard new ones.
-			if _, err := manage(t, srv).CreateStream(t.Context(), jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}}); err != nil {
-				t.Fatal(err)
+			// Those that aegis makes schedule messages, and so can't discard new ones.
+			for _, config := range []jetstream.StreamConfig{
+				{Name: "AEGIS_EVENTS", Subjects: []string{"events.>"}},
+				{Name: "AEGIS_COMMANDS", Subjects: []string{"commands.>"}, Retention: jetstream.WorkQueuePolicy},
+			} {
+				if _, err := manage(t, srv).CreateStream(t.Context(), config); err != nil {
+					t.Fatal(err)
+				}
 			}
 			svc := newService(t, srv, "risk")
 			var got journal[string]
