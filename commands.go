@@ -62,7 +62,7 @@ const (
 	outcomeTimeout   = 3 * time.Second        // for an attempt to write the outcome of a run
 	progressInterval = 100 * time.Millisecond // between writes of progress
 	maxProgress      = 1 << 10                // bytes of a progress message
-	clockSkew        = time.Second            // by which a worker may be woken early, by its own clock
+	clockSkew        = time.Second            // by which a worker may begin a command early, by its own clock
 	followInterval   = 10 * time.Second       // between reads of a record, in case an update was lost
 )
 
@@ -331,17 +331,19 @@ func (x *run) claim() bool {
 		if rec == nil && x.r.delivery.firing {
 			rec = x.firing()
 		}
-		early := rec != nil && rec.State == scheduled && time.Until(rec.Due) > clockSkew
-		if rec == nil || rec.final() || early { // before its time, another message will come for it
+		if rec == nil || rec.final() {
 			src.acknowledge(x.r.in, ack)
+			return false
+		}
+		if early := time.Until(rec.Due); rec.State == scheduled && early > clockSkew {
+			src.acknowledge(x.r.in, nakAfter(early))
 			return false
 		}
 		delivery := x.r.delivery.attempt
 		switch {
-		case rec.State == queued || rec.Wake == 0:
 		case rec.Wake == sequence && delivery <= rec.Delivery:
 			return false // this delivery was held up, and a later one has claimed the command since
-		case rec.Wake != sequence && src.wakes(ctx, rec, x.r):
+		case rec.Wake != 0 && rec.Wake != sequence && rec.State != queued && src.wakes(ctx, rec, x.r):
 			return false
 		}
 		x.rec, x.revision = *rec, revision
