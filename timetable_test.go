@@ -291,3 +291,30 @@ func TestCommandsList(t *testing.T) {
 		fails(t, err, aegis.ErrInvalid)
 	}
 }
+
+// A schedule survives a restart of the server, and each firing runs once.
+func TestScheduleDuringRestart(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	svc := newService(t, srv, "risk")
+	var ran journal[string]
+	handleCommand(t, svc, "report", func(_ context.Context, c *aegis.Command[int]) (int, error) {
+		ran.add(c.ID)
+		return 1, nil
+	})
+	start(t, svc)
+	if err := aegis.ScheduleCommand(t.Context(), svc, "tick", "@every 1s", "risk", "report", 1); err != nil {
+		t.Fatal(err)
+	}
+	before := len(ran.wait(t, 1))
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	time.Sleep(3 * time.Second)
+	startServer(t, samePort, store)
+	ids := ran.wait(t, before+3)
+	if n := len(slices.Compact(slices.Sorted(slices.Values(ids)))); n != len(ids) {
+		t.Errorf("a firing ran twice: %q", ids)
+	}
+}
