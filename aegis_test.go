@@ -1325,6 +1325,35 @@ func TestPermissions(t *testing.T) {
 			}
 			return aegis.PublishBatch(ctx, s, "order", "created", []int{1, 2, 3})
 		},
+		"it sends events for later": func(e env, ctx context.Context) error {
+			s := newService(e, e.srv, "shop", e.user)
+			err := aegis.Publish(ctx, s, "order", "created", 1, aegis.After(time.Hour))
+			if err == nil {
+				err = aegis.Publish(ctx, s, "order", "created", 1)
+			}
+			return err
+		},
+		"it schedules them": func(e env, ctx context.Context) error {
+			startTarget(e)
+			shop := newService(e, e.srv, "shop", e.user)
+			var err error
+			for _, opts := range [][]aegis.CallOption{nil, {aegis.After(100 * time.Millisecond)}} {
+				var j *aegis.Job[string]
+				if err == nil {
+					j, err = aegis.SendCommand[string, string](ctx, shop, "orders", "work", "x", opts...)
+				}
+				if err == nil {
+					_, err = j.Wait(ctx)
+				}
+			}
+			if err == nil {
+				err = aegis.ScheduleCommand(ctx, shop, "daily", "@daily", "orders", "work", "x")
+			}
+			if err == nil {
+				err = shop.Unschedule(ctx, "orders", "work", "daily")
+			}
+			return err
+		},
 		"it sends commands": func(e env, ctx context.Context) error {
 			startTarget(e)
 			shop := newService(e, e.srv, "shop", e.user)
@@ -1367,6 +1396,25 @@ func TestPermissions(t *testing.T) {
 				if err := operator.Redrive(ctx, d); err != nil {
 					return err
 				}
+			}
+			for len(letters) > 0 { // those that failed again
+				for d, err := range operator.DeadLetters(ctx) {
+					if err == nil {
+						err = operator.Discard(ctx, d)
+					}
+					if err != nil {
+						return err
+					}
+					delete(letters, d.Subject)
+				}
+			}
+			for _, err := range operator.Commands(ctx, "orders") {
+				if err != nil {
+					return err
+				}
+			}
+			for _, err := range operator.Schedules(ctx) {
+				return err
 			}
 			return nil
 		},

@@ -183,11 +183,7 @@ func parseRecord(key string, data []byte) (*record, *Error) {
 		return nil, nil
 	}
 	rec := &record{}
-	err := json.Unmarshal(data, rec)
-	if data[0] != '{' { // from v0.1.0
-		err = MsgPack.Unmarshal(data, rec)
-	}
-	if err != nil {
+	if err := json.Unmarshal(data, rec); err != nil {
 		return nil, newError(ErrInternal, "the record of %s can't be read: %v", key, err)
 	}
 	return rec, nil
