@@ -23,6 +23,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -575,6 +576,49 @@ func BenchmarkCommandsHeld(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
+// BenchmarkCommandsForLater schedules 10,000 commands, of which 1,000 are due at the same time. It reports the CPU time that service
+// and server take while all wait, the memory that they have taken for them, and the time from when the 1,000 are due until the last
+// of them has begun. Service and server share the process.
+func BenchmarkCommandsForLater(b *testing.B) {
+	srv := startServer(b, withJetStream(b))
+	svc, client := newService(b, srv, "risk"), newService(b, srv, "shop")
+	var begun atomic.Int32
+	handleCommand(b, svc, "work", func(context.Context, *aegis.Command[int]) (int, error) { return int(begun.Add(1)), nil })
+	start(b, svc)
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	before := m.HeapAlloc + m.StackInuse
+	const all, soon, watched = 10_000, 1000, 3 * time.Second
+	due := time.Now().Add(15 * time.Second)
+	var next atomic.Int32
+	var senders sync.WaitGroup
+	for range 64 {
+		senders.Go(func() {
+			for i := int(next.Add(1)); i <= all; i = int(next.Add(1)) {
+				at := due
+				if i > soon {
+					at = due.Add(time.Hour)
+				}
+				send[int, int](b, client, "risk", "work", i, aegis.At(at))
+			}
+		})
+	}
+	senders.Wait()
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	b.ReportMetric(float64(m.HeapAlloc+m.StackInuse-before)/(1<<20), "MB")
+	cpu := cpuTime()
+	time.Sleep(watched)
+	b.ReportMetric(100*(cpuTime()-cpu).Seconds()/watched.Seconds(), "%core-waiting")
+	if time.Until(due) < 0 {
+		b.Fatal("sending has taken too long")
+	}
+	eventually(b, "the commands have begun", func() bool { return begun.Load() == soon })
+	b.ReportMetric(float64(time.Since(due).Milliseconds()), "ms-until-all-begun")
+	b.ReportMetric(0, "ns/op")
+}
+
 // BenchmarkDiscover lists a service of 100 instances from the local copy, and reports how much longer that takes than copying the
 // list.
 func BenchmarkDiscover(b *testing.B) {
@@ -814,4 +858,11 @@ func measure(n int, fn func()) sample {
 	took := time.Since(start)
 	runtime.ReadMemStats(&after)
 	return sample{rate: float64(n) / took.Seconds(), allocs: float64(after.Mallocs-before.Mallocs) / float64(n)}
+}
+
+// cpuTime returns the user and system time that this process has taken.
+func cpuTime() time.Duration {
+	var u syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u) // can't fail
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
