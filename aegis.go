@@ -105,14 +105,18 @@ type Service struct {
 	denials  denials
 	outward  HandlerFunc // the middleware of WithCallMiddleware around transmit; nil if there is none
 
-	elections   lookup[*leaderWatch] // by <service>.<group>
-	directories lookup[*directory]   // by service
-	leading     atomic.Int32         // how many functions of Lead are running
-	campaigns   sync.WaitGroup       // counts the candidates that campaign
+	elections       lookup[*leaderWatch] // by <service>.<group>
+	directories     lookup[*directory]   // by service
+	electionTrouble trouble
+	leading         atomic.Int32   // how many functions of Lead are running
+	campaigns       sync.WaitGroup // counts the candidates that campaign
 
-	since        time.Time       // when the service was made
-	unhealthy    atomic.Bool     // whether a health check fails
-	healthMu     sync.Mutex      // held by updateHealth
+	since        time.Time     // when the service was made
+	unhealthy    atomic.Bool   // whether a health check fails
+	healthMu     sync.Mutex    // held by noteHealth
+	healthOnce   sync.Once     // starts the health checks
+	healthKnown  chan struct{} // closed when all checks have had a result
+	metadata     atomic.Pointer[map[string]string]
 	entryChanged chan struct{}   // tells heartbeats to write the registry entry now
 	heartbeatCtx context.Context // ends when heartbeats has to return
 	heartbeating sync.WaitGroup  // counts the goroutine of heartbeats
@@ -168,8 +172,9 @@ func New(name string, opts ...Option) (*Service, error) {
 		name: name, id: id, cfg: cfg, log: cfg.logger.With("service", name, "instance", id), since: time.Now(),
 		calls: lookup[*meter]{most: 1024}, cancels: cancels{cancel: map[string]context.CancelFunc{}},
 		endpoints: map[string]*endpoint{}, candidates: map[*candidate]bool{},
-		entryChanged: make(chan struct{}, 1), done: make(chan struct{}),
+		entryChanged: make(chan struct{}, 1), healthKnown: make(chan struct{}), done: make(chan struct{}),
 	}
+	s.metadata.Store(&cfg.metadata)
 	if len(cfg.outward) > 0 {
 		s.outward = transmit
 		for _, mw := range slices.Backward(cfg.outward) {
@@ -188,6 +193,10 @@ func New(name string, opts ...Option) (*Service, error) {
 			return nil, err
 		}
 		s.conns = append(s.conns, c)
+	}
+	if err := s.setMetadata("WithMetadata", cfg.metadata); err != nil {
+		s.close()
+		return nil, err
 	}
 	return s, nil
 }
@@ -234,9 +243,7 @@ func (s *Service) Start(ctx context.Context) error {
 	}
 
 	select {
-	case <-s.checkHealth():
-	case <-time.After(s.cfg.heartbeat):
-		s.checkHealth() // a check that still runs has failed
+	case <-s.startHealth():
 	case <-ctx.Done():
 	}
 	check := func(ctx context.Context) error { return s.checkDenials(ctx, begin) }

@@ -109,6 +109,8 @@ func (s *Service) connect(carrier bool) (_ *conn, err error) {
 		s.log.Info("reconnected to NATS", "url", nc.ConnectedUrlRedacted())
 		if carrier {
 			s.carrierIsBack(c, time.Duration(c.lostAt.Load()))
+		} else {
+			signal(s.entryChanged) // the server may have forgotten the registry entry
 		}
 		if reconnected != nil {
 			reconnected(nc)

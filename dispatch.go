@@ -177,7 +177,7 @@ func (e *endpoint) open(ctx context.Context) error {
 func (e *endpoint) share() error {
 	e.sharing.Lock()
 	defer e.sharing.Unlock()
-	return e.source.share(!e.svc.unhealthy.Load() && (e.lease == nil || e.lease.term.Load().holds()))
+	return e.source.share(!e.svc.unhealthy.Load() && (e.lease == nil || e.lease.term.Load().serves()))
 }
 
 // shareAll calls share for every endpoint.

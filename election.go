@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"math"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -94,14 +95,15 @@ func (c *claim) valid() bool {
 // A candidate takes part in the election of a group's leader. The fields from seen on belong to the goroutine that campaigns or,
 // while the candidate leads, to the goroutine that renews the lease.
 type candidate struct {
-	svc           *Service
-	group, key    string
-	policy        FailoverPolicy
-	nonce         string
-	watch         *leaderWatch
-	healthChanged chan struct{}        // receives a signal when the service's unhealthy has changed
-	started       atomic.Bool          // whether campaignForExclusive has started the campaign
-	term          atomic.Pointer[term] // the latest
+	svc         *Service
+	group, key  string
+	policy      FailoverPolicy
+	nonce       string
+	watch       *leaderWatch
+	mayCampaign chan struct{}        // receives a signal when the service's unhealthy has changed
+	rest        time.Duration        // until when the candidate does not campaign, because it has resigned, by the clock
+	started     atomic.Bool          // whether campaignForExclusive has started the campaign
+	term        atomic.Pointer[term] // the latest
 
 	seen         claim // the latest claim that is known
 	revision     uint64
@@ -117,7 +119,9 @@ type term struct {
 	number   uint64
 	until    atomic.Int64    // when the lease ends, by the clock; 0 once the term is over
 	lapse    *time.Timer     // ends the term at that time
-	resigned context.Context // ends when the leadership is to be given up because the instance is unhealthy
+	resigned context.Context // ends when the leadership is to be given up because the instance is unhealthy, or Resign was called
+	rest     atomic.Int64    // how long the instance does not campaign after a term that was resigned
+	over     chan struct{}   // closed when the leadership was given up
 
 	cancel, resign context.CancelFunc // end the term's ctx, and resigned
 }
@@ -127,6 +131,9 @@ type termKey struct{}
 // holds reports whether t's instance leads at this moment; if t is nil, it does not. The report is exact even in a process that
 // was paused, because the clock has gone on meanwhile.
 func (t *term) holds() bool { return t != nil && int64(clock()) < t.until.Load() }
+
+// serves reports whether t's instance leads and takes new work. A term that was resigned never does so again.
+func (t *term) serves() bool { return t.holds() && t.resigned.Err() == nil }
 
 // extend moves the end of the lease. It reports false if the lease has ended already, because then the term is over.
 func (t *term) extend(until time.Duration) bool {
@@ -146,7 +153,7 @@ func (t *term) end() {
 
 func (s *Service) newCandidate(group string, p FailoverPolicy) *candidate {
 	key, changed := s.name+"."+group, make(chan struct{}, 1)
-	return &candidate{svc: s, group: group, key: key, policy: p, nonce: rand.Text(), healthChanged: changed}
+	return &candidate{svc: s, group: group, key: key, policy: p, nonce: rand.Text(), mayCampaign: changed}
 }
 
 // Lead campaigns for the leadership of a group among the instances of the service. The group's name is a letter, then letters,
@@ -189,6 +196,10 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 	campaigning, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.quitting, cancel)()
+	select {
+	case <-s.startHealth():
+	case <-campaigning.Done():
+	}
 	result, done := error(stopped), false
 	c.campaign(campaigning, campaigning, func(t *term) {
 		s.leading.Add(1)
@@ -221,17 +232,50 @@ func (s *Service) IsLeader() bool { return s.terms()[defaultGroup] != 0 }
 // [ErrTimeout] or [ErrCanceled] if the first call is not answered before ctx ends; [ErrDenied] if the server's permissions do not
 // allow it; [ErrClosed] after Stop.
 func (s *Service) Leader(ctx context.Context) (string, error) {
-	if s.IsLeader() {
+	return s.LeaderOf(ctx, s.name)
+}
+
+// LeaderOf is [Service.Leader] for another service. Errors: [ErrInvalid] for a name that is out of range, and those of Leader.
+func (s *Service) LeaderOf(ctx context.Context, service string) (string, error) {
+	switch {
+	case !isName(service, maxService):
+		return "", notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
+	case service == s.name && s.IsLeader():
 		return s.id, nil
 	}
-	w := s.leaders(s.name, defaultGroup)
+	w := s.leaders(service, defaultGroup)
 	if failure := w.wait(ctx); failure != nil {
 		return "", failure
 	}
-	if e, ok := w.get(w.filter); ok && e.value.leads() && clock() < e.seen+e.value.Lease {
+	e, ok := w.get(w.filter)
+	formerly := service == s.name && e.value.Holder == s.id // as the key says of an instance that was killed and runs again
+	if ok && e.value.leads() && clock() < e.seen+e.value.Lease && !formerly {
 		return e.value.Holder, nil
 	}
-	return "", newError(ErrNotFound, "no instance leads %s", s.name)
+	return "", newError(ErrNotFound, "no instance leads %s", service)
+}
+
+// Resign gives up the leadership of the exclusive handlers. This instance takes no new exclusive work, and lets what runs finish. If
+// ctx ends first, the ctx of these handlers ends. Then another instance leads within milliseconds. This one campaigns again after
+// one Lease of its policy.
+//
+// Errors: [ErrNotActive] if this instance does not lead; [ErrTimeout] or [ErrCanceled] if ctx has ended before the handlers have: the
+// leadership ends when they return, or with the lease.
+func (s *Service) Resign(ctx context.Context) error {
+	c := s.exclusive.Load()
+	if c == nil || !c.term.Load().serves() {
+		return newError(ErrNotActive, "Resign: instance %s of %s does not lead", s.id, s.name)
+	}
+	t := c.term.Load()
+	t.rest.Store(int64(c.policy.Lease))
+	t.resign()
+	select {
+	case <-t.over:
+		return nil
+	case <-ctx.Done():
+		t.cancel()
+		return newError(asError(ctx.Err()), "Resign: exclusive handlers of %s still run; their ctx has ended", s.name)
+	}
 }
 
 // Term returns the term of the leadership in an [Exclusive] handler or in the function of [Service.Lead], given its ctx. It
@@ -352,6 +396,7 @@ func (c *candidate) enter() bool {
 }
 
 func (c *candidate) withdraw() {
+	c.svc.electionTrouble.note(c, nil)
 	c.svc.mu.Lock()
 	delete(c.svc.candidates, c)
 	c.svc.mu.Unlock()
@@ -379,27 +424,62 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 			c.observe(e.value, e.revision)
 		}
 		wait := c.untilFree()
-		if c.svc.unhealthy.Load() {
-			wait = c.policy.Lease // or until healthChanged
+		if rest := c.rest - clock(); rest > 0 {
+			wait = rest
+		} else if c.svc.unhealthy.Load() {
+			wait = c.policy.Lease // or until mayCampaign
 		} else if wait <= 0 {
 			t, failure := c.take(parent)
 			if t != nil {
+				c.svc.electionTrouble.note(c, nil)
 				return t
 			}
 			wait = c.untilFree()
 			if failures++; failure == nil || failure.Code == errConflict.Code { // another candidate holds the lease, or a wait begins
 				failures = 0
-			} else if wait = backoff(failures, c.policy.Timeout/8, c.policy.Timeout); failures%16 == 1 {
-				c.svc.log.Warn("the leader's lease can't be read or written", "group", c.group, "error", failure)
+				c.svc.electionTrouble.note(c, nil)
+			} else {
+				wait = backoff(failures, c.policy.Timeout/8, c.policy.Timeout)
+				c.svc.electionTrouble.note(c, failure)
 			}
 		}
 		select {
 		case <-changed:
-		case <-c.healthChanged:
+		case <-c.mayCampaign:
 		case <-time.After(max(wait, time.Millisecond)):
 		case <-ctx.Done():
 			return nil
 		}
+	}
+}
+
+// A trouble bounds the log lines about leases that can't be read or written: one when that begins, one in a minute, and one when it
+// has ended for all candidates.
+type trouble struct {
+	mu      sync.Mutex          // guards the rest
+	failing map[*candidate]bool // those whose latest attempt has failed
+	count   int                 // failures since the last line
+	next    time.Duration       // when there may be another line, by the clock
+}
+
+// note takes the result of an attempt of c.
+func (t *trouble) note(c *candidate, failure *Error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	before := len(t.failing)
+	if failure == nil {
+		if delete(t.failing, c); before > 0 && len(t.failing) == 0 {
+			c.svc.log.Info("the leaders' leases can be read and written again")
+		}
+		return
+	}
+	if t.failing == nil {
+		t.failing = map[*candidate]bool{}
+	}
+	t.failing[c] = true
+	if t.count++; before == 0 || clock() >= t.next {
+		c.svc.log.Warn("the leaders' leases can't be read or written", "group", c.group, "error", failure, "groups", len(t.failing), "failures", t.count)
+		t.count, t.next = 0, clock()+time.Minute
 	}
 }
 
@@ -455,6 +535,7 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 	t := &term{number: number}
 	t.Context, t.cancel = context.WithCancel(context.WithValue(parent, termKey{}, t))
 	t.resigned, t.resign = context.WithCancel(context.Background())
+	t.over = make(chan struct{})
 	until := sent + c.policy.Valid
 	t.until.Store(int64(until))
 	t.lapse = time.AfterFunc(time.Hour, func() { // Reset starts it, because end needs lapse
@@ -479,12 +560,14 @@ func (c *candidate) hold(ctx context.Context, t *term, lead func(*term)) {
 		released := t.holds()
 		t.end()
 		t.resign()
+		c.rest = clock() + time.Duration(t.rest.Load())
 		c.svc.statusChanged()
 		// If exclusive handlers still run, the next leader has to wait until the lease ends.
 		if released = released && !(c.started.Load() && c.svc.exclusiveBusy()); released {
 			c.release(t)
 		}
 		c.svc.log.Info("the leadership has ended", "group", c.group, "term", t.number, "released", released)
+		close(t.over)
 	}()
 	if ctx.Err() == nil {
 		lead(t)
@@ -498,7 +581,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 	for {
 		select {
 		case <-time.After(due - clock()):
-		case <-c.healthChanged:
+		case <-c.mayCampaign:
 		case <-stop:
 			return
 		}
@@ -507,6 +590,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 			t.end()
 			return
 		case c.svc.unhealthy.Load():
+			t.rest.CompareAndSwap(0, int64(c.policy.Renew)) // enough for another instance to take over
 			t.resign()
 			return
 		}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strconv"
 	"strings"
@@ -1083,4 +1084,39 @@ func TestStickyCallInFlightDuringHandOver(t *testing.T) {
 		eventually(t, "the next instance leads", next.IsLeader)
 		leader = next
 	}
+}
+
+// While NATS is away, many candidates together log a few lines, not one each.
+func TestElectionLogsWhileServerIsAway(t *testing.T) {
+	t.Parallel()
+	store := withJetStream(t)
+	srv := startServer(t, store)
+	var logs safeBuffer
+	svc := newService(t, srv, "svc", aegis.WithLogger(slog.New(slog.NewTextHandler(&logs, nil))))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var leading atomic.Int32
+	const groups = 100
+	for i := range groups {
+		go func() {
+			_ = svc.Lead(ctx, fmt.Sprint("g", i), aegis.Aggressive, func(ctx context.Context, _ uint64) error {
+				leading.Add(1)
+				<-ctx.Done()
+				leading.Add(-1)
+				return ctx.Err()
+			})
+		}()
+	}
+	eventually(t, "all groups are led", func() bool { return leading.Load() == groups })
+	samePort := onPort(srv)
+	srv.Shutdown()
+	srv.WaitForShutdown()
+	eventually(t, "nobody leads", func() bool { return leading.Load() == 0 })
+	time.Sleep(3 * time.Second)
+	startServer(t, samePort, store)
+	eventually(t, "all groups are led again", func() bool { return leading.Load() == groups })
+	if n := strings.Count(logs.String(), "can't be read or written"); n < 1 || n > 3 {
+		t.Errorf("%d lines say that leases can't be read or written, want 1 to 3", n)
+	}
+	eventually(t, "the end is logged", func() bool { return strings.Contains(logs.String(), "can be read and written again") })
 }

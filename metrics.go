@@ -244,8 +244,8 @@ func (r *reading) quantile(q float64) time.Duration {
 //
 //   - /metrics has the metrics in the text format of Prometheus. It blocks as [Service.Stats] does.
 //   - /healthz is 200 until Stop has finished or a connection was closed for good, then 503.
-//   - /readyz is 200 if the service is ready. It is 503 while there is no connection, while a health check fails, and while the
-//     service does not serve its handlers, because Start has not finished or Stop has begun.
+//   - /readyz is 200 if the service is ready. It is 503 while there is no connection, while a health check fails or has not run
+//     yet, and while the service does not serve its handlers, because Start has not finished or Stop has begun.
 //
 // The probes answer with a JSON object. Its "status" is "ok" or "unavailable". Its "checks" has each check by name, with "ok" or
 // the text of its error.
@@ -264,7 +264,7 @@ func (s *Service) Handler() http.Handler {
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		checks := map[string]*Error{"service": nil, "connection": nil}
 		for _, h := range s.cfg.healthChecks {
-			checks[h.name] = h.failure.Load()
+			checks[h.name] = h.status()
 		}
 		if s.pick() == nil {
 			checks["connection"] = s.disconnectedError()

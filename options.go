@@ -41,6 +41,7 @@ type config struct {
 	middleware   []Middleware
 	outward      []Middleware // of WithCallMiddleware
 	wireHeaders  bool
+	tolerance    int           // of health checks
 	maxAge       time.Duration // these two are of the stream of events; 0 is no limit
 	maxBytes     int64
 
@@ -122,6 +123,10 @@ func WithHealthCheck(name string, fn func(context.Context) error) Option {
 	return func(c *config) { c.healthChecks = append(c.healthChecks, &healthCheck{name: name, fn: fn}) }
 }
 
+// WithHealthTolerance sets how many results in a row of a health check, that differ from its present state, change that state: 1 or
+// more. The default is 1. The first result counts at once. With 3, a single failure and a single success change nothing.
+func WithHealthTolerance(n int) Option { return func(c *config) { c.tolerance = n } }
+
 // WithFailover sets how soon the leader of the service's [Exclusive] handlers is replaced when it fails. The default is
 // [Balanced].
 func WithFailover(p FailoverPolicy) Option { return func(c *config) { c.failover = p } }
@@ -167,7 +172,7 @@ var versionPattern = regexp.MustCompile(`^(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}$`) // 
 func newConfig(opts []Option) (*config, *Error) {
 	c := &config{
 		urls: strings.Split(cmp.Or(os.Getenv("NATS_URL"), nats.DefaultURL), ","), urlsFrom: "$NATS_URL: WithURL",
-		version: "0.0.0", codec: MsgPack, logger: slog.Default(), failover: Balanced, metadata: map[string]string{},
+		tolerance: 1, version: "0.0.0", codec: MsgPack, logger: slog.Default(), failover: Balanced, metadata: map[string]string{},
 		pool: 2, concurrency: 1024, replicas: 1, timeout: 5 * time.Second, heartbeat: 10 * time.Second, stopTimeout: 25 * time.Second,
 	}
 	for _, opt := range opts {
@@ -180,6 +185,7 @@ func newConfig(opts []Option) (*config, *Error) {
 	ok.want(versionPattern.MatchString(c.version), "WithVersion(%q): want x.y.z, such as 1.2.0", c.version)
 	ok.want(c.codec != nil, "WithCodec(nil): want a codec, such as aegis.JSON")
 	ok.want(c.logger != nil, "WithLogger(nil): want a logger; slog.New(slog.DiscardHandler) logs nothing")
+	ok.want(c.tolerance >= 1, "WithHealthTolerance(%d): want 1 or more", c.tolerance)
 	ok.want(c.timeout > 0, "WithTimeout(%v): want more than 0", c.timeout)
 	ok.want(c.stopTimeout > 0, "WithStopTimeout(%v): want more than 0", c.stopTimeout)
 	ok.want(c.concurrency >= 1 && c.concurrency <= maxConcurrency, "WithConcurrency(%d): want 1 to %d", c.concurrency, maxConcurrency)

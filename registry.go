@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"math/rand/v2"
 	"reflect"
 	"slices"
@@ -24,7 +25,7 @@ import (
 // This file has the registry, by which services find each other. Each running instance has an entry in the bucket aegis_registry.
 // It refreshes the entry with each heartbeat, and the entry expires after three heartbeats. A service that calls another one
 // keeps a local copy of the other's entries (Discover, Watch), from which Balance chooses an instance. At the end of the file are
-// the health checks, the heartbeats, and the answers on the $SRV subjects of NATS services.
+// the heartbeats, and the answers on the $SRV subjects of NATS services.
 
 // An Instance is the registry entry of a running instance of a service, as the instance claims; not authenticated. Its maps and
 // slices are shared and must not be changed.
@@ -104,14 +105,6 @@ func (t *tally) get(key string) int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.counts[key]
-}
-
-// A healthCheck is a check that was given to WithHealthCheck.
-type healthCheck struct {
-	name    string
-	fn      func(context.Context) error
-	running atomic.Bool
-	failure atomic.Pointer[Error] // nil while the check succeeds
 }
 
 // Discover returns the instances of a service, sorted by id. The list is empty if the service has no instances. The first call
@@ -320,64 +313,6 @@ func (s *Service) info(ctx context.Context, asked string) (*micro.Info, *Error) 
 	return info, nil
 }
 
-// checkHealth starts all health checks. A check that is still running from an earlier time counts as failed at once, and is not
-// started again. The channel that checkHealth returns is closed when all checks that it started have returned.
-func (s *Service) checkHealth() <-chan struct{} {
-	var all sync.WaitGroup
-	for _, h := range s.cfg.healthChecks {
-		if !h.running.CompareAndSwap(false, true) {
-			h.failure.Store(newError(ErrTimeout, "the check has not returned within %v", s.cfg.heartbeat))
-			s.updateHealth()
-			continue
-		}
-		all.Add(1)
-		started := s.startTask(func() {
-			defer all.Done()
-			defer s.updateHealth()
-			defer h.running.Store(false)
-			defer func() {
-				if p := recover(); p != nil {
-					h.failure.Store(newError(ErrInternal, "panic: %v", p))
-				}
-			}()
-			ctx, cancel := context.WithTimeout(s.base, s.cfg.heartbeat)
-			defer cancel()
-			h.failure.Store(asError(h.fn(ctx)))
-		})
-		if !started {
-			all.Done()
-		}
-	}
-	return closedAfter(all.Wait)
-}
-
-// updateHealth derives the health of the instance from its checks. If the health has changed, it tells the candidates, the
-// endpoints and the heartbeats.
-func (s *Service) updateHealth() {
-	s.healthMu.Lock()
-	defer s.healthMu.Unlock()
-	unhealthy := false
-	for _, h := range s.cfg.healthChecks {
-		failure := h.failure.Load()
-		unhealthy = unhealthy || failure != nil
-		if failure != nil && !s.unhealthy.Load() {
-			s.log.Warn("the instance is unhealthy: a health check fails", "check", h.name, "error", failure)
-		}
-	}
-	if s.unhealthy.Swap(unhealthy) == unhealthy {
-		return
-	}
-	if !unhealthy {
-		s.log.Info("the instance is healthy again: all health checks succeed")
-	}
-	s.mu.Lock()
-	for c := range s.candidates {
-		signal(c.healthChanged)
-	}
-	s.mu.Unlock()
-	s.statusChanged()
-}
-
 // statusChanged has to be called after the instance has become healthy or unhealthy, or has won or lost the leadership. The
 // endpoints and the registry entry follow the change.
 func (s *Service) statusChanged() {
@@ -387,7 +322,7 @@ func (s *Service) statusChanged() {
 
 // instance returns what the entry of this instance has to say now.
 func (s *Service) instance() Instance {
-	i := Instance{Service: s.name, ID: s.id, Version: s.cfg.version, Metadata: s.cfg.metadata, Started: s.since}
+	i := Instance{Service: s.name, ID: s.id, Version: s.cfg.version, Metadata: *s.metadata.Load(), Started: s.since}
 	i.Status = statusActive
 	for _, e := range s.allEndpoints() {
 		i.Endpoints = append(i.Endpoints, Endpoint{e.kind, e.name, e.subject, e.lease != nil})
@@ -410,6 +345,30 @@ func (s *Service) registryStream() jetstream.StreamConfig {
 	config.AllowMsgTTL, config.SubjectDeleteMarkerTTL = true, markerTTL
 	return config
 }
+
+// SetMetadata replaces the metadata that the instance advertises, which [WithMetadata] set first. The registry has it a moment later.
+// Errors: [ErrInvalid] if the entry would not fit the server's max_payload; [ErrClosed] after Stop.
+func (s *Service) SetMetadata(md map[string]string) error {
+	if s.quitting.Err() != nil {
+		return newError(ErrClosed, "SetMetadata: service %s was stopped", s.name)
+	}
+	return s.setMetadata("SetMetadata", md)
+}
+
+func (s *Service) setMetadata(verb string, md map[string]string) error {
+	md = maps.Collect(maps.All(md))
+	next := s.instance()
+	next.Metadata = md
+	data, _ := json.Marshal(next) // can't fail, because it is strings and numbers
+	if most := s.maxPayload() - entryRoom; int64(len(data)) > most {
+		return newError(ErrInvalid, "%s: the registry entry would have %d bytes, more than the %d that the server's max_payload leaves", verb, len(data), most)
+	}
+	s.metadata.Store(&md)
+	signal(s.entryChanged)
+	return nil
+}
+
+const entryRoom = 1 << 10 // bytes of max_payload that an entry leaves free, for headers and for what changes in it
 
 // writeEntry writes the entry of this instance, or deletes it if verb is "unregister". It also publishes the instance on
 // service.<name>.<verb>, for whoever listens there.
@@ -469,7 +428,6 @@ func (s *Service) sendHeartbeats(failure *Error) {
 		}
 		select {
 		case <-tick.C:
-			s.checkHealth()
 		case <-s.entryChanged:
 		case <-retry:
 		case <-s.heartbeatCtx.Done():
@@ -495,7 +453,7 @@ func (s *Service) answerSurvey(m *nats.Msg) {
 	if m.Reply == "" {
 		return
 	}
-	identity := micro.ServiceIdentity{Name: s.name, ID: s.id, Version: s.cfg.version, Metadata: s.cfg.metadata}
+	identity := micro.ServiceIdentity{Name: s.name, ID: s.id, Version: s.cfg.version, Metadata: *s.metadata.Load()}
 	var answer any
 	switch verb, _, _ := strings.Cut(strings.TrimPrefix(m.Subject, "$SRV."), "."); verb {
 	case micro.PingVerb.String():
@@ -523,7 +481,11 @@ func (s *Service) answerSurvey(m *nats.Msg) {
 			e.Data = nil
 		}
 		data, _ = json.Marshal(st)
-		err = m.Respond(data)
+		if err = m.Respond(data); errors.Is(err, nats.ErrMaxPayload) {
+			st.Metadata = map[string]string{}
+			data, _ = json.Marshal(st)
+			err = m.Respond(data)
+		}
 	}
 	if err != nil {
 		s.log.Warn("the answer to a request for $SRV could not be sent", "subject", m.Subject, "error", err)
