@@ -90,7 +90,10 @@ func (s *Service) pullBytes() int64 {
 
 // acknowledge reports to the server how a delivery has ended, or that it goes on. reply is the message's reply subject.
 func (s *Service) acknowledge(reply, how string) {
-	k, c := &s.carrier, s.carrier.conn.Load()
+	k, c, payload := &s.carrier, s.carrier.conn.Load(), ackPayload
+	if how != ack {
+		payload = []byte(how)
+	}
 	switch how {
 	case ackInProgress:
 		if !c.up.Load() { // it would be out of date when the connection is back
@@ -99,8 +102,10 @@ func (s *Service) acknowledge(reply, how string) {
 	case ack, ackTerminate:
 		k.remember(sentAck{reply, how, clock()})
 	}
-	_ = c.nc.Publish(reply, []byte(how)) // fails if the connection is closed, or its buffer is full: then the message is redelivered
+	_ = c.nc.Publish(reply, payload) // fails if the connection is closed, or its buffer is full: then the message is redelivered
 }
+
+var ackPayload = []byte(ack)
 
 // remember puts an acknowledgement into the ring.
 func (k *carrier) remember(a sentAck) {

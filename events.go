@@ -436,7 +436,7 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 		l.config.MaxAckPending = 1
 	}
 	l.redrive = redrivePrefix + l.config.Durable + ".*"
-	e.source = &subscription{feed: newFeed(e, cfg, s.eventStream(), l), failures: map[uint64]*Error{}}
+	e.source = &subscription{feed: newFeed(e, cfg, s.eventStream(), l), running: map[uint64]bool{}, failures: map[uint64]*Error{}}
 	return s.addEndpoint(e, cfg)
 }
 
@@ -444,13 +444,24 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 type subscription struct {
 	*feed
 
-	running sync.Map // the sequences of the events that are being handled
-
-	mu       sync.Mutex        // guards failures
+	mu       sync.Mutex        // guards the rest
+	running  map[uint64]bool   // the sequences of the events that are being handled
 	failures map[uint64]*Error // of the last attempts that failed here, by the event's sequence; at most maxFailures
 }
 
 const maxFailures = 1024
+
+// begin notes that an event is being handled. It reports false if it is already: then it was redelivered because the server did not
+// hear that it is.
+func (f *subscription) begin(sequence uint64) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.running[sequence] {
+		return false
+	}
+	f.running[sequence] = true
+	return true
+}
 
 // noteFailure remembers how the latest attempt at an event has failed, for the reason in its dead letter. nil means that there will
 // be no other attempt.
@@ -489,16 +500,17 @@ func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
 		f.meter.ended(r.msg.Source, failure)
 		f.deadLetter(r, failure, attempts)
 	default:
-		if _, runs := f.running.LoadOrStore(r.delivery.sequence, true); runs {
-			return // it was redelivered because the server did not hear that it runs
+		if f.begin(r.delivery.sequence) {
+			f.dispatch(r)
 		}
-		f.dispatch(r)
 	}
 }
 
 // done acknowledges an event that was handled. One that was not is redelivered, or becomes a dead letter.
 func (f *subscription) done(r *request, _ []byte, failure *Error) {
-	f.running.Delete(r.delivery.sequence) // before it can be redelivered
+	f.mu.Lock()
+	delete(f.running, r.delivery.sequence) // before it can be redelivered
+	f.mu.Unlock()
 	switch {
 	case failure == nil:
 		f.acknowledge(r.in, ack)

@@ -554,9 +554,14 @@ func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 			"endpoint", f.name, "correlation_id", m.Header.Get(headerCorrelation), "subject", m.Subject)
 		return nil
 	}
-	d := &delivery{consumer: meta.Consumer, stored: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
+	both := &struct { // one allocation
+		request
+		delivery
+	}{}
+	r, d := &both.request, &both.delivery
+	*d = delivery{consumer: meta.Consumer, stored: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
 	d.time, d.firing = d.stored, firing
-	r := &request{svc: f.svc, in: m, deadline: arrived.Add(f.cfg.deadline), delivery: d}
+	r.svc, r.in, r.deadline, r.delivery = f.svc, m, arrived.Add(f.cfg.deadline), d
 	r.msg = Message{Kind: f.kind, Subject: m.Subject, Header: m.Header, Data: m.Data}
 	if strings.HasPrefix(m.Subject, redrivePrefix) { // the headers say where the message came from
 		r.msg.Subject = m.Header.Get(headerSubject)
