@@ -578,7 +578,7 @@ func (x *run) fail(failure *Error) {
 // conclude writes the record and then acknowledges the message in the way that how says. It goes on trying, and keeps the message,
 // until the record is written, the command is lost, or Stop's time is up.
 func (x *run) conclude(how string) {
-	for {
+	for n := 1; ; n++ {
 		failure := x.write(context.Background(), outcomeTimeout)
 		switch {
 		case failure == nil:
@@ -586,6 +586,7 @@ func (x *run) conclude(how string) {
 		case x.whyLost() == nil && x.src.svc.base.Err() == nil:
 			x.src.logOften(x.r, slog.LevelWarn, "the outcome of a command is not stored yet", "error", failure)
 			x.src.acknowledge(x.r.in, ackInProgress)
+			sleep(x.src.svc.base, backoff(n, retryPause, outcomeTimeout))
 			continue
 		default:
 			x.yieldTo(failure)
