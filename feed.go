@@ -452,14 +452,9 @@ func (f *feed) drain(context.Context) {
 	f.fetching.Wait()
 }
 
-// release subtracts a message that has been handled from claimed, and wakes fetch if it can ask for more, and that is worth it.
+// release subtracts a message that has been handled from claimed, and wakes fetch if it is worth asking for more.
 func (f *feed) release() {
-	free := int64(f.limit) - f.claimed.Add(-1)
-	canAsk := !f.waiting.Load()
-	if len(f.lanes) > 1 { // parked ones bring their next message by themselves
-		canAsk = slices.ContainsFunc(f.lanes, func(l *lane) bool { return !l.parked.Load() })
-	}
-	if canAsk && f.worthAsking(free) {
+	if f.worthAsking(int64(f.limit) - f.claimed.Add(-1)) {
 		signal(f.wake)
 	}
 }
