@@ -142,7 +142,7 @@ func TestResignedTermStaysResigned(t *testing.T) {
 	eventually(t, "the first leads", first.IsLeader)
 	second := instance("second")
 	held := make(chan error, 1)
-	go func() { _, err := call[string, string](client, "svc", "m", "hold"); held <- err }()
+	go func() { _, err := call[string, string](client, "svc", "m", "hold", aegis.Sticky()); held <- err }()
 	<-inside
 	fails.Store(true)
 	eventually(t, "it is unhealthy", func() bool { status, _ := get(t, first, "/readyz"); return status != http.StatusOK })
@@ -199,7 +199,7 @@ func TestResign(t *testing.T) {
 	}
 	slow := make(chan error, 1)
 	go func() {
-		who, err := call[string, string](client, "svc", "m", "slow")
+		who, err := call[string, string](client, "svc", "m", "slow", aegis.Sticky())
 		if who != "a" {
 			err = errors.Join(err, errors.New("answered by "+who))
 		}
@@ -222,7 +222,7 @@ func TestResign(t *testing.T) {
 		t.Errorf("got %q, %v", who, err)
 	}
 	hung := make(chan error, 1)
-	go func() { _, err := call[string, string](client, "svc", "m", "hang"); hung <- err }()
+	go func() { _, err := call[string, string](client, "svc", "m", "hang", aegis.Sticky()); hung <- err }() // b may only just have begun
 	<-inside
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
