@@ -83,8 +83,8 @@ import (
 //
 // The files form three layers, and each layer is built on the ones after it:
 //
-//   - The patterns: rpc.go, events.go, schedules.go (events for later), deadletters.go, jobs.go, commands.go, election.go,
-//     registry.go, and metrics.go, which counts what they do.
+//   - The patterns: rpc.go, events.go, schedules.go (events for later), deadletters.go, jobs.go, commands.go, timetable.go (commands
+//     for later), election.go, registry.go, health.go, and metrics.go, which counts what they do.
 //   - The primitives that carry them: dispatch.go (from a message to its handler and back), context.go (what the handler knows
 //     about it), feed.go (from a consumer to the queue), jetstream.go (streams, keys and watches), exchange.go (request: a
 //     message out, its answer back), carrier.go (the connection of the feeds), conn.go (the connections).

@@ -193,8 +193,8 @@ func parseRecord(key string, data []byte) (*record, *Error) {
 // characters. fn is called on a goroutine of the library, up to [Concurrency] at once in each instance. Its ctx ends after
 // [Deadline], when the command is cancelled, when another instance has taken the command over, or when Stop's time is up.
 //
-// A command has one outcome, and once it has, fn is not called again, unless somebody redrives a command that failed. Before that, fn may be called more than once. After an
-// error it is called again, after a pause ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt; another
+// A command has one outcome, and once it has, fn is not called again, unless somebody redrives a command that failed. Before
+// that, fn may be called more than once. After an error it is called again, after a pause ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt; another
 // instance begins the next attempt after 10 s, the ack wait. An instance that was paused or cut off may go on with fn for a
 // moment after another one has taken over. So make effects elsewhere idempotent by Command.ID, or guard them with Command.Fence.
 //
@@ -319,7 +319,7 @@ func (x *run) claim() bool {
 	defer cancel()
 	rec, revision, failure := src.svc.readRecord(ctx, nil, x.key)
 	for failure == nil || failure.Code == errConflict.Code {
-		if rec != nil && rec.Run == x.nonce { // it was claimed just now, but the confirmation was lost
+		if rec != nil && rec.Run == x.nonce && rec.State == running { // it was claimed just now, but the confirmation was lost
 			x.revision = revision
 			x.fence.Store(revision)
 			return true

@@ -350,8 +350,8 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 	return false
 }
 
-// accept takes a command from a parked lane, and reports whether the lane stays parked, because it has no more and there is room. The command does
-// not count in claimed yet. accept gives it back if there is no room for it, or if something more urgent may be waiting, because
+// accept takes a command from a parked lane, and reports whether the lane stays parked, because it has no more and there is room.
+// The command does not count in claimed yet. accept gives it back if there is no room for it, or if something more urgent may be waiting, because
 // a more urgent lane is not parked any more.
 func (f *feed) accept(from *lane, m jetstream.Msg) bool {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })

@@ -71,6 +71,7 @@ func (s *Service) checkHealth() <-chan struct{} {
 			s.noteHealth(h, newError(ErrTimeout, "the check has not returned within %v", s.cfg.heartbeat))
 			continue
 		}
+		h.late.Store(false) // a run may have ended just when it was found to be late
 		all.Add(1)
 		started := s.startTask(func() {
 			defer all.Done()

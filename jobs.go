@@ -320,7 +320,7 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 				m = &nats.Msg{} // reads the record
 				continue
 			}
-		case !rec.Expire.IsZero():
+		case !rec.Expire.IsZero() && rec.State != running: // one that runs has no time limit here
 			wait = min(wait, max(time.Until(rec.Expire), 0)+time.Millisecond)
 		}
 		sl.wakeAt(clock() + wait)
@@ -348,8 +348,8 @@ type CommandInfo struct {
 }
 
 // Commands yields the commands of a service that are scheduled, queued, running, or kept with their outcome, in the order of their
-// last change. It reads them one by one, and is meant for an operator: it takes about a second for 5,000 commands. One that changes meanwhile may appear in
-// its former state. Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, Commands
+// last change. It reads them one by one, and is meant for an operator. One that changes meanwhile may appear in its former state.
+// Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, Commands
 // yields the error and ends. Errors: [ErrInvalid] if the name is out of range, and those of [Service.DeadLetters].
 func (s *Service) Commands(ctx context.Context, service string) iter.Seq2[CommandInfo, error] {
 	return func(yield func(CommandInfo, error) bool) {

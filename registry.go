@@ -346,7 +346,8 @@ func (s *Service) registryStream() jetstream.StreamConfig {
 	return config
 }
 
-// SetMetadata replaces the metadata that the instance advertises, which [WithMetadata] set first. The registry has it a moment later.
+// SetMetadata replaces the metadata that the instance advertises, which [WithMetadata] set first. The registry has it a moment later;
+// SetMetadata does not wait for that.
 // Errors: [ErrInvalid] if the entry would not fit the server's max_payload; [ErrClosed] after Stop.
 func (s *Service) SetMetadata(md map[string]string) error {
 	if s.quitting.Err() != nil {

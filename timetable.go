@@ -66,13 +66,14 @@ type Schedule struct {
 // for that. Of several workers one executes each firing, which is a command of its own: its id is <name>@<time>.
 //
 // spec is "@every 1m30s" (1 s at least, counted from when it is set), @hourly, @daily, @weekly, @monthly, @yearly, or six fields:
-// second, minute, hour, day of month, month, day of week (0 to 6 or SUN to SAT), as in "0 30 9 * * MON-FRI". The time zone is UTC, unless
-// spec begins with one: "TZ=Europe/London 0 0 9 * * *". name is 1 to 64 letters, digits, - and _. A schedule of the same name,
+// second, minute, hour, day of month, month, day of week (0 to 6 or SUN to SAT), as in "0 30 9 * * MON-FRI". The time zone is UTC,
+// unless spec begins with one: "TZ=Europe/London 0 0 9 * * *". name is 1 to 64 letters, digits, - and _. A schedule of the same name,
 // service and command is replaced; if nothing changes, it is left alone, so that all instances may set it when they start.
 //
 // While the server is down, nothing fires. After a clean restart one missed firing is made up for; after a crash @every begins to
 // count anew. A firing that no worker has begun within a day, or [ExpireAfter], is dropped. When the stream gets another leader, a
-// firing may, rarely, come twice. The options are [AtPriority] and ExpireAfter.
+// firing may, rarely, come twice. The options are [AtPriority] and ExpireAfter. ScheduleCommand blocks until ctx ends at most, or
+// for several times [WithTimeout] if ctx has no deadline.
 //
 // Errors: [ErrInvalid] for a spec, a name or an option that is out of range, and for a stream AEGIS_COMMANDS that was made by
 // somebody else and can't do it; those of [Publish].

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/aegistrader/aegis"
@@ -316,5 +317,31 @@ func TestScheduleDuringRestart(t *testing.T) {
 	ids := ran.wait(t, before+3)
 	if n := len(slices.Compact(slices.Sorted(slices.Values(ids)))); n != len(ids) {
 		t.Errorf("a firing ran twice: %q", ids)
+	}
+}
+
+// Who follows a command that runs beyond its ExpireAfter does not ask the server all the time.
+func TestFollowBeyondExpiry(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[int]) (int, error) {
+		time.Sleep(2500 * time.Millisecond)
+		return c.Data, nil
+	})
+	start(t, svc)
+	var reads atomic.Int32
+	nc := manage(t, srv).Conn()
+	if _, err := nc.Subscribe("$JS.API.STREAM.MSG.GET.KV_aegis_commands", func(*nats.Msg) { reads.Add(1) }); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if n := wait(t, send[int, int](t, svc, "risk", "work", 7, aegis.ExpireAfter(time.Second))); n != 7 {
+		t.Errorf("got %d, want 7", n)
+	}
+	if n := reads.Load(); n < 1 || n > 20 {
+		t.Errorf("the record was read %d times, want a few", n)
 	}
 }
