@@ -105,8 +105,8 @@ type Service struct {
 	denials  denials
 	outward  HandlerFunc // the middleware of WithCallMiddleware around transmit; nil if there is none
 
-	elections       lookup[*leaderWatch] // by <service>.<group>
-	directories     lookup[*directory]   // by service
+	elections       watching[*leaderWatch] // by <service>.<group>
+	directories     watching[*directory]   // by service
 	electionTrouble trouble
 	leading         atomic.Int32   // how many functions of Lead are running
 	campaigns       sync.WaitGroup // counts the candidates that campaign
@@ -174,6 +174,8 @@ func New(name string, opts ...Option) (*Service, error) {
 		endpoints: map[string]*endpoint{}, candidates: map[*candidate]bool{},
 		entryChanged: make(chan struct{}, 1), healthKnown: make(chan struct{}), done: make(chan struct{}),
 	}
+	s.elections.svc, s.elections.make = s, s.newLeaderWatch
+	s.directories.svc, s.directories.make = s, s.newDirectory
 	s.metadata.Store(&cfg.metadata)
 	if len(cfg.outward) > 0 {
 		s.outward = transmit

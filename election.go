@@ -243,14 +243,12 @@ func (s *Service) LeaderOf(ctx context.Context, service string) (string, error) 
 	case service == s.name && s.IsLeader():
 		return s.id, nil
 	}
-	w := s.leaders(service, defaultGroup)
+	w := s.leaders(service)
 	if failure := w.wait(ctx); failure != nil {
 		return "", failure
 	}
-	e, ok := w.get(w.filter)
-	formerly := service == s.name && e.value.Holder == s.id // as the key says of an instance that was killed and runs again
-	if ok && e.value.leads() && clock() < e.seen+e.value.Lease && !formerly {
-		return e.value.Holder, nil
+	if leader, _ := w.active(); leader != "" {
+		return leader, nil
 	}
 	return "", newError(ErrNotFound, "no instance leads %s", service)
 }
@@ -288,7 +286,7 @@ func Term(ctx context.Context) uint64 {
 // leaderOf returns the id of the instance that leads a service, or "" if no leader is known. It blocks only until it is known for
 // the first time who leads, and at most for a second.
 func (s *Service) leaderOf(ctx context.Context, service string) string {
-	w := s.leaders(service, defaultGroup)
+	w := s.leaders(service)
 	if !w.ready.Load() {
 		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 		defer cancel()
@@ -309,12 +307,26 @@ type correction struct {
 	revision uint64
 }
 
-// leaders returns the watch of a group's key.
-func (s *Service) leaders(service, group string) *leaderWatch {
-	key := service + "." + group
-	return s.elections.get(key, func() *leaderWatch {
-		return &leaderWatch{watch: newWatch(s, leadersBucket, key, func(_ string, c *claim) bool { return c.valid() })}
-	})
+// leaders returns the watch of the key that says who leads a service.
+func (s *Service) leaders(service string) *leaderWatch {
+	return s.elections.get(service + "." + defaultGroup)
+}
+
+func (s *Service) newLeaderWatch(key string) *leaderWatch {
+	return &leaderWatch{watch: newWatch(s, leadersBucket, key, func(_ string, c *claim) bool { return c.valid() }, nil)}
+}
+
+// active returns the id of the instance that leads, or "" if none does as far as is known, and when its lease ends unless it is
+// renewed, by the clock. This instance is returned only if it leads at this moment: the key may still name one with the same id that
+// was killed.
+func (w *leaderWatch) active() (id string, until time.Duration) {
+	e, _ := w.get(w.filter)
+	until = e.seen + e.value.Lease
+	formerly := w.filter == w.svc.name+"."+defaultGroup && e.value.Holder == w.svc.id && !w.svc.IsLeader()
+	if !e.value.leads() || clock() >= until || formerly {
+		return "", 0
+	}
+	return e.value.Holder, until
 }
 
 // leader returns the id of the leader, or "" if none is known.
@@ -397,6 +409,9 @@ func (c *candidate) enter() bool {
 
 func (c *candidate) withdraw() {
 	c.svc.electionTrouble.note(c, nil)
+	if c.watch != nil {
+		c.watch.use.release()
+	}
 	c.svc.mu.Lock()
 	delete(c.svc.candidates, c)
 	c.svc.mu.Unlock()
@@ -407,7 +422,7 @@ func (c *candidate) withdraw() {
 // lead gets is a child of parent.
 func (c *candidate) campaign(ctx, parent context.Context, lead func(*term)) {
 	defer c.withdraw()
-	c.watch = c.svc.leaders(c.svc.name, c.group)
+	c.watch = c.svc.elections.hold(c.key)
 	for ctx.Err() == nil {
 		if t := c.win(ctx, parent); t != nil {
 			c.hold(ctx, t, lead)

@@ -292,9 +292,17 @@ func TestDiscoverAfterReconnect(t *testing.T) {
 	p.heal()
 	<-reconnected
 	begin := time.Now()
-	eventually(t, "Discover shows the current instances", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "d ACTIVE"}) })
+	eventually(t, "Discover shows who has come and gone", func() bool {
+		got := instances(t, client, "risk")
+		return len(got) == 3 && got[0] == "a ACTIVE" && got[1] == "d ACTIVE"
+	})
 	if took := time.Since(begin); took > time.Second {
 		t.Errorf("it took %v", took)
+	}
+	// The crashed instance might just not have reconnected yet. It has three heartbeats to do so.
+	eventually(t, "Discover does not show the crashed instance", func() bool { return slices.Equal(instances(t, client, "risk"), []string{"a ACTIVE", "d ACTIVE"}) })
+	if took := time.Since(begin); took < 2*time.Second || took > 4500*time.Millisecond {
+		t.Errorf("the crashed instance was gone after %v; want 2 to 4.5 s", took)
 	}
 }
 

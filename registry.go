@@ -35,7 +35,7 @@ type Instance struct {
 	Version string `json:"version"`
 
 	// Status is ACTIVE, STANDBY if the instance has exclusive handlers and does not lead, UNHEALTHY if a health check fails, or
-	// STOPPING.
+	// STOPPING. Of the instances with exclusive handlers Discover and Watch show one at most as ACTIVE, and only while its lease lasts.
 	Status   string            `json:"status"`
 	Metadata map[string]string `json:"metadata,omitempty"`
 
@@ -43,6 +43,11 @@ type Instance struct {
 	Load      int        `json:"load"`                // the number of running handlers when the entry was written
 	Started   time.Time  `json:"started"`
 	Seen      time.Time  `json:"-"` // when the server stored the entry, by its clock
+}
+
+// exclusive reports whether the instance has exclusive handlers.
+func (i *Instance) exclusive() bool {
+	return slices.ContainsFunc(i.Endpoints, func(e Endpoint) bool { return e.Exclusive })
 }
 
 // An Endpoint is a handler of an [Instance].
@@ -65,22 +70,53 @@ const (
 
 // A directory is the local copy of a service's entries.
 type directory struct {
-	*watch[Instance]
-	latest atomic.Pointer[snapshot] // nil before the first snapshot is made
+	*watch[member]
+	service string
+	latest  atomic.Pointer[snapshot]    // nil before the first snapshot is made
+	leaders atomic.Pointer[leaderWatch] // nil before an instance has exclusive handlers; held by run
 }
 
-// A snapshot is what the entries of a directory say at one version of the directory. Only the turns of its routes change, and the
-// next snapshot goes on with the same ones.
+// A member is an entry of a directory. What each heartbeat changes in it is in its vitals.
+type member struct {
+	Instance
+	*vitals
+}
+
+// vitals are shared by the entries of an instance that differ in nothing else.
+type vitals struct {
+	load atomic.Int64
+	seen atomic.Int64 // in ns since 1970, by the server's clock
+}
+
+// now returns the instance as its last heartbeat has described it.
+func (m *member) now() Instance {
+	i := m.Instance
+	i.Load, i.Seen = int(m.load.Load()), time.Unix(0, m.seen.Load()).UTC()
+	return i
+}
+
+// A snapshot is what the entries of a directory say at one version of the directory, with one leader. Only the turns of its routes
+// change, and the next snapshot goes on with the same ones.
 type snapshot struct {
-	version   uint64
-	instances []Instance        // sorted by id
-	routes    map[string]*route // by subject
+	version uint64
+	leader  string
+	members []*member         // sorted by id
+	routes  map[string]*route // by subject
+}
+
+// instances returns a copy of the instances, sorted by id.
+func (s *snapshot) instances() []Instance {
+	out := make([]Instance, len(s.members))
+	for i, m := range s.members {
+		out[i] = m.now()
+	}
+	return out
 }
 
 // A route has the instances that handle what is sent to a subject.
 type route struct {
 	exclusive bool
-	targets   []Instance     // those that Balance may choose
+	targets   []*member      // those that Balance may choose
 	turn      *atomic.Uint32 // counts the choices by RoundRobin
 }
 
@@ -119,7 +155,7 @@ func (s *Service) Discover(ctx context.Context, service string) ([]Instance, err
 	if failure != nil {
 		return nil, failure
 	}
-	return slices.Clone(d.snapshot().instances), nil
+	return d.snapshot().instances(), nil
 }
 
 // Watch yields the instances of a service as [Service.Discover] returns them. It yields them again whenever an instance comes or
@@ -127,21 +163,29 @@ func (s *Service) Discover(ctx context.Context, service string) ([]Instance, err
 // when ctx ends. It ends with one of the errors of Discover if the first list can't be had, or when this service is stopped.
 func (s *Service) Watch(ctx context.Context, service string) iter.Seq2[[]Instance, error] {
 	return func(yield func([]Instance, error) bool) {
-		var last []Instance // nil before the first list
+		var last *snapshot // nil before the first list
 		for {
 			d, failure := s.discover(ctx, service)
 			if failure != nil {
 				yield(nil, failure)
 				return
 			}
-			changed := d.nextChange()
-			now := d.snapshot().instances
-			if (last == nil || !slices.EqualFunc(last, now, equalIgnoringHeartbeat)) && !yield(slices.Clone(now), nil) {
+			if last == nil {
+				if !d.use.hold() { // it has just ended
+					continue
+				}
+				defer d.use.release()
+			}
+			changed, leaderChanged, lapsed := d.nextChanges()
+			now := d.snapshot()
+			if (last == nil || !slices.EqualFunc(last.members, now.members, sameMember)) && !yield(now.instances(), nil) {
 				return
 			}
 			last = now
 			select {
 			case <-changed:
+			case <-leaderChanged:
+			case <-lapsed:
 			case <-s.base.Done(): // discover returns the error
 			case <-ctx.Done():
 				return
@@ -156,34 +200,96 @@ func equalIgnoringHeartbeat(a, b Instance) bool {
 	return reflect.DeepEqual(a, b)
 }
 
+// sameMember reports whether a and b differ only in what every heartbeat changes.
+func sameMember(a, b *member) bool { return a.vitals == b.vitals && a.Status == b.Status }
+
+// adoptMember gives the new entry of an instance the vitals of the old one if nothing else has changed.
+func adoptMember(old, now *entry[member]) (same bool) {
+	same = old != nil && equalIgnoringHeartbeat(old.value.Instance, now.value.Instance)
+	now.value.vitals = &vitals{}
+	if same {
+		now.value.vitals = old.value.vitals
+	}
+	now.value.load.Store(int64(now.value.Load))
+	now.value.seen.Store(now.created.UnixNano())
+	return same
+}
+
+func (s *Service) newDirectory(service string) *directory {
+	return &directory{service: service, watch: newWatch(s, registryBucket, service+".*", func(key string, m *member) bool {
+		return m.Service == service && m.Service+"."+m.ID == key && isToken(m.ID, maxInstance)
+	}, adoptMember)}
+}
+
 // discover returns the directory of a service after it has been filled.
 func (s *Service) discover(ctx context.Context, service string) (*directory, *Error) {
 	if !isName(service, maxService) {
 		return nil, notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
 	}
-	d := s.directories.get(service, func() *directory {
-		return &directory{watch: newWatch(s, registryBucket, service+".*", func(key string, i *Instance) bool {
-			return i.Service == service && i.Service+"."+i.ID == key && isToken(i.ID, maxInstance)
-		})}
-	})
-	return d, d.wait(ctx)
+	d := s.directories.get(service)
+	if failure := d.wait(ctx); failure != nil {
+		return d, failure
+	}
+	d.snapshot() // so that leaders is set
+	if w := d.leaders.Load(); w != nil && !w.ready.Load() {
+		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
+		defer cancel()
+		_ = w.wait(ctx) // if this fails, the entries themselves have to say who leads
+	}
+	return d, nil
 }
 
-// snapshot returns the latest snapshot. It makes a new one if the directory has changed.
+// run keeps the directory up to date until ctx ends or the service is stopped.
+func (d *directory) run(ctx context.Context) {
+	d.watch.run(ctx)
+	d.unfollowLeader()
+}
+
+// nextChanges returns channels that receive something when the snapshot may have changed.
+func (d *directory) nextChanges() (changed, leaderChanged <-chan struct{}, lapsed <-chan time.Time) {
+	if w := d.leaders.Load(); w != nil {
+		leaderChanged = w.nextChange()
+		if leader, until := w.active(); leader != "" {
+			lapsed = time.After(until - clock())
+		}
+	}
+	return d.nextChange(), leaderChanged, lapsed
+}
+
+const unknownLeader = "?" // which no instance is called
+
+// snapshot returns the latest snapshot. It makes a new one if the directory, or the leader, has changed.
 func (d *directory) snapshot() *snapshot {
-	last, version := d.latest.Load(), d.version.Load()
-	if last != nil && last.version == version {
+	last, version, leader := d.latest.Load(), d.version.Load(), unknownLeader
+	if w := d.leaders.Load(); w != nil && w.ready.Load() {
+		leader, _ = w.active()
+	}
+	if last != nil && last.version == version && last.leader == leader {
 		return last
 	}
 	last = cmp.Or(last, &snapshot{})
-	now := &snapshot{version: version, instances: []Instance{}, routes: map[string]*route{}}
-	for _, e := range d.all() {
-		e.value.Seen = e.created
-		now.instances = append(now.instances, e.value)
+	now := &snapshot{version: version, leader: leader, routes: map[string]*route{}}
+	entries := d.all()
+	slices.SortFunc(entries, func(a, b entry[member]) int { return cmp.Compare(a.value.ID, b.value.ID) })
+	if leader == unknownLeader { // then it is who was the last to say so
+		latest := uint64(0)
+		for _, e := range entries {
+			if e.value.Status == statusActive && e.value.exclusive() && e.revision > latest {
+				latest, leader = e.revision, e.value.ID
+			}
+		}
 	}
-	slices.SortFunc(now.instances, func(a, b Instance) int { return cmp.Compare(a.ID, b.ID) })
-	for _, i := range now.instances {
-		for _, e := range i.Endpoints {
+	exclusive := false
+	for _, e := range entries {
+		m := &e.value
+		if m.exclusive() {
+			exclusive = true
+			if m.Status == statusActive && m.ID != leader {
+				m.Status = statusStandby
+			}
+		}
+		now.members = append(now.members, m)
+		for _, e := range m.Endpoints {
 			r := now.routes[e.Subject]
 			if r == nil {
 				old := cmp.Or(last.routes[e.Subject], &route{turn: &atomic.Uint32{}})
@@ -191,13 +297,32 @@ func (d *directory) snapshot() *snapshot {
 				now.routes[e.Subject] = r
 			}
 			r.exclusive = r.exclusive || e.Exclusive
-			if i.Status != statusUnhealthy && i.Status != statusStopping {
-				r.targets = append(r.targets, i)
+			if m.Status != statusUnhealthy && m.Status != statusStopping {
+				r.targets = append(r.targets, m)
 			}
 		}
 	}
 	d.latest.Store(now)
+	if exclusive && d.leaders.Load() == nil {
+		d.followLeader()
+	}
 	return now
+}
+
+// followLeader sets d.leaders, unless d has ended.
+func (d *directory) followLeader() {
+	w := d.svc.elections.hold(d.service + "." + defaultGroup)
+	if !d.leaders.CompareAndSwap(nil, w) {
+		w.use.release()
+	} else if d.use.used.Load() == ended {
+		d.unfollowLeader()
+	}
+}
+
+func (d *directory) unfollowLeader() {
+	if w := d.leaders.Swap(nil); w != nil {
+		w.use.release()
+	}
 }
 
 // requestAny sends a call to an instance that the strategy chooses. If that instance no longer listens, requestAny lets the
@@ -220,7 +345,7 @@ func (s *Service) requestAny(ctx context.Context, x *exchange, service string, s
 }
 
 // choose returns the index of the target that a call goes to.
-func (s *Service) choose(r *route, targets []Instance, strategy Strategy) int {
+func (s *Service) choose(r *route, targets []*member, strategy Strategy) int {
 	n := len(targets)
 	i := rand.IntN(n)
 	switch strategy {
@@ -228,7 +353,7 @@ func (s *Service) choose(r *route, targets []Instance, strategy Strategy) int {
 		return int(r.turn.Add(1) % uint32(n))
 	case LeastLoaded:
 		j := (i + 1 + rand.IntN(max(n-1, 1))) % n // another target, if there is one
-		load := func(t Instance) int { return t.Load + s.inFlight.get(t.Service+"."+t.ID) }
+		load := func(t *member) int { return int(t.load.Load()) + s.inFlight.get(t.Service+"."+t.ID) }
 		if load(targets[i]) > load(targets[j]) {
 			return j
 		}
@@ -278,7 +403,7 @@ func (s *Service) sinceReconnect() time.Duration {
 func (s *Service) unhandled(caller context.Context, service, subject string) bool {
 	ctx, cancel := context.WithTimeout(caller, lookupTimeout)
 	defer cancel()
-	if _, known := s.directories.values.Load(service); !known {
+	if _, known := s.directories.watches.Load(service); !known {
 		if _, failure := s.info(ctx, service); failure != nil {
 			return false
 		}
@@ -287,7 +412,7 @@ func (s *Service) unhandled(caller context.Context, service, subject string) boo
 	if failure != nil {
 		return false
 	}
-	for now := d.snapshot(); len(now.instances) > 0 && now.routes[subject] == nil; now = d.snapshot() {
+	for now := d.snapshot(); len(now.members) > 0 && now.routes[subject] == nil; now = d.snapshot() {
 		if !sleep(ctx, 10*time.Millisecond) {
 			return caller.Err() == nil
 		}
@@ -334,7 +459,7 @@ func (s *Service) instance() Instance {
 		i.Status = statusStopping
 	case s.unhealthy.Load():
 		i.Status = statusUnhealthy
-	case slices.ContainsFunc(i.Endpoints, func(e Endpoint) bool { return e.Exclusive }) && !s.IsLeader():
+	case i.exclusive() && !s.IsLeader():
 		i.Status = statusStandby
 	}
 	return i

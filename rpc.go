@@ -296,7 +296,7 @@ func (s *Service) callAll(
 	if failure != nil {
 		return failure
 	}
-	instances := slices.Clone(d.snapshot().instances)
+	instances := d.snapshot().instances()
 	instances = slices.DeleteFunc(instances, func(i Instance) bool { return i.Status == statusStopping })
 	if len(instances) == 0 {
 		return notRun(newError(ErrUnavailable, "the service %s has no instances in the registry", service))
@@ -415,7 +415,7 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 		return answer, nil, false
 	}
 	if cfg.sticky && failure.Code == ErrNotActive.Code && failure.NotRun && failure.Source == service {
-		s.leaders(service, defaultGroup).correct(instance, failure)
+		s.leaders(service).correct(instance, failure)
 	}
 	if failure.Code == ErrCanceled.Code && !answered && !failure.NotRun {
 		s.notify(cancelSubject(service), []byte(x.reply))
@@ -444,7 +444,9 @@ func (s *Service) sendCall(ctx context.Context, x *exchange, service string, cfg
 	switch {
 	case instance != "":
 		if cfg.instance == nil {
-			x.term = s.leaders(service, defaultGroup).leadership(instance)
+			w := s.elections.hold(service + "." + defaultGroup)
+			defer w.use.release()
+			x.term = w.leadership(instance)
 		}
 		answer, failure = s.requestFrom(ctx, x, service, instance)
 		x.term = nil

@@ -1,0 +1,537 @@
+package aegis
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// This file has the watch, a local copy of some keys of a bucket. The registry and the election use it. At the end of the file is
+// what starts a watch when it is first needed, and ends it when nobody needs it any more.
+
+// A watch is a local copy of some keys of a bucket. It survives reconnects, and the loss of the bucket: then it fills a new copy,
+// which replaces the old one when it is complete.
+//
+// Entries with a TTL are not lost because the server was away: an entry that is not in the new copy, or that the server says has
+// expired, stays for its TTL unless it is written again or was deleted.
+type watch[T any] struct {
+	use            usage
+	svc            *Service
+	bucket, filter string
+	valid          func(key string, v *T) bool // entries for which it reports false are left out
+
+	// adopt takes over what now, a new revision of an entry, shares with old, which is nil if there was none. It reports whether
+	// the two are the same to those who wait for a change. If adopt is nil, each revision is a change.
+	adopt func(old, now *entry[T]) bool
+
+	version atomic.Uint64 // counts changes
+	ready   atomic.Bool   // whether the copy was ever complete
+	refill  chan struct{} // a signal makes follow return, and so a new copy be filled
+
+	mu      sync.Mutex // guards the rest
+	entries map[string]entry[T]
+	lost    time.Duration // when the copy was last kept up to date, by the clock, once that has ended
+	failure *Error        // of the latest attempt to fill the copy; nil if that succeeded
+	changed chan struct{} // closed and replaced at each change
+}
+
+type entry[T any] struct {
+	value    T
+	revision uint64
+	created  time.Time     // by the server's clock
+	seen     time.Duration // when this watch first got the revision, by the clock
+	ttl      time.Duration // 0 if the entry does not expire
+	until    time.Duration // when the entry expires unless it is written again, by the clock; 0 if it does not expire
+	kept     bool          // whether it stays until then, even if the server says that it has expired
+	gone     bool          // it was deleted
+	expired  bool          // it is gone because its TTL was over
+}
+
+const (
+	watchHeartbeat = time.Second     // between the messages by which the server shows that a consumer exists
+	watchSilence   = 3 * time.Second // without any of them, after which the copy is filled anew
+	expirySlack    = 2 * time.Second // for the server to report an expiry
+)
+
+func newWatch[T any](s *Service, bucket, filter string, valid func(string, *T) bool, adopt func(old, now *entry[T]) bool) *watch[T] {
+	return &watch[T]{svc: s, bucket: bucket, filter: filter, valid: valid, adopt: adopt, refill: make(chan struct{}, 1), changed: make(chan struct{})}
+}
+
+func (w *watch[T]) usage() *usage { return &w.use }
+
+// run keeps the copy until ctx ends or the service is stopped.
+func (w *watch[T]) run(ctx context.Context) {
+	for trouble := 1; ctx.Err() == nil; trouble++ {
+		begin, longest := clock(), time.Second
+		if failure := w.follow(ctx); failure != nil {
+			w.fail(failure)
+			if failure.Code == ErrDenied.Code { // it asks rarely, because each denial is logged, by the server too
+				longest = time.Minute
+				trouble++
+			}
+		}
+		connected := w.svc.pick() != nil
+		if clock()-begin > apiTimeout+time.Second || !connected { // it went well, or no connection is up
+			trouble = 1
+		}
+		if connected { // otherwise a copy could not be had again
+			w.use.retire()
+		}
+		sleep(ctx, backoff(trouble, retryPause, longest))
+	}
+	if w.svc.base.Err() != nil {
+		w.fail(w.svc.closedError())
+	}
+}
+
+// A filling is what one call of follow has received. The watch's mu guards all but heard.
+type filling[T any] struct {
+	fresh    map[string]entry[T] // the new copy; nil once it is complete
+	received uint64              // by the consumer's sequence
+	ended    bool
+	heard    atomic.Int64 // when the latest message came, by the clock
+	broken   chan struct{}
+}
+
+// follow keeps the copy up to date until the connection drops, nothing comes any more, or a new copy is wanted.
+func (w *watch[T]) follow(ctx context.Context) *Error {
+	c := w.svc.pick()
+	if c == nil {
+		return w.svc.disconnectedError()
+	}
+	begin, drops, what := clock(), c.drops.Load(), "the bucket "+w.bucket
+	f := &filling[T]{fresh: map[string]entry[T]{}, broken: make(chan struct{}, 1)}
+	f.heard.Store(int64(begin))
+	sub, err := c.nc.Subscribe(c.newInbox(), func(m *nats.Msg) { w.receive(c, f, m) })
+	if err != nil {
+		return w.svc.jetStreamError(begin, err, what)
+	}
+	defer w.end(f)
+	defer sub.Unsubscribe()
+	within, cancel := context.WithTimeout(ctx, apiTimeout)
+	consumer, err := c.js.CreatePushConsumer(within, "KV_"+w.bucket, jetstream.ConsumerConfig{
+		DeliverSubject: sub.Subject, FilterSubject: "$KV." + w.bucket + "." + w.filter, DeliverPolicy: jetstream.DeliverLastPerSubjectPolicy,
+		AckPolicy: jetstream.AckNonePolicy, MaxDeliver: 1, MemoryStorage: true, Replicas: 1, FlowControl: true, IdleHeartbeat: watchHeartbeat,
+	})
+	cancel()
+	switch {
+	case errors.Is(err, jetstream.ErrStreamNotFound):
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.fillLocked(f)
+		return nil
+	case err != nil:
+		return w.svc.jetStreamError(begin, err, what)
+	}
+	if info := consumer.CachedInfo(); info.NumPending == 0 && info.Delivered.Consumer == 0 {
+		w.mu.Lock()
+		w.fillLocked(f)
+		w.mu.Unlock()
+	}
+	tick := time.NewTicker(retryPause)
+	defer tick.Stop()
+	for last := clock(); ; last = clock() {
+		var refill chan struct{} // w.refill once the copy is complete
+		if w.complete(f) {
+			refill = w.refill
+		}
+		select {
+		case <-tick.C:
+			now := clock()
+			switch silence := now - time.Duration(f.heard.Load()); {
+			case silence > watchSilence && refill == nil:
+				return newError(ErrTimeout, "%s: no answer from JetStream", what)
+			case silence > watchSilence, now-last > watchSilence, c.drops.Load() != drops: // in the second case, the process was paused
+				return nil
+			}
+			w.expire(now)
+			w.use.retire()
+		case <-refill:
+			return nil
+		case <-f.broken:
+			return nil
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// receive takes a message of the consumer: an entry, or one that only shows that the consumer exists. If a message is missing, the
+// copy has to be filled anew.
+func (w *watch[T]) receive(c *conn, f *filling[T], m *nats.Msg) {
+	if m.Header.Get("Status") != "" {
+		if reply := cmp.Or(m.Reply, m.Header.Get("Nats-Consumer-Stalled")); reply != "" {
+			_ = c.nc.Publish(reply, nil) // asks for more; fails only if the connection is down
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		f.heard.Store(int64(clock()))
+		if last := m.Header.Get("Nats-Last-Consumer"); last != "" && last != strconv.FormatUint(f.received, 10) {
+			signal(f.broken)
+		}
+		return
+	}
+	meta, err := m.Metadata()
+	if err != nil {
+		return // somebody else has sent it
+	}
+	key := strings.TrimPrefix(m.Subject, "$KV."+w.bucket+".")
+	now := entry[T]{revision: meta.Sequence.Stream, created: meta.Timestamp, seen: clock(), ttl: parseTTL(m.Header.Get(jetstream.MsgTTLHeader))}
+	reason := m.Header.Get(jetstream.MarkerReasonHeader)
+	now.gone, now.expired = reason != "" || m.Header.Get("KV-Operation") != "", reason == "MaxAge"
+	if !now.gone {
+		if err := json.Unmarshal(m.Data, &now.value); err != nil || !w.valid(key, &now.value) {
+			w.svc.log.Warn("ignoring a registry or election entry that is not from aegis", "bucket", w.bucket, "key", key, "revision", now.revision, "error", err)
+			now.gone = true
+		}
+	}
+	if now.ttl > 0 {
+		now.until = now.seen + now.ttl + expirySlack
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f.heard.Store(int64(now.seen))
+	switch f.received++; {
+	case f.ended:
+	case f.received != meta.Sequence.Consumer:
+		f.ended = true
+		signal(f.broken)
+	case f.fresh == nil:
+		w.applyLocked(key, now)
+	default:
+		f.fresh[key] = now
+		if meta.NumPending == 0 {
+			w.fillLocked(f)
+		}
+	}
+}
+
+// parseTTL returns the time in a header of a message that expires, or 0 if it is none.
+func parseTTL(header string) time.Duration {
+	if seconds, err := strconv.ParseInt(header, 10, 32); err == nil {
+		return time.Duration(seconds) * time.Second
+	}
+	ttl, _ := time.ParseDuration(header)
+	return ttl
+}
+
+// applyLocked puts a change into the copy.
+func (w *watch[T]) applyLocked(key string, now entry[T]) {
+	old, known := w.entries[key]
+	switch {
+	case !now.gone:
+		if !w.replaceLocked(w.entries, key, now) {
+			w.changedLocked()
+		}
+	case known && !(now.expired && old.kept):
+		delete(w.entries, key)
+		w.changedLocked()
+	}
+}
+
+// replaceLocked puts an entry into a copy, and reports whether that is no change to the present one.
+func (w *watch[T]) replaceLocked(into map[string]entry[T], key string, now entry[T]) (same bool) {
+	if w.adopt != nil {
+		var before *entry[T]
+		if old, known := w.entries[key]; known {
+			before = &old
+		}
+		same = w.adopt(before, &now)
+	}
+	into[key] = now
+	return same
+}
+
+// fillLocked replaces the copy by the new one, unless it has done so before.
+func (w *watch[T]) fillLocked(f *filling[T]) {
+	if f.fresh == nil {
+		return
+	}
+	fresh, now, same := f.fresh, clock(), w.ready.Load() && w.adopt != nil
+	f.fresh = nil
+	for key, old := range w.entries {
+		e, known := fresh[key]
+		switch {
+		case known && !e.gone && e.revision != old.revision: // it was written again
+		case known && !e.gone && old.ttl == 0:
+			fresh[key] = old // with the time at which the revision was first seen
+		case known && e.gone && !e.expired, old.ttl == 0: // it was deleted
+			same = false
+		default:
+			left := old.ttl
+			if old.kept {
+				left = old.until - w.lost
+			}
+			old.until, old.kept = now+left, true
+			fresh[key] = old
+		}
+	}
+	for key, e := range fresh {
+		if e.gone {
+			delete(fresh, key)
+		} else {
+			same = w.replaceLocked(fresh, key, e) && same
+		}
+	}
+	w.entries, w.failure = fresh, nil
+	w.ready.Store(true)
+	if !same {
+		w.changedLocked()
+	}
+}
+
+// expire removes the entries whose time is over. The server reports an expiry, too, but not for entries that were kept, or if
+// somebody has removed them from the stream.
+func (w *watch[T]) expire(now time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	before := len(w.entries)
+	for key, e := range w.entries {
+		if e.until > 0 && e.until < now {
+			delete(w.entries, key)
+		}
+	}
+	if len(w.entries) != before {
+		w.changedLocked()
+	}
+}
+
+// complete reports whether f has filled the copy.
+func (w *watch[T]) complete(f *filling[T]) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return f.fresh == nil
+}
+
+// end is called when nothing more of f is wanted.
+func (w *watch[T]) end(f *filling[T]) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f.ended = true
+	if f.fresh == nil {
+		w.lost = clock()
+	}
+}
+
+// changedLocked wakes those who wait for a change.
+func (w *watch[T]) changedLocked() {
+	w.version.Add(1)
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+// fail notes why the copy can't be filled. The old copy stays.
+func (w *watch[T]) fail(failure *Error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.failure = failure
+	w.changedLocked()
+}
+
+// nextChange returns a channel that is closed at the next change.
+func (w *watch[T]) nextChange() <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.changed
+}
+
+func (w *watch[T]) get(key string) (entry[T], bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	e, ok := w.entries[key]
+	return e, ok
+}
+
+func (w *watch[T]) all() []entry[T] {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Collect(maps.Values(w.entries))
+}
+
+// wait waits until the copy has been complete once. It fails when ctx ends or, if ctx has no deadline, after WithTimeout, and
+// when the copy can't be filled for a reason other than a timeout.
+func (w *watch[T]) wait(ctx context.Context) *Error {
+	if w.svc.base.Err() != nil {
+		return notRun(w.svc.closedError())
+	}
+	if w.ready.Load() {
+		return nil
+	}
+	if !w.use.hold() {
+		return notRun(newError(ErrOverloaded, "%s of %s: more than %d of them are looked up at once", w.filter, w.bucket, maxWatches))
+	}
+	defer w.use.release()
+	ctx, cancel := withDeadline(ctx, w.svc.cfg.timeout)
+	defer cancel()
+	for {
+		w.mu.Lock()
+		failure, changed := w.failure, w.changed
+		w.mu.Unlock()
+		switch {
+		case w.ready.Load():
+			return nil
+		case failure != nil && failure.Code != ErrTimeout.Code:
+			return notRun(newError(failure, "%s", failure.Message))
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return notRun(newError(asError(ctx.Err()), "the bucket %s: %v", w.bucket, ctx.Err()))
+		}
+	}
+}
+
+const (
+	idleTime   = time.Minute   // without use, after which a watch ends
+	maxWatches = 1024          // of one kind, besides those that are held
+	ended      = math.MinInt64 // the used of a watch that has ended
+)
+
+// A usage says how long a watch goes on: as long as somebody holds it, and for idleTime after it was last asked for. A watch that
+// has ended stays so; who needs one again starts another.
+type usage struct {
+	used    atomic.Int64 // when the watch was last asked for, by the clock, or ended
+	mu      sync.Mutex   // guards the rest, and the change to ended
+	holders int
+	end     func() // ends the watch
+}
+
+// touch notes that the watch is used. It reports false if the watch has ended.
+func (u *usage) touch() bool {
+	now := int64(clock())
+	for {
+		old := u.used.Load()
+		if old == ended || now-old < int64(time.Second) { // to note it once in a second is enough
+			return old != ended
+		}
+		if u.used.CompareAndSwap(old, now) {
+			return true
+		}
+	}
+}
+
+// hold keeps the watch until release is called. It reports false if the watch has ended.
+func (u *usage) hold() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.used.Load() == ended {
+		return false
+	}
+	u.holders++
+	return true
+}
+
+func (u *usage) held() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.holders > 0
+}
+
+func (u *usage) release() {
+	u.mu.Lock()
+	u.holders--
+	u.mu.Unlock()
+	u.retire()
+}
+
+// retire ends the watch if nobody needs it any more.
+func (u *usage) retire() { u.endUnused(clock() - idleTime) }
+
+// endUnused ends the watch if nobody holds it, and it was last asked for at the time before, or earlier.
+func (u *usage) endUnused(before time.Duration) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if used := u.used.Load(); u.holders == 0 && used <= int64(before) && used != ended && u.used.CompareAndSwap(used, ended) {
+		u.end()
+	}
+}
+
+// A watching has the watches of one kind, by key. Its svc and make have to be set before it is used.
+type watching[W interface {
+	usage() *usage
+	run(context.Context)
+	fail(*Error)
+}] struct {
+	svc     *Service
+	make    func(key string) W
+	watches sync.Map
+	mu      sync.Mutex   // guards adding
+	count   atomic.Int64 // of watches
+}
+
+// get returns the watch of key, which goes on for idleTime. If there is none, get starts one.
+func (g *watching[W]) get(key string) W {
+	for {
+		if v, ok := g.watches.Load(key); ok && v.(W).usage().touch() {
+			return v.(W)
+		}
+		g.start(key, clock())
+	}
+}
+
+// hold is get for somebody who needs the watch until he calls release of its usage.
+func (g *watching[W]) hold(key string) W {
+	for {
+		if v, ok := g.watches.Load(key); ok && v.(W).usage().hold() {
+			return v.(W)
+		}
+		g.start(key, clock()-idleTime)
+	}
+}
+
+// start starts the watch of key, unless there is one. If there are too many, it ends the one that was not used for the longest time.
+func (g *watching[W]) start(key string, used time.Duration) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if v, ok := g.watches.Load(key); ok && v.(W).usage().used.Load() != ended {
+		return
+	}
+	if g.count.Load() >= maxWatches {
+		g.makeRoom()
+	}
+	key = strings.Clone(key) // it may be a part of a large string
+	w := g.make(key)
+	ctx, cancel := context.WithCancel(g.svc.base)
+	u := w.usage()
+	u.used.Store(int64(used))
+	u.end = func() {
+		cancel()
+		g.watches.CompareAndDelete(key, w)
+		g.count.Add(-1)
+	}
+	g.watches.Store(key, w)
+	g.count.Add(1)
+	if !g.svc.startTask(func() { w.run(ctx) }) {
+		w.fail(g.svc.closedError())
+	}
+}
+
+// makeRoom ends the watch that was not used for the longest time, if there are maxWatches that nobody holds.
+func (g *watching[W]) makeRoom() {
+	var oldest *usage
+	unheld := 0
+	for _, v := range g.watches.Range {
+		u := v.(W).usage()
+		if u.held() {
+			continue
+		}
+		if unheld++; oldest == nil || u.used.Load() < oldest.used.Load() {
+			oldest = u
+		}
+	}
+	if unheld >= maxWatches {
+		oldest.endUnused(clock())
+	}
+}
