@@ -131,22 +131,31 @@ func withJetStream(tb testing.TB) func(*server.Options) {
 // startCluster runs a cluster of n servers with JetStream until the test ends.
 func startCluster(tb testing.TB, n int) []*server.Server {
 	tb.Helper()
+	servers, _ := startClusterToRestart(tb, n)
+	return servers
+}
+
+// startClusterToRestart is startCluster for a test that starts servers again after it has shut them down.
+func startClusterToRestart(tb testing.TB, n int) (servers []*server.Server, startAgain func(i int)) {
+	tb.Helper()
 	ports, routes := make([]int, n), make([]string, n)
 	for i := range n {
 		ports[i] = freePort(tb)
 		routes[i] = fmt.Sprint("nats://127.0.0.1:", ports[i])
 	}
-	servers := make([]*server.Server, n)
+	servers = make([]*server.Server, n)
+	stores, clientPorts := make([]func(*server.Options), n), make([]int, n)
+	startAgain = func(i int) {
+		servers[i] = startServer(tb, stores[i], func(o *server.Options) {
+			o.ServerName, o.Port = fmt.Sprint("n", i), clientPorts[i]
+			o.Cluster = server.ClusterOpts{Name: "c", Host: "127.0.0.1", Port: ports[i]}
+			o.Routes = server.RoutesFromStr(strings.Join(routes, ","))
+		})
+	}
 	var starting sync.WaitGroup
 	for i := range servers {
-		store := withJetStream(tb)
-		starting.Go(func() {
-			servers[i] = startServer(tb, store, func(o *server.Options) {
-				o.ServerName = fmt.Sprint("n", i)
-				o.Cluster = server.ClusterOpts{Name: "c", Host: "127.0.0.1", Port: ports[i]}
-				o.Routes = server.RoutesFromStr(strings.Join(routes, ","))
-			})
-		})
+		stores[i], clientPorts[i] = withJetStream(tb), freePort(tb)
+		starting.Go(func() { startAgain(i) })
 	}
 	starting.Wait()
 	eventually(tb, "the cluster has a leader that all servers follow", func() bool {
@@ -154,7 +163,7 @@ func startCluster(tb testing.TB, n int) []*server.Server {
 			return s.JetStreamIsLeader() && len(s.JetStreamClusterPeers()) == n
 		})
 	})
-	return servers
+	return servers, startAgain
 }
 
 // newService returns a service that is stopped when the test ends.

@@ -41,7 +41,13 @@ func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfi
 		if want.Name == eventStream || want.Name == commandStream { // one that exists need not have these
 			made.AllowMsgSchedules, made.AllowRollup, made.AllowMsgTTL = true, true, true
 		}
-		if stream, err = c.js.CreateStream(ctx, made); errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+		made.MaxConsumers = consumerLimit
+		var api *jetstream.APIError
+		if stream, err = c.js.CreateStream(ctx, made); errors.As(err, &api) && api.ErrorCode == maxConsumers { // of the account
+			made.MaxConsumers = 0
+			stream, err = c.js.CreateStream(ctx, made)
+		}
+		if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
 			// Another instance was faster.
 			if stream, err = c.js.Stream(ctx, want.Name); errors.Is(err, jetstream.ErrStreamNotFound) {
 				// The cluster has not finished.
@@ -76,6 +82,10 @@ func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfi
 	}
 	return nil, notRun(newError(ErrInvalid, "the stream %s, which exists, can't be used: %s", want.Name, fix))
 }
+
+// consumerLimit is the number of consumers that a stream made by aegis may have, because the default of nats-server is 1,000. Each
+// subscription is one, and each service that an instance looks up, and each group in which it campaigns.
+const consumerLimit = 1 << 20
 
 // takes reports whether all subjects of a pattern go to the stream.
 func takes(stream jetstream.Stream, subject string) bool {
@@ -184,6 +194,8 @@ func (s *Service) jetStreamError(begin time.Duration, err error, what string) *E
 		return noJetStreamError(what)
 	case errors.As(err, &api) && (api.ErrorCode == temporarilyUnavailable || api.ErrorCode == noSuitablePeers):
 		return newError(ErrTimeout, "%s: %s (%d)", what, api.Description, api.ErrorCode)
+	case errors.As(err, &api) && api.ErrorCode == maxConsumers:
+		return notRun(newError(ErrUnavailable, "%s: %s (%d): raise max_consumers of the stream or the account", what, api.Description, api.ErrorCode))
 	case errors.As(err, &api):
 		return notRun(newError(kindOfAPIError(api), "%s: %s (%d)", what, api.Description, api.ErrorCode))
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):

@@ -331,6 +331,9 @@ func (s *Service) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	for _, r := range readings {
 		endpoint := []string{"kind", r.Kind, "endpoint", r.Name}
 		requests("", float64(r.Requests-r.Errors), append(endpoint, "code", "")...)
+		for code := range statuses { // so that a rate sees the first failure
+			r.Codes[code] += 0
+		}
 		for _, code := range slices.Sorted(maps.Keys(r.Codes)) {
 			requests("", float64(r.Codes[code]), append(endpoint, "code", code)...)
 		}

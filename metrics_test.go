@@ -408,6 +408,10 @@ func TestMetrics(t *testing.T) {
 		`aegis_requests_total{service="svc",kind="rpc",endpoint="m",code=""}`:                    3,
 		`aegis_requests_total{service="svc",kind="rpc",endpoint="m",code="NO_FUNDS"}`:            1,
 		`aegis_requests_total{service="svc",kind="rpc",endpoint="m",code="a\"b\\c\nd?"}`:         1,
+		`aegis_requests_total{service="svc",kind="rpc",endpoint="m",code="INTERNAL"}`:            0, // before the first failure
+		`aegis_requests_total{service="svc",kind="rpc",endpoint="alone",code="OVERLOADED"}`:      0,
+		`aegis_requests_total{service="svc",kind="event",endpoint="order.*",code="UNAVAILABLE"}`: 0,
+		`aegis_requests_total{service="svc",kind="call",endpoint="svc.m",code="CIRCUIT_OPEN"}`:   0,
 		`aegis_requests_total{service="svc",kind="call",endpoint="svc.m",code=""}`:               3,
 		`aegis_requests_total{service="svc",kind="event",endpoint="order.*",code=""}`:            1,
 		`aegis_request_duration_seconds_count{service="svc",kind="rpc",endpoint="m"}`:            5,

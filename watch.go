@@ -24,8 +24,8 @@ import (
 // A watch is a local copy of some keys of a bucket. It survives reconnects, and the loss of the bucket: then it fills a new copy,
 // which replaces the old one when it is complete.
 //
-// Entries with a TTL are not lost because the server was away: an entry that is not in the new copy, or that the server says has
-// expired, stays for its TTL unless it is written again or was deleted.
+// Entries with a TTL are not lost because the servers were away. An entry stays for its TTL if it has expired meanwhile, that is, if
+// the new copy does not have it, or if the server reports the expiry too late. It does not stay if it was deleted.
 type watch[T any] struct {
 	use            usage
 	svc            *Service
@@ -55,7 +55,7 @@ type entry[T any] struct {
 	ttl      time.Duration // 0 if the entry does not expire
 	until    time.Duration // when the entry expires unless it is written again, by the clock; 0 if it does not expire
 	kept     bool          // whether it stays until then, even if the server says that it has expired
-	gone     bool          // it was deleted
+	gone     bool          // the server does not have it any more
 	expired  bool          // it is gone because its TTL was over
 }
 
@@ -156,7 +156,9 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 			case silence > watchSilence, now-last > watchSilence, c.drops.Load() != drops: // in the second case, the process was paused
 				return nil
 			}
-			w.expire(now)
+			if !w.expire(now) {
+				return nil
+			}
 			w.use.retire()
 		case <-refill:
 			return nil
@@ -235,7 +237,13 @@ func (w *watch[T]) applyLocked(key string, now entry[T]) {
 		if !w.replaceLocked(w.entries, key, now) {
 			w.changedLocked()
 		}
-	case known && !(now.expired && old.kept):
+	case known && now.expired && now.created.Sub(old.created) > old.ttl+expirySlack: // late, because the servers were away
+		old.until, old.kept, old.gone = now.seen+old.ttl, true, true
+		w.entries[key] = old
+	case known && now.expired && old.kept:
+		old.gone = true
+		w.entries[key] = old
+	case known:
 		delete(w.entries, key)
 		w.changedLocked()
 	}
@@ -271,15 +279,15 @@ func (w *watch[T]) fillLocked(f *filling[T]) {
 			same = false
 		default:
 			left := old.ttl
-			if old.kept {
+			if old.gone { // it has had its time
 				left = old.until - w.lost
 			}
-			old.until, old.kept = now+left, true
+			old.until, old.kept, old.gone = now+left, true, !known || e.gone
 			fresh[key] = old
 		}
 	}
 	for key, e := range fresh {
-		if e.gone {
+		if e.gone && !e.kept {
 			delete(fresh, key)
 		} else {
 			same = w.replaceLocked(fresh, key, e) && same
@@ -292,20 +300,26 @@ func (w *watch[T]) fillLocked(f *filling[T]) {
 	}
 }
 
-// expire removes the entries whose time is over. The server reports an expiry, too, but not for entries that were kept, or if
-// somebody has removed them from the stream.
-func (w *watch[T]) expire(now time.Duration) {
+// expire removes the entries that were kept, that the server does not have any more, and whose time is over. It reports false if the
+// time of others is over. The server should have reported that: either it can't, or somebody has removed them from the stream. A new
+// copy shows which.
+func (w *watch[T]) expire(now time.Duration) (ok bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	ok = true
 	before := len(w.entries)
 	for key, e := range w.entries {
 		if e.until > 0 && e.until < now {
-			delete(w.entries, key)
+			ok = ok && e.gone
+			if e.gone {
+				delete(w.entries, key)
+			}
 		}
 	}
 	if len(w.entries) != before {
 		w.changedLocked()
 	}
+	return ok
 }
 
 // complete reports whether f has filled the copy.
