@@ -417,6 +417,14 @@ func runChild(role string) int {
 			for i := range n {
 				err = errors.Join(err, aegis.Subscribe(svc, fmt.Sprintf("order.t%d", i), func(context.Context, aegis.Event[int]) error { return nil }))
 			}
+		case "watching": // prints a line when Watch yields a list
+			go func() {
+				for list, err := range svc.Watch(context.Background(), "svc") {
+					if len(list) == 2000 || err != nil {
+						fmt.Println("watching", len(list), err)
+					}
+				}
+			}()
 		case "soak":
 			err = handleAll(svc)
 		case "events": // prints each event; the data SLEEP and EXIT make the handler sleep and the process exit

@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/aegistrader/aegis"
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/vmihailenco/msgpack/v5"
@@ -306,30 +307,179 @@ func BenchmarkIdle(b *testing.B) {
 			took, _ := child.line(b)
 			micros, _ := strconv.ParseFloat(took, 64)
 			b.ReportMetric(micros/1000, "start-ms")
-			// cpuTicks returns the user and system time of the child in ticks of 10 ms:
-			// https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-			cpuTicks := func() float64 {
-				stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", child.Process.Pid))
-				if err != nil {
-					b.Fatal(err)
-				}
-				fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')'):]))
-				user, _ := strconv.ParseFloat(fields[12], 64)
-				system, _ := strconv.ParseFloat(fields[13], 64)
-				return user + system
-			}
-			const watched = 8 * time.Second
-			before := cpuTicks()
-			time.Sleep(watched)
-			b.ReportMetric(100*(cpuTicks()-before)*0.01/watched.Seconds(), "%core")
-			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", child.Process.Pid))
-			if err != nil {
-				b.Fatal(err)
-			}
-			_, rss, _ := strings.Cut(string(status), "VmRSS:")
-			kb, _ := strconv.ParseFloat(strings.Fields(rss)[0], 64)
-			b.ReportMetric(kb/1024, "MB-RSS")
+			child.reportUse(b, 8*time.Second)
 			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// reportUse reports the CPU time that the process uses from now on, and the memory that it has then. It reads /proc:
+// https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+func (p *process) reportUse(b *testing.B, watched time.Duration) {
+	b.Helper()
+	ticks := func() float64 { // of 10 ms
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.Process.Pid))
+		if err != nil {
+			b.Fatal(err)
+		}
+		fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')'):]))
+		user, _ := strconv.ParseFloat(fields[12], 64)
+		system, _ := strconv.ParseFloat(fields[13], 64)
+		return user + system
+	}
+	before := ticks()
+	time.Sleep(watched)
+	b.ReportMetric(100*(ticks()-before)*0.01/watched.Seconds(), "%core")
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	_, rss, _ := strings.Cut(string(status), "VmRSS:")
+	kb, _ := strconv.ParseFloat(strings.Fields(rss)[0], 64)
+	b.ReportMetric(kb/1024, "MB-RSS")
+}
+
+// BenchmarkRegistry reports what a process costs that watches a service of 2,000 instances, each of which sends a heartbeat every 10
+// s, and what the entries of these instances cost the server.
+func BenchmarkRegistry(b *testing.B) {
+	if runtime.GOOS != "linux" {
+		b.Skip("reads /proc")
+	}
+	const n, interval = 2000, 10 * time.Second
+	srv := startServer(b, withJetStream(b))
+	start(b, newService(b, srv, "other")) // makes the bucket
+	js := manage(b, srv)
+	beat := func(i, round int) {
+		name := fmt.Sprintf("svc-%08x", i)
+		endpoint := aegis.Endpoint{Kind: "rpc", Name: "create_order", Subject: "rpc.svc.create_order"}
+		entry := aegis.Instance{Service: "svc", ID: name, Version: "1.2.3", Status: "ACTIVE", Endpoints: []aegis.Endpoint{endpoint}, Load: round}
+		data, err := json.Marshal(entry)
+		if err == nil {
+			_, err = js.PublishMsgAsync(&nats.Msg{Subject: "$KV.aegis_registry.svc." + name, Data: data, Header: nats.Header{"Nats-TTL": {"30"}}})
+		}
+		if err != nil {
+			b.Error(err)
+		}
+	}
+	before := memory()
+	for i := range n {
+		beat(i, 0)
+	}
+	<-js.PublishAsyncComplete()
+	b.ReportMetric(float64(memory()-before)/n/1024, "server-KB/entry")
+	child := startProcess(b, "watching", srv)
+	for range 2 {
+		if line, _ := child.line(b); line != "ready" && line != "watching 2000 <nil>" {
+			b.Fatal(line)
+		}
+	}
+	var beating sync.WaitGroup
+	done := make(chan struct{})
+	beating.Go(func() {
+		for round := 1; ; round++ {
+			for i := range n {
+				select {
+				case <-done:
+					return
+				case <-time.After(interval / n):
+					beat(i, round)
+				}
+			}
+		}
+	})
+	cpu := cpuTime()
+	child.reportUse(b, 8*time.Second)
+	b.ReportMetric(100*(cpuTime()-cpu).Seconds()/8, "%core-server")
+	if len(child.lines) > 0 {
+		b.Error("Watch yields a list after heartbeats")
+	}
+	close(done)
+	beating.Wait()
+	b.ReportMetric(0, "ns/op")
+}
+
+// memory returns the bytes of the process's heap and stacks that are in use.
+func memory() uint64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc + m.StackInuse
+}
+
+// reportLoad reports the CPU time that this process takes, server and services together, and the messages that the server receives
+// and sends in each second.
+func reportLoad(b *testing.B, srv *server.Server) {
+	b.Helper()
+	messages := func() int64 {
+		v, err := srv.Varz(nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return v.InMsgs + v.OutMsgs
+	}
+	const watched = 5 * time.Second
+	cpu, before := cpuTime(), messages()
+	time.Sleep(watched)
+	b.ReportMetric(100*(cpuTime()-cpu).Seconds()/watched.Seconds(), "%core")
+	b.ReportMetric(float64(messages()-before)/watched.Seconds(), "messages/s")
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkInstances reports what idle instances and the server cost together, in one process. The instances have one connection
+// each, and a heartbeat a second instead of every 10 s.
+func BenchmarkInstances(b *testing.B) {
+	const n = 100
+	srv := startServer(b, withJetStream(b))
+	start(b, newService(b, srv, "other")) // makes the bucket
+	before := memory()
+	for range n {
+		s := newService(b, srv, "svc", aegis.WithPool(1), aegis.WithHeartbeat(time.Second))
+		handle(b, s, "m", echo)
+		start(b, s)
+	}
+	b.ReportMetric(float64(memory()-before)/n/1024, "KB/instance")
+	reportLoad(b, srv)
+}
+
+// BenchmarkWatches reports what the local copies of 500 services cost an instance and the server together, in one process, while
+// nothing changes.
+func BenchmarkWatches(b *testing.B) {
+	const n = 500
+	srv := startServer(b, withJetStream(b))
+	start(b, newService(b, srv, "other")) // makes the bucket
+	client := newService(b, srv, "client")
+	before := memory()
+	for i := range n {
+		instances(b, client, fmt.Sprint("svc", i))
+	}
+	b.ReportMetric(float64(memory()-before)/n/1024, "KB/copy")
+	reportLoad(b, srv)
+}
+
+// BenchmarkElections reports what elections cost, for the instances and the server together, in one process.
+func BenchmarkElections(b *testing.B) {
+	for name, shape := range map[string]struct{ instances, groups int }{"30-standbys": {31, 1}, "200-groups": {1, 200}, "200-groups-of-2": {2, 200}} {
+		b.Run(name, func(b *testing.B) {
+			srv := startServer(b, withJetStream(b))
+			ctx, cancel := context.WithCancel(context.Background())
+			var leading atomic.Int32
+			var campaigns sync.WaitGroup
+			for range shape.instances {
+				s := newService(b, srv, "svc", aegis.WithPool(1))
+				for g := range shape.groups {
+					campaigns.Go(func() {
+						_ = s.Lead(ctx, fmt.Sprint("g", g), aegis.Balanced, func(ctx context.Context, _ uint64) error {
+							leading.Add(1)
+							<-ctx.Done()
+							return nil
+						})
+					})
+				}
+			}
+			eventually(b, "all groups are led", func() bool { return int(leading.Load()) == shape.groups })
+			reportLoad(b, srv)
+			cancel()
+			campaigns.Wait()
 		})
 	}
 }
@@ -585,10 +735,7 @@ func BenchmarkCommandsForLater(b *testing.B) {
 	var begun atomic.Int32
 	handleCommand(b, svc, "work", func(context.Context, *aegis.Command[int]) (int, error) { return int(begun.Add(1)), nil })
 	start(b, svc)
-	var m runtime.MemStats
-	runtime.GC()
-	runtime.ReadMemStats(&m)
-	before := m.HeapAlloc + m.StackInuse
+	before := memory()
 	const all, soon, watched = 10_000, 1000, 3 * time.Second
 	due := time.Now().Add(15 * time.Second)
 	var next atomic.Int32
@@ -605,9 +752,7 @@ func BenchmarkCommandsForLater(b *testing.B) {
 		})
 	}
 	senders.Wait()
-	runtime.GC()
-	runtime.ReadMemStats(&m)
-	b.ReportMetric(float64(m.HeapAlloc+m.StackInuse-before)/(1<<20), "MB")
+	b.ReportMetric(float64(memory()-before)/(1<<20), "MB")
 	cpu := cpuTime()
 	time.Sleep(watched)
 	b.ReportMetric(100*(cpuTime()-cpu).Seconds()/watched.Seconds(), "%core-waiting")
@@ -620,12 +765,12 @@ func BenchmarkCommandsForLater(b *testing.B) {
 }
 
 // BenchmarkDiscover lists a service of 100 instances from the local copy, and reports how much longer that takes than copying the
-// list.
+// list. Ten heartbeats come in a second.
 func BenchmarkDiscover(b *testing.B) {
 	const instances = 100
 	srv := startServer(b, withJetStream(b))
 	for range instances {
-		s := newService(b, srv, "svc", aegis.WithPool(1), aegis.WithHeartbeat(time.Hour))
+		s := newService(b, srv, "svc", aegis.WithPool(1))
 		handle(b, s, "m", echo)
 		start(b, s)
 	}

@@ -301,6 +301,12 @@ func FromStart() HandlerOption {
 // reject the writes of a former leader that has not noticed yet. If the leadership was lost while the handler ran, the caller
 // gets [ErrFenced] instead of the answer: the handler ran, and its effect may or may not stand. An event or a command is given to
 // the next leader then.
+//
+// If nobody has led the service before, or the bucket aegis_leaders was lost, the first leader is elected only after the Lease of its
+// policy, 3 s by default, because an instance that is not known may still lead. A test need not wait that long:
+//
+//	aegis.WithFailover(aegis.FailoverPolicy{Lease: 400 * time.Millisecond, Valid: 300 * time.Millisecond,
+//		Renew: 100 * time.Millisecond, Timeout: 100 * time.Millisecond})
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
 // Permanent returns an error for a handler of events or commands to return: there is no other attempt, and the message becomes a

@@ -71,15 +71,16 @@ const (
 // A directory is the local copy of a service's entries.
 type directory struct {
 	*watch[member]
-	service string
-	latest  atomic.Pointer[snapshot]    // nil before the first snapshot is made
-	leaders atomic.Pointer[leaderWatch] // nil before an instance has exclusive handlers; held by run
+	service    string
+	heartbeats atomic.Uint64               // counts all changes of entries
+	latest     atomic.Pointer[snapshot]    // nil before the first snapshot is made
+	leaders    atomic.Pointer[leaderWatch] // nil before an instance has exclusive handlers; held by run
 }
 
 // A member is an entry of a directory. What each heartbeat changes in it is in its vitals.
 type member struct {
 	Instance
-	*vitals
+	vitals *vitals
 }
 
 // vitals are shared by the entries of an instance that differ in nothing else.
@@ -88,29 +89,20 @@ type vitals struct {
 	seen atomic.Int64 // in ns since 1970, by the server's clock
 }
 
-// now returns the instance as its last heartbeat has described it.
-func (m *member) now() Instance {
-	i := m.Instance
-	i.Load, i.Seen = int(m.load.Load()), time.Unix(0, m.seen.Load()).UTC()
-	return i
-}
-
 // A snapshot is what the entries of a directory say at one version of the directory, with one leader. Only the turns of its routes
-// change, and the next snapshot goes on with the same ones.
+// and its listing change, and the next snapshot goes on with the same turns.
 type snapshot struct {
 	version uint64
 	leader  string
 	members []*member         // sorted by id
 	routes  map[string]*route // by subject
+	listing atomic.Pointer[listing]
 }
 
-// instances returns a copy of the instances, sorted by id.
-func (s *snapshot) instances() []Instance {
-	out := make([]Instance, len(s.members))
-	for i, m := range s.members {
-		out[i] = m.now()
-	}
-	return out
+// A listing has the instances of a snapshot, sorted by id, as they were at one count of heartbeats.
+type listing struct {
+	heartbeats uint64
+	instances  []Instance
 }
 
 // A route has the instances that handle what is sent to a subject.
@@ -145,7 +137,10 @@ func (t *tally) get(key string) int {
 
 // Discover returns the instances of a service, sorted by id. The list is empty if the service has no instances. The first call
 // for a service asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls answer from
-// a local copy that is kept up to date; while there is no connection, the copy stays as it is.
+// a local copy that is kept up to date, until it was not used for a minute. While there is no connection, the copy stays as it is.
+// After that, or after the bucket aegis_registry was lost, an instance of which nothing is heard stays for another three heartbeats.
+//
+// Discover lists what the entries say, which may be late: an instance that crashed stays until three heartbeats have passed.
 //
 // Errors: [ErrInvalid] for a service name that is out of range; [ErrUnavailable] if the first call finds no connection or no
 // JetStream; [ErrDenied] if the server's permissions do not allow it; [ErrTimeout] or [ErrCanceled] if the first call is not
@@ -155,7 +150,7 @@ func (s *Service) Discover(ctx context.Context, service string) ([]Instance, err
 	if failure != nil {
 		return nil, failure
 	}
-	return d.snapshot().instances(), nil
+	return d.instances(d.snapshot()), nil
 }
 
 // Watch yields the instances of a service as [Service.Discover] returns them. It yields them again whenever an instance comes or
@@ -178,7 +173,7 @@ func (s *Service) Watch(ctx context.Context, service string) iter.Seq2[[]Instanc
 			}
 			changed, leaderChanged, lapsed := d.nextChanges()
 			now := d.snapshot()
-			if (last == nil || !slices.EqualFunc(last.members, now.members, sameMember)) && !yield(now.instances(), nil) {
+			if (last == nil || !slices.EqualFunc(last.members, now.members, sameMember)) && !yield(d.instances(now), nil) {
 				return
 			}
 			last = now
@@ -203,22 +198,41 @@ func equalIgnoringHeartbeat(a, b Instance) bool {
 // sameMember reports whether a and b differ only in what every heartbeat changes.
 func sameMember(a, b *member) bool { return a.vitals == b.vitals && a.Status == b.Status }
 
-// adoptMember gives the new entry of an instance the vitals of the old one if nothing else has changed.
-func adoptMember(old, now *entry[member]) (same bool) {
+func (s *Service) newDirectory(service string) *directory {
+	d := &directory{service: service}
+	d.watch = newWatch(s, registryBucket, service+".*", func(key string, m *member) bool {
+		return m.Service == service && m.Service+"."+m.ID == key && isToken(m.ID, maxInstance)
+	}, d.adopt)
+	return d
+}
+
+// adopt gives the new entry of an instance the vitals of the old one if nothing else has changed.
+func (d *directory) adopt(old, now *entry[member]) (same bool) {
 	same = old != nil && equalIgnoringHeartbeat(old.value.Instance, now.value.Instance)
-	now.value.vitals = &vitals{}
+	v := &vitals{}
 	if same {
-		now.value.vitals = old.value.vitals
+		v = old.value.vitals
 	}
-	now.value.load.Store(int64(now.value.Load))
-	now.value.seen.Store(now.created.UnixNano())
+	v.load.Store(int64(now.value.Load))
+	v.seen.Store(now.created.UnixNano())
+	now.value.vitals = v
+	d.heartbeats.Add(1)
 	return same
 }
 
-func (s *Service) newDirectory(service string) *directory {
-	return &directory{service: service, watch: newWatch(s, registryBucket, service+".*", func(key string, m *member) bool {
-		return m.Service == service && m.Service+"."+m.ID == key && isToken(m.ID, maxInstance)
-	}, adoptMember)}
+// instances returns a copy of the instances in a snapshot, sorted by id.
+func (d *directory) instances(now *snapshot) []Instance {
+	heartbeats := d.heartbeats.Load() // before the vitals, so that no change is missed
+	list := now.listing.Load()
+	if list == nil || list.heartbeats != heartbeats {
+		list = &listing{heartbeats, make([]Instance, len(now.members))}
+		for i, m := range now.members {
+			list.instances[i] = m.Instance
+			list.instances[i].Load, list.instances[i].Seen = int(m.vitals.load.Load()), time.Unix(0, m.vitals.seen.Load()).UTC()
+		}
+		now.listing.Store(list)
+	}
+	return slices.Clone(list.instances)
 }
 
 // discover returns the directory of a service after it has been filled.
@@ -230,7 +244,9 @@ func (s *Service) discover(ctx context.Context, service string) (*directory, *Er
 	if failure := d.wait(ctx); failure != nil {
 		return d, failure
 	}
-	d.snapshot() // so that leaders is set
+	if d.latest.Load() == nil {
+		d.snapshot() // sets leaders
+	}
 	if w := d.leaders.Load(); w != nil && !w.ready.Load() {
 		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 		defer cancel()
@@ -353,7 +369,7 @@ func (s *Service) choose(r *route, targets []*member, strategy Strategy) int {
 		return int(r.turn.Add(1) % uint32(n))
 	case LeastLoaded:
 		j := (i + 1 + rand.IntN(max(n-1, 1))) % n // another target, if there is one
-		load := func(t *member) int { return int(t.load.Load()) + s.inFlight.get(t.Service+"."+t.ID) }
+		load := func(t *member) int { return int(t.vitals.load.Load()) + s.inFlight.get(t.Service+"."+t.ID) }
 		if load(targets[i]) > load(targets[j]) {
 			return j
 		}

@@ -296,7 +296,7 @@ func (s *Service) callAll(
 	if failure != nil {
 		return failure
 	}
-	instances := d.snapshot().instances()
+	instances := d.instances(d.snapshot())
 	instances = slices.DeleteFunc(instances, func(i Instance) bool { return i.Status == statusStopping })
 	if len(instances) == 0 {
 		return notRun(newError(ErrUnavailable, "the service %s has no instances in the registry", service))
