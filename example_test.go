@@ -996,8 +996,9 @@ func ExampleService_Handler() {
 		}
 		fmt.Println(path, answer.Status)
 		for lines := bufio.NewScanner(answer.Body); lines.Scan(); {
-			if path != "/metrics" || strings.Contains(lines.Text(), "aegis_requests_total") {
-				fmt.Println(lines.Text())
+			line := lines.Text()
+			if path != "/metrics" || strings.Contains(line, "aegis_requests_total") && !strings.HasSuffix(line, " 0") {
+				fmt.Println(line)
 			}
 		}
 		answer.Body.Close()

@@ -272,7 +272,7 @@ func (w *watch[T]) fillLocked(f *filling[T]) {
 	for key, old := range w.entries {
 		e, known := fresh[key]
 		switch {
-		case known && !e.gone && e.revision != old.revision: // it was written again
+		case known && !e.gone && (e.revision != old.revision || !e.created.Equal(old.created)): // it was written again
 		case known && !e.gone && old.ttl == 0:
 			fresh[key] = old // with the time at which the revision was first seen
 		case known && e.gone && !e.expired, old.ttl == 0: // it was deleted
@@ -339,9 +339,13 @@ func (w *watch[T]) end(f *filling[T]) {
 	}
 }
 
-// changedLocked wakes those who wait for a change.
+// changedLocked counts a change, and wakes those who wait for it.
 func (w *watch[T]) changedLocked() {
 	w.version.Add(1)
+	w.wakeLocked()
+}
+
+func (w *watch[T]) wakeLocked() {
 	close(w.changed)
 	w.changed = make(chan struct{})
 }
@@ -351,7 +355,7 @@ func (w *watch[T]) fail(failure *Error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.failure = failure
-	w.changedLocked()
+	w.wakeLocked()
 }
 
 // nextChange returns a channel that is closed at the next change.
