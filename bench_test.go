@@ -417,7 +417,7 @@ func reportLoad(b *testing.B, srv *server.Server) {
 		}
 		return v.InMsgs + v.OutMsgs
 	}
-	const watched = 5 * time.Second
+	const watched = 3 * time.Second
 	cpu, before := cpuTime(), messages()
 	time.Sleep(watched)
 	b.ReportMetric(100*(cpuTime()-cpu).Seconds()/watched.Seconds(), "%core")

@@ -372,10 +372,14 @@ func TestOneActiveInstance(t *testing.T) {
 			if took := time.Since(begin); opts == nil && took > 1700*time.Millisecond { // the Lease is 1.2 s
 				t.Errorf("it took %v", took)
 			}
+			begin = time.Now()
 			last := func() []aegis.Instance { all := seen.all(); return all[len(all)-1] }
 			eventually(t, "Watch yields that none is ACTIVE", func() bool {
 				return !slices.ContainsFunc(last(), func(i aegis.Instance) bool { return i.Status == "ACTIVE" })
 			})
+			if took := time.Since(begin); took > 400*time.Millisecond { // the entry expires later
+				t.Errorf("it took %v longer than with Discover", took)
+			}
 			cancel()
 			<-watching
 			for _, list := range seen.all() {
