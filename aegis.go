@@ -157,8 +157,9 @@ const created, started, stopping state = 0, 1, 2
 // blocks until every connection of the pool is made, each for at most nats.go's connect timeout (2 s for each server). Use
 // [Service.Stop] to close the instance.
 //
-// Errors: [ErrInvalid] for a name or an option that is out of range, [ErrUnavailable] if the servers can't be reached or refuse
-// the connection.
+// Errors:
+//   - [ErrInvalid] for a name or an option that is out of range, or for metadata that is too large
+//   - [ErrUnavailable] if the servers can't be reached or refuse the connection
 func New(name string, opts ...Option) (*Service, error) {
 	if !isName(name, maxService) {
 		return nil, newError(ErrInvalid, "service name %q: want a letter, then letters, digits, - and _, at most %d", name, maxService)
@@ -219,10 +220,14 @@ func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 // connection is down, Start waits for it until ctx ends. A service whose Start failed can only be stopped.
 //
 // If an earlier Handle, Subscribe or HandleCommand has failed, Start serves nothing and returns their errors, joined (see
-// [errors.Join]). The other errors are: [ErrClosed] after Stop; [ErrInvalid] if the service was started already, or a stream,
-// bucket or consumer that exists can't be used; [ErrUnavailable] if the server can't be reached before ctx ends, or has no
-// JetStream and a handler needs it; [ErrDenied] if the server's permissions do not allow what the service does; [ErrOverloaded]
-// if the server refuses a subscription because of its max_subscriptions; [ErrTimeout] or [ErrCanceled] if ctx ends before.
+// [errors.Join]). The other errors are:
+//   - [ErrClosed] after Stop
+//   - [ErrInvalid] if the service was started already, or a stream, bucket or consumer that exists can't be used
+//   - [ErrUnavailable] if the server can't be reached before ctx ends, or has no JetStream and a handler needs it
+//   - [ErrDenied] if the server's permissions do not allow what the service does
+//   - [ErrOverloaded] if the server refuses a subscription because of its max_subscriptions
+//   - [ErrTimeout] or [ErrCanceled] if ctx ends before
+//
 // Without JetStream an instance serves plain RPC, but is not in the registry.
 func (s *Service) Start(ctx context.Context) error {
 	begin := clock()

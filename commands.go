@@ -213,8 +213,9 @@ func parseRecord(key string, data []byte) (*record, *Error) {
 // HandleCommand does not block before [Service.Start]. After Start, it also makes the consumers, for which it blocks for
 // [WithTimeout] at most.
 //
-// Errors: [ErrInvalid] if command or an option is out of range, or if the command has a handler already; and otherwise the errors
-// of [Subscribe], here for the streams AEGIS_COMMANDS and AEGIS_DEAD and the bucket aegis_commands.
+// Errors:
+//   - [ErrInvalid] if command or an option is out of range, or if the command has a handler already
+//   - the errors of [Subscribe], here for the streams AEGIS_COMMANDS and AEGIS_DEAD and the bucket aegis_commands
 func HandleCommand[T, R any](
 	s *Service, command string, fn func(context.Context, *Command[T]) (R, error), opts ...HandlerOption,
 ) error {
@@ -485,8 +486,10 @@ func (x *run) check() bool {
 // it in Command.Last. percent is 0 to 100, and message is cut after 1,024 bytes. Progress does not block. Of the reports that
 // follow each other within 0.1 s only the last one is stored.
 //
-// Errors: [ErrCanceled] if the command was cancelled, and [ErrFenced] if another instance has taken it over, so that the handler
-// should return; [ErrInvalid] if percent is out of range or the handler has returned.
+// Errors:
+//   - [ErrCanceled] if the command was cancelled, so that the handler should return
+//   - [ErrFenced] if another instance has taken the command over, likewise
+//   - [ErrInvalid] if percent is out of range or the handler has returned
 func (c *Command[T]) Progress(percent float64, message string) error {
 	x := c.run
 	switch {

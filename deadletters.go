@@ -54,8 +54,11 @@ func (s *Service) deadStream() jetstream.StreamConfig {
 // error and ends. To see those of one subscription, compare Consumer, which is the service's name, a tilde, and the pattern with ~ for
 // the dots, + for * and # for >, or the name of [Durable]: "risk~payment~+". A loop may redrive or discard them as it goes.
 //
-// Errors: [ErrUnavailable] if there is no connection or no JetStream; [ErrTimeout] and [ErrCanceled] when ctx ends; [ErrClosed]
-// after Stop; [ErrDenied] if the server's permissions do not allow it.
+// Errors:
+//   - [ErrUnavailable] if there is no connection or no JetStream
+//   - [ErrTimeout] and [ErrCanceled] when ctx ends
+//   - [ErrClosed] after Stop
+//   - [ErrDenied] if the server's permissions do not allow it
 func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] {
 	return func(yield func(DeadLetter, error) bool) {
 		for m, failure := range s.stored(ctx, deadStream, letterPrefix+">") {
@@ -87,9 +90,12 @@ func (s *Service) letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 // d.Data. An event keeps its id, time and subject, and has a new Sequence. Redrive blocks until ctx ends at most, or for several
 // times [WithTimeout] if ctx has no deadline. A Redrive that failed can be repeated.
 //
-// Errors: [ErrNotFound] if the dead letter was redriven already or its consumer does not exist any more; [ErrInvalid] if d is not
-// from [Service.DeadLetters], if the command has not failed, or if the consumer does not take redriven events; [ErrUnavailable]
-// also if somebody else has just changed the command; and those of [Publish].
+// Errors:
+//   - [ErrNotFound] if the dead letter was redriven already or its consumer does not exist any more
+//   - [ErrInvalid] if d is not from [Service.DeadLetters], if the command has not failed, or if the consumer does not take
+//     redriven events
+//   - [ErrUnavailable] also if somebody else has just changed the command
+//   - those of [Publish]
 func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	failure := s.checkLetter(ctx, "Redrive", d)
 	switch {
@@ -111,8 +117,10 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 // Discard removes a dead letter for good, also one of a subscription or a command that does not exist any more. It blocks until
 // ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
 //
-// Errors: [ErrNotFound] if the dead letter was redriven or discarded already; [ErrInvalid] if d is not from [Service.DeadLetters];
-// and those of [Service.DeadLetters].
+// Errors:
+//   - [ErrNotFound] if the dead letter was redriven or discarded already
+//   - [ErrInvalid] if d is not from [Service.DeadLetters]
+//   - those of [Service.DeadLetters]
 func (s *Service) Discard(ctx context.Context, d DeadLetter) error {
 	failure := s.checkLetter(ctx, "Discard", d)
 	if failure == nil {

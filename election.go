@@ -168,10 +168,16 @@ func (s *Service) newCandidate(group string, p FailoverPolicy) *candidate {
 // health check fails, Lead waits until fn has returned, and campaigns again. If ctx ends, fn's ctx ends too, and Lead releases
 // the leadership when fn has returned.
 //
-// Errors: fn's; [ErrCanceled] or [ErrTimeout] if ctx has ended; [ErrClosed] if the service was stopped; [ErrInvalid] for a group
-// or a policy that is out of range, for the group "default" if the service has [Exclusive] handlers, which use that group, and if
-// the bucket aegis_leaders exists but can't be used; [ErrUnavailable] if there is no JetStream; [ErrDenied] if the server's
-// permissions do not allow it. While the server can't be reached, Lead does not fail, but goes on trying.
+// Errors:
+//   - fn's
+//   - [ErrCanceled] or [ErrTimeout] if ctx has ended
+//   - [ErrClosed] if the service was stopped
+//   - [ErrInvalid] for a group or a policy that is out of range, for the group "default" if the service has [Exclusive] handlers,
+//     which use that group, and if the bucket aegis_leaders exists but can't be used
+//   - [ErrUnavailable] if there is no JetStream
+//   - [ErrDenied] if the server's permissions do not allow it
+//
+// While the server can't be reached, Lead does not fail, but goes on trying.
 func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn func(ctx context.Context, term uint64) error) error {
 	switch {
 	case !isName(group, maxService):
@@ -228,14 +234,20 @@ func (s *Service) IsLeader() bool { return s.terms()[defaultGroup] != 0 }
 // first call asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls answer from a
 // local copy that is kept up to date.
 //
-// Errors: [ErrNotFound] if no instance leads; [ErrUnavailable] if the first call finds no connection or no JetStream;
-// [ErrTimeout] or [ErrCanceled] if the first call is not answered before ctx ends; [ErrDenied] if the server's permissions do not
-// allow it; [ErrClosed] after Stop.
+// Errors:
+//   - [ErrNotFound] if no instance leads
+//   - [ErrUnavailable] if the first call finds no connection or no JetStream
+//   - [ErrTimeout] or [ErrCanceled] if the first call is not answered before ctx ends
+//   - [ErrDenied] if the server's permissions do not allow it
+//   - [ErrClosed] after Stop
 func (s *Service) Leader(ctx context.Context) (string, error) {
 	return s.LeaderOf(ctx, s.name)
 }
 
-// LeaderOf is [Service.Leader] for another service. Errors: [ErrInvalid] for a name that is out of range, and those of Leader.
+// LeaderOf is [Service.Leader] for another service.
+//
+// Errors:
+//   - [ErrInvalid] for a name that is out of range, and those of Leader
 func (s *Service) LeaderOf(ctx context.Context, service string) (string, error) {
 	switch {
 	case !isName(service, maxService):
@@ -257,8 +269,10 @@ func (s *Service) LeaderOf(ctx context.Context, service string) (string, error) 
 // ctx ends first, the ctx of these handlers ends. Then another instance leads within milliseconds. This one campaigns again after
 // one Lease of its policy.
 //
-// Errors: [ErrNotActive] if this instance does not lead; [ErrTimeout] or [ErrCanceled] if ctx has ended before the handlers have: the
-// leadership ends when they return, or with the lease.
+// Errors:
+//   - [ErrNotActive] if this instance does not lead
+//   - [ErrTimeout] or [ErrCanceled] if ctx has ended before the handlers have: the leadership ends when they return, or with the
+//     lease
 func (s *Service) Resign(ctx context.Context) error {
 	c := s.exclusive.Load()
 	if c == nil || !c.term.Load().serves() {

@@ -71,13 +71,19 @@ func (s *Service) eventStream() jetstream.StreamConfig {
 // Every event has an id, so that an event that is sent twice is stored once. Therefore an event that was not confirmed is sent
 // again, as [Retry] does for an [Idempotent] call: by default up to 3 times in all, with [Sticky] until ctx ends.
 //
-// Errors: [ErrInvalid] for a name or an option that is out of range, for an event that can't be encoded or is larger than the
-// server's max_payload less 2 KiB (so that it fits a dead letter), and for a stream made by somebody else that can't do what an
-// option wants; [ErrUnavailable] if there is no connection or no JetStream, or if the stream refuses the event for now, because it
-// or its account is full for example; [ErrTimeout] and [ErrCanceled] when ctx ends;
-// [ErrOverloaded] if the connections carry too many calls ([WithPool]); [ErrClosed] after Stop; [ErrDenied] if the server's
-// permissions do not allow it. If the stream refuses the event for another reason, the code is the one for the server's status.
-// Unless NotRun is set in the error, the event may have been stored.
+// Errors:
+//   - [ErrInvalid] for a name or an option that is out of range, for an event that can't be encoded or is larger than the
+//     server's max_payload less 2 KiB (so that it fits a dead letter), and for a stream made by somebody else that can't do what
+//     an option wants
+//   - [ErrUnavailable] if there is no connection or no JetStream, or if the stream refuses the event for now, because it or its
+//     account is full for example
+//   - [ErrTimeout] and [ErrCanceled] when ctx ends
+//   - [ErrOverloaded] if the connections carry too many calls ([WithPool])
+//   - [ErrClosed] after Stop
+//   - [ErrDenied] if the server's permissions do not allow it
+//
+// If the stream refuses the event for another reason, the code is the one for the server's status. Unless NotRun is set in the
+// error, the event may have been stored.
 func Publish[T any](ctx context.Context, s *Service, domain, eventType string, data T, opts ...CallOption) error {
 	p, failure := s.newPublication(domain, eventType, opts)
 	if failure != nil {
@@ -393,10 +399,15 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 // Subscribe does not block before [Service.Start]. After Start, Subscribe also makes the consumer, for which it blocks for
 // [WithTimeout] at most.
 //
-// Errors: [ErrInvalid] if pattern or an option is out of range, or if there is a subscription of that name; [ErrClosed] after
-// Stop. After Start, Subscribe also returns the errors of making the consumer, which otherwise Start returns: [ErrUnavailable]
-// without JetStream or a connection; [ErrTimeout] if JetStream does not answer; [ErrInvalid] if the stream AEGIS_EVENTS or
-// AEGIS_DEAD, or the consumer, exists but can't be used; [ErrDenied] if the server's permissions do not allow it.
+// Errors:
+//   - [ErrInvalid] if pattern or an option is out of range, or if there is a subscription of that name
+//   - [ErrClosed] after Stop
+//
+// After Start, Subscribe also returns the errors of making the consumer, which otherwise Start returns:
+//   - [ErrUnavailable] without JetStream or a connection
+//   - [ErrTimeout] if JetStream does not answer
+//   - [ErrInvalid] if the stream AEGIS_EVENTS or AEGIS_DEAD, or the consumer, exists but can't be used
+//   - [ErrDenied] if the server's permissions do not allow it
 func Subscribe[T any](s *Service, pattern string, fn func(context.Context, Event[T]) error, opts ...HandlerOption) error {
 	if fn == nil {
 		return s.notRegistered(newError(ErrInvalid, "events %q: the function is nil", pattern))

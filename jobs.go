@@ -44,9 +44,11 @@ var suffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".
 // [Retry] and [Sticky] apply. A command that is sent again because its confirmation is missing is still the same command. SendCommand blocks
 // until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
 //
-// Errors: [ErrInvalid] for a name or an option that is out of range, for data that can't be encoded or is too large, and for a
-// key that was used with other data; [ErrUnimplemented] if instances of the service run and none handles the command; those of
-// [Publish].
+// Errors:
+//   - [ErrInvalid] for a name or an option that is out of range, for data that can't be encoded or is too large, and for a key
+//     that was used with other data
+//   - [ErrUnimplemented] if instances of the service run and none handles the command
+//   - those of [Publish]
 func SendCommand[T, R any](ctx context.Context, s *Service, service, command string, data T, opts ...CallOption) (*Job[R], error) {
 	cfg, failure := newCallConfig(kindCommand, opts)
 	if failure := cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
@@ -201,8 +203,11 @@ func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 // Wait waits until the command has its outcome, and returns the result. It blocks until then, or until ctx ends. While there is
 // no connection, Wait goes on trying.
 //
-// Errors: the handler's if the command failed; [ErrCanceled] if it was cancelled; [ErrInternal] if the result can't be decoded
-// into R; and those of [Job.Updates].
+// Errors:
+//   - the handler's if the command failed
+//   - [ErrCanceled] if it was cancelled
+//   - [ErrInternal] if the result can't be decoded into R
+//   - those of [Job.Updates]
 func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	var last *record
 	failure := j.svc.follow(ctx, j.service, j.command, j.ID, func(rec *record) bool {
@@ -228,8 +233,10 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 // runs, the ctx of its handler ends, and the handler's result is ignored. Cancelling a command again has no effect. Cancel blocks
 // until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
 //
-// Errors: [ErrInvalid] if the command has completed or failed; [ErrNotFound] if it does not exist or its outcome is not kept any
-// more; and those of [Publish].
+// Errors:
+//   - [ErrInvalid] if the command has completed or failed
+//   - [ErrNotFound] if it does not exist or its outcome is not kept any more
+//   - those of [Publish]
 func (j *Job[R]) Cancel(ctx context.Context) error {
 	s, service, command, id := j.svc, j.service, j.command, j.ID
 	if failure := checkNames(service, kindCommand, command); failure != nil {
@@ -347,10 +354,13 @@ type CommandInfo struct {
 	Error            *Error // of a command that failed, or of the last attempt
 }
 
-// Commands yields the commands of a service that are scheduled, queued, running, or kept with their outcome, in the order of their
-// last change. It reads them one by one, and is meant for an operator. One that changes meanwhile may appear in its former state.
-// Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, Commands
-// yields the error and ends. Errors: [ErrInvalid] if the name is out of range, and those of [Service.DeadLetters].
+// Commands yields the commands of a service that are scheduled, queued, running, or kept with their outcome, in the order of
+// their last change. It reads them one by one, and is meant for an operator. One that changes meanwhile may appear in its former
+// state. Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, Commands yields
+// the error and ends.
+//
+// Errors:
+//   - [ErrInvalid] if the name is out of range, and those of [Service.DeadLetters]
 func (s *Service) Commands(ctx context.Context, service string) iter.Seq2[CommandInfo, error] {
 	return func(yield func(CommandInfo, error) bool) {
 		if failure := checkNames(service, kindCommand, "x"); failure != nil {

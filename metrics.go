@@ -383,8 +383,11 @@ type Dependency struct {
 // has answered for 0.5 s. From is as the caller claims; it is not authenticated. Callers that do not use aegis have no name and
 // are left out.
 //
-// Errors: [ErrUnavailable] without a connection, or if it is lost; [ErrTimeout] or [ErrCanceled] if ctx ends first, or after
-// [WithTimeout] if ctx has no deadline; [ErrDenied] if the server's permissions do not allow it; [ErrClosed] after Stop.
+// Errors:
+//   - [ErrUnavailable] without a connection, or if it is lost
+//   - [ErrTimeout] or [ErrCanceled] if ctx ends first, or after [WithTimeout] if ctx has no deadline
+//   - [ErrDenied] if the server's permissions do not allow it
+//   - [ErrClosed] after Stop
 func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 	c := s.pick()
 	if c == nil {

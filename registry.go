@@ -142,9 +142,12 @@ func (t *tally) get(key string) int {
 //
 // Discover lists what the entries say, which may be late: an instance that crashed stays until three heartbeats have passed.
 //
-// Errors: [ErrInvalid] for a service name that is out of range; [ErrUnavailable] if the first call finds no connection or no
-// JetStream; [ErrDenied] if the server's permissions do not allow it; [ErrTimeout] or [ErrCanceled] if the first call is not
-// answered before ctx ends; [ErrClosed] after Stop.
+// Errors:
+//   - [ErrInvalid] for a service name that is out of range
+//   - [ErrUnavailable] if the first call finds no connection or no JetStream
+//   - [ErrDenied] if the server's permissions do not allow it
+//   - [ErrTimeout] or [ErrCanceled] if the first call is not answered before ctx ends
+//   - [ErrClosed] after Stop
 func (s *Service) Discover(ctx context.Context, service string) ([]Instance, error) {
 	d, failure := s.discover(ctx, service)
 	if failure != nil {
@@ -487,9 +490,12 @@ func (s *Service) registryStream() jetstream.StreamConfig {
 	return config
 }
 
-// SetMetadata replaces the metadata that the instance advertises, which [WithMetadata] set first. The registry has it a moment later;
-// SetMetadata does not wait for that.
-// Errors: [ErrInvalid] if the entry would not fit the server's max_payload; [ErrClosed] after Stop.
+// SetMetadata replaces the metadata that the instance advertises, which [WithMetadata] set first. The registry has it a moment
+// later; SetMetadata does not wait for that.
+//
+// Errors:
+//   - [ErrInvalid] if the entry would not fit the server's max_payload
+//   - [ErrClosed] after Stop
 func (s *Service) SetMetadata(md map[string]string) error {
 	if s.quitting.Err() != nil {
 		return newError(ErrClosed, "SetMetadata: service %s was stopped", s.name)

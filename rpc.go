@@ -225,13 +225,19 @@ func isDisconnected(err error) bool {
 // Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The
 // time that is left is sent with the request and bounds the handler's ctx. When ctx is cancelled, so is the handler's.
 //
-// The error is an [*Error]: the handler's, or one of these. [ErrInvalid]: a name, option or header is out of range, the request
-// can't be encoded or is larger than the server's max_payload. [ErrUnavailable]: no connection, no instance, or the connection
-// was lost while waiting. [ErrUnimplemented]: the service has no such method. [ErrNotActive], [ErrFenced]: see [Exclusive].
-// [ErrTimeout], [ErrCanceled]: ctx ended. [ErrOverloaded]: the handler is at its limit, or this service has as many calls in flight
-// as its connections can carry, or as the server's max_subscriptions allows. [ErrCircuitOpen]: see [WithBreaker].
-// [ErrInternal]: the handler failed, or its answer can't be decoded. [ErrDenied]: the server's permissions don't allow the call,
-// or to hear its answer. [ErrClosed]: s was stopped. A failure is returned as soon as it is known, before ctx ends.
+// The error is an [*Error]: the handler's, or one of these, which is returned as soon as it is known.
+//   - [ErrInvalid]: a name, an option or a header is out of range, or the request can't be encoded or is larger than the server's
+//     max_payload
+//   - [ErrUnavailable]: there is no connection or no instance, or the connection was lost while waiting
+//   - [ErrUnimplemented]: the service has no such method
+//   - [ErrNotActive], [ErrFenced]: see [Exclusive]
+//   - [ErrTimeout], [ErrCanceled]: ctx has ended
+//   - [ErrOverloaded]: the handler is at its limit, or this service has as many calls in flight as its connections can carry, or as
+//     the server's max_subscriptions allows
+//   - [ErrCircuitOpen]: see [WithBreaker]
+//   - [ErrInternal]: the handler failed, or its answer can't be decoded
+//   - [ErrDenied]: the server's permissions do not allow the call, or to hear its answer
+//   - [ErrClosed]: s was stopped
 //
 // Some things can't be known. The time that a request spends in the sockets of a process that is paused is not seen, so that a
 // handler may run late by that: put an expiry into the request if it must not. A caller does not see that the instance which handles

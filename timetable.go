@@ -75,8 +75,10 @@ type Schedule struct {
 // firing may, rarely, come twice. The options are [AtPriority] and ExpireAfter. ScheduleCommand blocks until ctx ends at most, or
 // for several times [WithTimeout] if ctx has no deadline.
 //
-// Errors: [ErrInvalid] for a spec, a name or an option that is out of range, and for a stream AEGIS_COMMANDS that was made by
-// somebody else and can't do it; those of [Publish].
+// Errors:
+//   - [ErrInvalid] for a spec, a name or an option that is out of range, and for a stream AEGIS_COMMANDS that was made by
+//     somebody else and can't do it
+//   - those of [Publish]
 func ScheduleCommand[T any](ctx context.Context, s *Service, name, spec, service, command string, data T, opts ...CallOption) error {
 	cfg, failure := newCallConfig(kindCommand, opts)
 	if failure := cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
@@ -188,8 +190,12 @@ func (s *Service) Schedules(ctx context.Context) iter.Seq2[Schedule, error] {
 	}
 }
 
-// Unschedule removes a schedule. What it has fired already stays. Errors: [ErrNotFound] if there is no such schedule; [ErrInvalid]
-// for a name that is out of range; and those of [Service.DeadLetters].
+// Unschedule removes a schedule. What it has fired already stays.
+//
+// Errors:
+//   - [ErrNotFound] if there is no such schedule
+//   - [ErrInvalid] for a name that is out of range
+//   - those of [Service.DeadLetters]
 func (s *Service) Unschedule(ctx context.Context, service, command, name string) error {
 	if failure := checkNames(service, kindCommand, command); failure != nil {
 		return failure
