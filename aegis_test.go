@@ -46,6 +46,10 @@ func TestMain(m *testing.M) {
 	if child := os.Getenv("AEGIS_TEST_CHILD"); child != "" {
 		os.Exit(runChild(child))
 	}
+	flag.Parse()
+	if bench := flag.Lookup("test.bench"); bench.Value.String() != "" {
+		fmt.Println(legend)
+	}
 	code := m.Run()
 	if code == 0 {
 		if left := leakedGoroutines(10 * time.Second); left != "" {

@@ -1,8 +1,8 @@
 package aegis_test
 
 // Most benchmarks compare aegis with a baseline that does the same work in the same run, usually with nats.go alone, in
-// alternating turns. The units with the prefix raw- are those of the baseline; x-raw is the rate of aegis divided by the rate of
-// the baseline. The client, the server and the service run in this process, so they share the machine's cores. For figures that
+// alternating turns. The units that end in -raw are those of the baseline, and stand beside those of aegis; x-raw is the rate of
+// aegis divided by that of the baseline. The client, the server and the service run in this process, so they share the machine's cores. For figures that
 // are worth comparing, let the benchmarks run longer:
 //
 //	go test -run '^$' -bench . -benchtime 5s
@@ -34,6 +34,13 @@ import (
 	"github.com/vmihailenco/msgpack/v5"
 )
 
+// legend is printed before the benchmarks.
+const legend = `req/s   calls, events or commands per second          p50, p99  latencies, half and 99 of 100 are shorter
+allocs  allocations of one, on both sides and in the server
+-raw    the same work with nats.go alone, in the same run  x-raw     our rate divided by that one
+-bytes  nats.go with bytes that are encoded already        x-bytes   our rate divided by that one
+`
+
 type benchOrder struct {
 	SKU string `json:"sku"`
 	Qty int    `json:"qty"`
@@ -62,8 +69,8 @@ type rawTrade struct {
 }
 
 // BenchmarkCall compares a call that carries a struct of five fields in each direction with two baselines: a Request of nats.go
-// that carries the same struct, encoded and decoded on both sides as a user of nats.go would do it (raw-), and a Request that
-// carries the encoded bytes as they are (bytes-). Both baselines answer in the callback of a queue subscription.
+// that carries the same struct, encoded and decoded on both sides as a user of nats.go would do it (-raw), and a Request that
+// carries the encoded bytes as they are (-bytes). Both baselines answer in the callback of a queue subscription.
 func BenchmarkCall(b *testing.B) {
 	srv := startServer(b)
 	type format struct {
@@ -911,8 +918,8 @@ func versus(b *testing.B, callers int, ours func() error, baselines ...func() er
 }
 
 // compare runs b.N operations of aegis, which is runs[0], and as many of each baseline, in alternating turns, so that all are
-// exposed to the same noise. It reports the medians over the turns, with the prefix raw- for the first baseline and bytes- for
-// the second. x-raw and x-bytes are the medians of the turns' ratios of operations per second.
+// exposed to the same noise. It reports the medians over the turns, in units that end in -raw for the first baseline and in -bytes
+// for the second. x-raw and x-bytes are the medians of the turns' ratios of operations per second.
 func compare(b *testing.B, runs ...func(n int) sample) {
 	b.Helper()
 	const turns = 12
@@ -932,12 +939,12 @@ func compare(b *testing.B, runs ...func(n int) sample) {
 		}
 	}
 	for k, name := range []string{"", "raw", "bytes"}[:len(runs)] {
-		prefix := strings.TrimPrefix(name+"-", "-")
-		b.ReportMetric(median(samples[k], func(s sample) float64 { return s.rate }), prefix+"req/s")
-		b.ReportMetric(median(samples[k], func(s sample) float64 { return s.allocs }), prefix+"allocs/rt")
+		suffix := strings.TrimSuffix("-"+name, "-")
+		b.ReportMetric(median(samples[k], func(s sample) float64 { return s.rate }), "req/s"+suffix)
+		b.ReportMetric(median(samples[k], func(s sample) float64 { return s.allocs }), "allocs"+suffix)
 		if samples[k][0].p50 > 0 {
-			b.ReportMetric(median(samples[k], func(s sample) float64 { return s.p50 }), prefix+"p50-µs")
-			b.ReportMetric(median(samples[k], func(s sample) float64 { return s.p99 }), prefix+"p99-µs")
+			b.ReportMetric(median(samples[k], func(s sample) float64 { return s.p50 }), "p50-µs"+suffix)
+			b.ReportMetric(median(samples[k], func(s sample) float64 { return s.p99 }), "p99-µs"+suffix)
 		}
 		if k > 0 {
 			var ratios []float64
