@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 	}
 	flag.Parse()
 	if bench := flag.Lookup("test.bench"); bench.Value.String() != "" {
-		fmt.Println(legend)
+		fmt.Print(legend)
 	}
 	code := m.Run()
 	if code == 0 {
