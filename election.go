@@ -232,7 +232,7 @@ func (s *Service) IsLeader() bool { return s.terms()[defaultGroup] != 0 }
 
 // Leader returns the id of the instance that leads the service, that is, its group "default", as far as this instance knows. The
 // first call asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls answer from a
-// local copy that is kept up to date.
+// local copy that is kept up to date, until it was not used for a minute.
 //
 // Errors:
 //   - [ErrNotFound] if no instance leads

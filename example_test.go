@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/aegistrader/aegis"
@@ -1133,4 +1134,284 @@ func ExampleMermaid() {
 	//     s0["orders"]
 	//     s1["web"]
 	//     s1 -->|"create: 12, 1 failed<br>cancel: 3"| s0
+}
+
+// Retry sends a call again if it certainly did not reach a handler. Here, the service starts a moment later than its caller.
+func ExampleRetry() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	client, err := aegis.New("client", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Stop(ctx)
+	_, err = aegis.Call[int, int](ctx, client, "doubler", "double", 21)
+	var e *aegis.Error
+	fmt.Println(errors.Is(err, aegis.ErrUnavailable), errors.As(err, &e) && e.NotRun)
+
+	time.AfterFunc(100*time.Millisecond, func() {
+		svc, err := aegis.New("doubler", aegis.WithURL(url))
+		if err != nil {
+			log.Fatal(err)
+		}
+		context.AfterFunc(ctx, func() { _ = svc.Stop(context.Background()) })
+		err = aegis.Handle(svc, "double", func(_ context.Context, n int) (int, error) { return 2 * n, nil })
+		if err := errors.Join(err, svc.Start(ctx)); err != nil {
+			log.Fatal(err)
+		}
+	})
+	policy := aegis.RetryPolicy{Attempts: 100, Backoff: 10 * time.Millisecond, MaxBackoff: 100 * time.Millisecond}
+	fmt.Println(aegis.Call[int, int](ctx, client, "doubler", "double", 21, aegis.Retry(policy)))
+	// Output:
+	// true true
+	// 42 <nil>
+}
+
+// Idempotent says that it does no harm if the handler runs twice. Then a call is sent again when its answer is missing.
+func ExampleIdempotent() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("prices", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	var runs atomic.Int32
+	err = aegis.Handle(svc, "get", func(_ context.Context, symbol string) (string, error) {
+		run := runs.Add(1)
+		if run == 1 {
+			time.Sleep(time.Second) // the first time, the answer does not come in time
+		}
+		return fmt.Sprintf("%s: 190.5, at run %d", symbol, run), nil
+	})
+	if err := errors.Join(err, svc.Start(ctx)); err != nil {
+		log.Fatal(err)
+	}
+	retry := aegis.Retry(aegis.RetryPolicy{AttemptTimeout: 200 * time.Millisecond})
+	fmt.Println(aegis.Call[string, string](ctx, svc, "prices", "get", "AAPL", aegis.Idempotent(), retry))
+	// Output: AAPL: 190.5, at run 2 <nil>
+}
+
+// Balance chooses the instance to which a call goes. Without it, NATS does that, at random.
+func ExampleBalance() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	var svc *aegis.Service
+	for _, id := range []string{"east", "west"} {
+		var err error
+		if svc, err = aegis.New("prices", aegis.WithURL(url), aegis.WithID(id)); err != nil {
+			log.Fatal(err)
+		}
+		defer svc.Stop(ctx)
+		err = aegis.Handle(svc, "who", func(context.Context, string) (string, error) { return id, nil })
+		if err := errors.Join(err, svc.Start(ctx)); err != nil {
+			log.Fatal(err)
+		}
+	}
+	counts := map[string]int{}
+	for range 100 {
+		who, err := aegis.Call[string, string](ctx, svc, "prices", "who", "", aegis.Balance(aegis.RoundRobin))
+		if err != nil {
+			log.Fatal(err)
+		}
+		counts[who]++
+	}
+	fmt.Println(counts)
+	// Output: map[east:50 west:50]
+}
+
+// A circuit breaker refuses calls to a service that has failed several times in a row, without sending them.
+func ExampleWithBreaker() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	client, err := aegis.New("client", aegis.WithURL(url), aegis.WithBreaker(aegis.BreakerPolicy{Failures: 2, Cooldown: time.Minute}))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Stop(ctx)
+	for range 3 {
+		_, err := aegis.Call[int, int](ctx, client, "nobody", "double", 21)
+		fmt.Println(errors.Is(err, aegis.ErrUnavailable), errors.Is(err, aegis.ErrCircuitOpen))
+	}
+	// Output:
+	// true false
+	// true false
+	// false true
+}
+
+// Concurrency limits how many requests a handler works on at once. As many again wait. The rest are refused at once, so that
+// callers can go elsewhere.
+func ExampleConcurrency() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("reports", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	finish := make(chan struct{})
+	err = aegis.Handle(svc, "make", func(_ context.Context, name string) (string, error) {
+		<-finish
+		return name, nil
+	}, aegis.Concurrency(1))
+	if err := errors.Join(err, svc.Start(ctx)); err != nil {
+		log.Fatal(err)
+	}
+	results := make(chan error, 3)
+	for range 3 {
+		go func() {
+			_, err := aegis.Call[string, string](ctx, svc, "reports", "make", "daily")
+			results <- err
+		}()
+	}
+	fmt.Println(errors.Is(<-results, aegis.ErrOverloaded)) // one runs, one waits
+	close(finish)
+	fmt.Println(<-results, <-results)
+	// Output:
+	// true
+	// <nil> <nil>
+}
+
+// An event that is published again with the same key is stored once, within the stream's duplicate window of 2 minutes.
+func ExampleIdempotencyKey() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("payments", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	handled := make(chan string, 10)
+	err = aegis.Subscribe(svc, "payment.captured", func(_ context.Context, e aegis.Event[int]) error {
+		handled <- fmt.Sprintf("%s: %d", e.ID, e.Data)
+		return nil
+	}, aegis.Concurrency(1))
+	if err := errors.Join(err, svc.Start(ctx)); err != nil {
+		log.Fatal(err)
+	}
+	for _, key := range []string{"order-1", "order-1", "order-2"} {
+		if err := aegis.Publish(ctx, svc, "payment", "captured", 100, aegis.IdempotencyKey(key)); err != nil {
+			log.Fatal(err)
+		}
+	}
+	fmt.Println(<-handled)
+	fmt.Println(<-handled)
+	// Output:
+	// order-1: 100
+	// order-2: 100
+}
+
+// A new subscription begins with the events that are published from then on, or with those of the past.
+func ExampleFromStart() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("audit", aegis.WithURL(url), aegis.WithRetention(24*time.Hour, 1<<30))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	if err := aegis.Publish(ctx, svc, "order", "created", "before anybody subscribed"); err != nil {
+		log.Fatal(err)
+	}
+	handled := make(chan string)
+	err = aegis.Subscribe(svc, "order.>", func(_ context.Context, e aegis.Event[string]) error {
+		handled <- e.Type + " " + e.Data
+		return nil
+	}, aegis.FromStart(), aegis.Durable("all-orders"))
+	if err := errors.Join(err, svc.Start(ctx)); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(<-handled)
+	// Output: created before anybody subscribed
+}
+
+// Of the commands that wait for an instance, the more urgent ones begin first.
+func ExampleAtPriority() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	svc, err := aegis.New("orders", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	for data, priority := range map[string]aegis.Priority{"rebalance": aegis.Low, "buy": aegis.Normal, "stop loss": aegis.Critical} {
+		if _, err := aegis.SendCommand[string, string](ctx, svc, "orders", "run", data, aegis.AtPriority(priority)); err != nil {
+			log.Fatal(err)
+		}
+	}
+	began := make(chan string, 3)
+	err = aegis.HandleCommand(svc, "run", func(_ context.Context, c *aegis.Command[string]) (string, error) {
+		began <- c.Data
+		return "", nil
+	}, aegis.Concurrency(1))
+	if err := errors.Join(err, svc.Start(ctx)); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(<-began, <-began, <-began)
+	// Output: stop loss buy rebalance
+}
+
+// A command that has not begun in time fails, even if no worker ever comes.
+func ExampleExpireAfter() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	client, err := aegis.New("client", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Stop(ctx)
+	job, err := aegis.SendCommand[string, string](ctx, client, "orders", "buy", "AAPL", aegis.ExpireAfter(time.Second))
+	if err != nil {
+		log.Fatal(err)
+	}
+	_, err = job.Wait(ctx)
+	fmt.Println(errors.Is(err, aegis.ErrTimeout))
+	// Output: true
+}
+
+// Resign gives the leadership of the exclusive handlers to another instance, within milliseconds.
+func ExampleService_Resign() {
+	url, stop := embeddedServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	var instances []*aegis.Service
+	for _, id := range []string{"a", "b"} {
+		svc, err := aegis.New("matching", aegis.WithURL(url), aegis.WithID(id), aegis.WithFailover(aegis.Aggressive))
+		if err != nil {
+			log.Fatal(err)
+		}
+		defer svc.Stop(ctx)
+		err = aegis.Handle(svc, "who", func(context.Context, string) (string, error) { return id, nil }, aegis.Exclusive())
+		if err := errors.Join(err, svc.Start(ctx)); err != nil {
+			log.Fatal(err)
+		}
+		instances = append(instances, svc)
+		if _, err := aegis.Call[string, string](ctx, svc, "matching", "who", "", aegis.Sticky()); err != nil { // waits for a leader
+			log.Fatal(err)
+		}
+	}
+	if err := instances[0].Resign(ctx); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(aegis.Call[string, string](ctx, instances[0], "matching", "who", "", aegis.Sticky()))
+	// Output: b <nil>
 }
