@@ -54,18 +54,9 @@ func TestUnusedWatchesEnd(t *testing.T) {
 	handle(t, handleExclusively, "m", echo, aegis.Exclusive())
 	start(t, handleExclusively)
 	client := newService(t, srv, "shop")
-	ctx, cancel := context.WithCancel(t.Context())
-	var seen journal[int]
-	watching := make(chan struct{})
-	go func() {
-		defer close(watching)
-		for list, err := range client.Watch(ctx, "risk") {
-			if err != nil {
-				t.Error(err)
-			}
-			seen.add(len(list))
-		}
-	}()
+	ctx := t.Context()
+	seen := watchLists(t, client, "risk")
+	seen.wait(t, 1)
 	for i := range 200 {
 		name := fmt.Sprint("nobody", i)
 		if list, err := client.Discover(ctx, name); err != nil || len(list) != 0 {
@@ -83,12 +74,10 @@ func TestUnusedWatchesEnd(t *testing.T) {
 	})
 	b := newService(t, srv, "risk", aegis.WithID("b"))
 	start(t, b)
-	eventually(t, "Watch still yields changes", func() bool { n := seen.all(); return n[len(n)-1] == 2 })
+	eventually(t, "Watch still yields changes", func() bool { n := counts(seen); return n[len(n)-1] == 2 })
 	if list, err := client.Discover(ctx, "nobody1"); err != nil || len(list) != 0 {
 		t.Error(list, err)
 	}
-	cancel()
-	<-watching
 }
 
 // More services are looked up than have a copy at once.
@@ -125,9 +114,9 @@ func TestAccountWithFewConsumers(t *testing.T) {
 	fails(t, err, aegis.ErrUnavailable, "10026", "max_consumers")
 }
 
-// watchCounts notes how many instances of a service the lists have that Watch yields.
-func watchCounts(tb testing.TB, client *aegis.Service, service string) *journal[int] {
-	var seen journal[int]
+// watchLists notes the lists that Watch yields until the test ends.
+func watchLists(tb testing.TB, client *aegis.Service, service string) *journal[[]aegis.Instance] {
+	var seen journal[[]aegis.Instance]
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -137,11 +126,19 @@ func watchCounts(tb testing.TB, client *aegis.Service, service string) *journal[
 				tb.Error(err)
 				return
 			}
-			seen.add(len(list))
+			seen.add(list)
 		}
 	}()
 	tb.Cleanup(func() { cancel(); <-done })
 	return &seen
+}
+
+// counts returns how many instances each list has.
+func counts(seen *journal[[]aegis.Instance]) (n []int) {
+	for _, list := range seen.all() {
+		n = append(n, len(list))
+	}
+	return n
 }
 
 // All instances live on while the server is away, or out of reach, for longer than their entries do. Nobody sees them vanish.
@@ -182,7 +179,7 @@ func TestLiveInstancesOutlastOutage(t *testing.T) {
 			}
 			want := []string{"a ACTIVE", "b ACTIVE", "c ACTIVE"}
 			eventually(t, "the instances are discovered", func() bool { return slices.Equal(instances(t, client, "risk"), want) })
-			seen := watchCounts(t, client, "risk")
+			seen := watchLists(t, client, "risk")
 			seen.wait(t, 1)
 			away()
 			begin := time.Now()
@@ -197,7 +194,7 @@ func TestLiveInstancesOutlastOutage(t *testing.T) {
 			whole(begin.Add(5 * time.Second)) // an entry lasts for 3 s
 			back()
 			whole(begin.Add(13 * time.Second))
-			if got := seen.all(); !slices.Equal(got, []int{3}) {
+			if got := counts(seen); !slices.Equal(got, []int{3}) {
 				t.Errorf("Watch yields %d instances; want 3 once", got)
 			}
 			if _, err := call[string, string](client, "risk", "m", "", aegis.Balance(aegis.Random)); err != nil {
@@ -221,7 +218,7 @@ func TestLiveInstancesOutlastLossOfQuorum(t *testing.T) {
 		start(t, add("risk", id))
 	}
 	eventually(t, "the instances are discovered", func() bool { return slices.Equal(instances(t, client, "risk"), want) })
-	seen := watchCounts(t, client, "risk")
+	seen := watchLists(t, client, "risk")
 	seen.wait(t, 1)
 	for i := 1; i < 3; i++ {
 		servers[i].Shutdown()
@@ -236,7 +233,7 @@ func TestLiveInstancesOutlastLossOfQuorum(t *testing.T) {
 			t.Fatalf("Discover returns %q", got)
 		}
 	}
-	if got := seen.all(); !slices.Equal(got, []int{3}) {
+	if got := counts(seen); !slices.Equal(got, []int{3}) {
 		t.Errorf("Watch yields %d instances; want 3 once", got)
 	}
 }
@@ -280,7 +277,7 @@ func TestBucketDeletedWhileInUse(t *testing.T) {
 				t.Fatal(err)
 			}
 			eventually(t, "both are discovered", func() bool { return len(instances(t, client, "risk")) == 2 })
-			seen := watchCounts(t, client, "risk")
+			seen := watchLists(t, client, "risk")
 			for _, bucket := range []string{"aegis_registry", "aegis_leaders"} {
 				if err := remove(t, srv, bucket); err != nil {
 					t.Fatal(err)
@@ -305,8 +302,8 @@ func TestBucketDeletedWhileInUse(t *testing.T) {
 			if took := time.Since(begin); took > 18*time.Second {
 				t.Errorf("it took %v", took)
 			}
-			if slices.Contains(seen.all(), 0) {
-				t.Errorf("Watch yields %d instances", seen.all())
+			if slices.Contains(counts(seen), 0) {
+				t.Errorf("Watch yields %d instances", counts(seen))
 			}
 		})
 	}
@@ -326,19 +323,7 @@ func TestOneActiveInstance(t *testing.T) {
 				o.NoAuthUser = "admin"
 			})
 			client := newService(t, srv, "shop", opts...)
-			ctx, cancel := context.WithCancel(t.Context())
-			var seen journal[[]aegis.Instance]
-			watching := make(chan struct{})
-			go func() {
-				defer close(watching)
-				for list, err := range client.Watch(ctx, "risk") {
-					if err != nil {
-						t.Error(err)
-						return
-					}
-					seen.add(list)
-				}
-			}()
+			seen := watchLists(t, client, "risk")
 			active := func() (ids []string) {
 				list, err := client.Discover(t.Context(), "risk")
 				if err != nil {
@@ -380,8 +365,6 @@ func TestOneActiveInstance(t *testing.T) {
 			if took := time.Since(begin); took > 400*time.Millisecond { // the entry expires later
 				t.Errorf("it took %v longer than with Discover", took)
 			}
-			cancel()
-			<-watching
 			for _, list := range seen.all() {
 				n := 0
 				for _, i := range list {
@@ -407,7 +390,7 @@ func TestHeartbeatWakesNobody(t *testing.T) {
 	handle(t, s, "m", func(context.Context, int) (int, error) { close(running); <-finish; return 0, nil })
 	start(t, s)
 	eventually(t, "the instance is discovered", func() bool { return len(instances(t, client, "risk")) == 1 })
-	seen := watchCounts(t, client, "risk")
+	seen := watchLists(t, client, "risk")
 	seen.wait(t, 1)
 	called := make(chan error)
 	go func() {
