@@ -238,11 +238,17 @@ func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.Strea
 		}
 		answer, failure = s.request(ctx, x)
 	}
-	switch failure {
-	case nil:
+	switch {
+	case failure == nil:
 		return parsePubAck(answer, x.subject)
-	case errNoResponders:
+	case failure == errNoResponders:
 		return 0, noStreamError(x.subject)
+	case failure.Code == ErrTimeout.Code && ctx.Err() == nil:
+		// There may be no stream: the server does not say so if somebody subscribes to the subject, as nats sub '>' does. Then this makes
+		// the stream for the next attempt.
+		within, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		_, _ = s.openStreamOnce(within, stream, x.subject)
 	}
 	return 0, failure
 }
