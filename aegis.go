@@ -92,24 +92,24 @@ import (
 
 // A Service is one instance of a named service: a pool of connections to NATS, the handlers, and the calls that it makes.
 type Service struct {
-	name, id string
-	cfg      *config
-	log      *slog.Logger
-	conns    []*conn
-	carrier  carrier
-	next     atomic.Uint32    // counts the calls of pick, so that the connections take turns
-	breakers lookup[*breaker] // by the service that is called
-	calls    lookup[*meter]   // by <service>.<method>
-	inFlight tally            // calls to certain instances
-	cancels  cancels
-	denials  denials
-	outward  HandlerFunc // the middleware of WithCallMiddleware around transmit; nil if there is none
+	name, id       string
+	cfg            *config
+	log            *slog.Logger
+	conns          []*conn
+	carrier        carrier
+	next           atomic.Uint32    // counts the calls of pick, so that the connections take turns
+	breakers       lookup[*breaker] // by the service that is called
+	calls          lookup[*meter]   // by <service>.<method>
+	inFlight       tally            // calls to certain instances
+	cancels        cancels
+	denials        denials
+	callMiddleware HandlerFunc // the middleware of WithCallMiddleware around transmit; nil if there is none
 
-	elections       watching[*leaderWatch] // by <service>.<group>
-	directories     watching[*directory]   // by service
-	electionTrouble trouble
-	leading         atomic.Int32   // how many functions of Lead are running
-	campaigns       sync.WaitGroup // counts the candidates that campaign
+	elections   watching[*leaderWatch] // by <service>.<group>
+	directories watching[*directory]   // by service
+	leaseLog    leaseLog
+	leading     atomic.Int32   // how many functions of Lead are running
+	campaigns   sync.WaitGroup // counts the candidates that campaign
 
 	since        time.Time     // when the service was made
 	unhealthy    atomic.Bool   // whether a health check fails
@@ -133,7 +133,7 @@ type Service struct {
 
 	tasks      sync.WaitGroup // counts the goroutines that end when base does
 	ready      atomic.Bool    // whether Start has succeeded
-	draining   atomic.Bool    // set when Stop's time is up: messages that no handler has begun are refused or given back
+	timeUp     atomic.Bool    // set when Stop's time is up: messages that no handler has begun are refused or given back
 	requeueing atomic.Int32   // commands that are being queued again
 	closed     atomic.Bool    // the connections are being closed, or were
 	done       chan struct{}  // closed at the end of Stop
@@ -141,17 +141,17 @@ type Service struct {
 	exclusive       atomic.Pointer[candidate] // campaigns for the exclusive handlers; nil if there are none
 	mayBeRegistered atomic.Bool               // whether the registry may have an entry of this instance; set only before Stop begins
 
-	mu           sync.Mutex // guards the rest
-	state        state
-	endpoints    map[string]*endpoint // by kind and name
-	candidates   map[*candidate]bool
-	internalSubs []*nats.Subscription // subscriptions that belong to no endpoint; Stop ends them when it begins
-	unregistered []error              // the failures of Handle, Subscribe and HandleCommand before Start
+	mu                 sync.Mutex // guards the rest
+	state              state
+	endpoints          map[string]*endpoint // by kind and name
+	candidates         map[*candidate]bool
+	internalSubs       []*nats.Subscription // subscriptions that belong to no endpoint; Stop ends them when it begins
+	registrationErrors []error              // the failures of Handle, Subscribe and HandleCommand before Start
 }
 
 type state int
 
-const created, started, stopping state = 0, 1, 2
+const serviceCreated, serviceStarted, serviceStopping state = 0, 1, 2
 
 // New makes an instance of the service called name (a letter, then letters, digits, - and _, at most 64) and connects it. It
 // blocks until every connection of the pool is made, each for at most nats.go's connect timeout (2 s for each server). Use
@@ -171,17 +171,17 @@ func New(name string, opts ...Option) (*Service, error) {
 	id := cmp.Or(deref(cfg.id), fmt.Sprintf("%s-%08x", name, rand.Uint32()))
 	s := &Service{
 		name: name, id: id, cfg: cfg, log: cfg.logger.With("service", name, "instance", id), since: time.Now(),
-		calls: lookup[*meter]{most: 1024}, cancels: cancels{cancel: map[string]context.CancelFunc{}},
+		calls: lookup[*meter]{most: 1024}, cancels: cancels{funcs: map[string]context.CancelFunc{}},
 		endpoints: map[string]*endpoint{}, candidates: map[*candidate]bool{},
 		entryChanged: make(chan struct{}, 1), healthKnown: make(chan struct{}), done: make(chan struct{}),
 	}
 	s.elections.svc, s.elections.make = s, s.newLeaderWatch
 	s.directories.svc, s.directories.make = s, s.newDirectory
 	s.metadata.Store(&cfg.metadata)
-	if len(cfg.outward) > 0 {
-		s.outward = transmit
-		for _, mw := range slices.Backward(cfg.outward) {
-			s.outward = mw(s.outward)
+	if len(cfg.callMiddleware) > 0 {
+		s.callMiddleware = transmit
+		for _, mw := range slices.Backward(cfg.callMiddleware) {
+			s.callMiddleware = mw(s.callMiddleware)
 		}
 	}
 	s.broken, s.breakDown = context.WithCancelCause(context.Background())
@@ -232,15 +232,15 @@ func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 func (s *Service) Start(ctx context.Context) error {
 	begin := clock()
 	s.mu.Lock()
-	if s.state != created {
+	if s.state != serviceCreated {
 		defer s.mu.Unlock()
-		if s.state == stopping {
+		if s.state == serviceStopping {
 			return newError(ErrClosed, "Start: service %s was stopped", s.name)
 		}
 		return newError(ErrInvalid, "Start: service %s was started already", s.name)
 	}
-	s.state = started
-	unregistered := errors.Join(s.unregistered...)
+	s.state = serviceStarted
+	unregistered := errors.Join(s.registrationErrors...)
 	s.mu.Unlock()
 	if unregistered != nil {
 		return unregistered
@@ -281,13 +281,13 @@ func (s *Service) openAll(ctx context.Context) error {
 	return cmp.Or(failures...)
 }
 
-// notRegistered notes the failure of Handle, Subscribe or HandleCommand for Start, which returns it in case nobody has checked it.
+// noteRegistration notes the failure of Handle, Subscribe or HandleCommand for Start, which returns it in case nobody has checked it.
 // It returns err.
-func (s *Service) notRegistered(err error) error {
+func (s *Service) noteRegistration(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil && s.state == created && len(s.unregistered) < 100 {
-		s.unregistered = append(s.unregistered, err)
+	if err != nil && s.state == serviceCreated && len(s.registrationErrors) < 100 {
+		s.registrationErrors = append(s.registrationErrors, err)
 	}
 	return err
 }
@@ -357,7 +357,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		return newError(ErrInvalid, "Stop: called by a handler, for which it would wait: call it by go, with another ctx, and return")
 	}
 	s.mu.Lock()
-	if s.state == stopping {
+	if s.state == serviceStopping {
 		s.mu.Unlock()
 		select {
 		case <-s.done:
@@ -371,7 +371,7 @@ func (s *Service) Stop(ctx context.Context) error {
 			return newError(ErrTimeout, "Stop: %v while another Stop was running", ctx.Err())
 		}
 	}
-	s.state = stopping
+	s.state = serviceStopping
 	endpoints := slices.Collect(maps.Values(s.endpoints))
 	own := s.internalSubs
 	s.mu.Unlock()
@@ -409,7 +409,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		if running > 0 {
 			late = newError(ErrTimeout, "Stop: %v with %d handlers running; their ctx has ended", ctx.Err(), running)
 		}
-		s.draining.Store(true)
+		s.timeUp.Store(true)
 		s.cancel()
 		// Handlers that heed their ctx have time as long as others of them return.
 		for end, before := clock()+returnTimeout, -1; clock() < end && (running != before || s.requeueing.Load() > 0); {
@@ -470,7 +470,7 @@ func (s *Service) startTask(fn func()) bool { return s.unlessStopping(func() { s
 func (s *Service) unlessStopping(fn func()) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.state == stopping {
+	if s.state == serviceStopping {
 		return false
 	}
 	fn()

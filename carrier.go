@@ -62,6 +62,13 @@ func (s *Service) addToCarrier(f *feed) error {
 	return nil
 }
 
+// removeFromCarrier removes a feed that could not be opened.
+func (s *Service) removeFromCarrier(f *feed) {
+	s.carrier.mu.Lock()
+	defer s.carrier.mu.Unlock()
+	s.carrier.feeds = slices.DeleteFunc(s.carrier.feeds, func(other *feed) bool { return other == f })
+}
+
 // closeCarrier closes the connection of the feeds.
 func (s *Service) closeCarrier() {
 	k := &s.carrier

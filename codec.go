@@ -80,8 +80,8 @@ func (jsonCodec) Marshal(v any) ([]byte, error) { return json.Marshal(v) }
 
 func (jsonCodec) Unmarshal(data []byte, v any) error { return json.Unmarshal(data, v) }
 
-// recoverTo, when deferred, turns a panic of a method of the user's type into an error.
-func recoverTo(err *error) {
+// panicToError, when deferred, turns a panic of a method of the user's type into an error.
+func panicToError(err *error) {
 	if p := recover(); p != nil {
 		*err = fmt.Errorf("panic while encoding or decoding: %v", p)
 	}
@@ -97,7 +97,7 @@ func (msgpackCodec) Marshal(v any) ([]byte, error) {
 }
 
 func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
-	defer recoverTo(&err)
+	defer panicToError(&err)
 	if len(data) > 1 && data[0] < 0x80 { // JSON, see sniff; but here, a single digit is MessagePack
 		return json.Unmarshal(data, v)
 	}
@@ -121,7 +121,7 @@ func (msgpackCodec) Unmarshal(data []byte, v any) (err error) {
 // marshal encodes v, or what v points to, with c, or in JSON if c is MsgPack and MessagePack does not carry the value. The
 // payload of a Raw keeps its format.
 func marshal(c Codec, v any) (out Raw, err error) {
-	defer recoverTo(&err)
+	defer panicToError(&err)
 	out.codec = c
 	if raw, ok := v.(Raw); ok {
 		v = new(raw)
@@ -213,7 +213,7 @@ func decodePayload(c Codec, data []byte, v any) (err error) {
 			err = fmt.Errorf("%s: %w", strings.TrimPrefix(fmt.Sprintf("%T", v), "*"), err)
 		}
 	}()
-	defer recoverTo(&err)
+	defer panicToError(&err)
 	if raw, ok := v.(*Raw); ok && raw != nil {
 		*raw = Raw{data, c}
 		return nil

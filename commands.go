@@ -34,7 +34,7 @@ type Command[T any] struct {
 	Last     Progress // what the previous attempt reported last
 	Data     T
 
-	run *run
+	run *commandRun
 }
 
 // Progress is the state of a command at a moment.
@@ -47,8 +47,8 @@ type Progress struct {
 }
 
 // The states of a command.
-const scheduled, queued, running, retrying = "scheduled", "queued", "running", "retrying"
-const completed, failed, canceled = "completed", "failed", "canceled"
+const stateScheduled, stateQueued, stateRunning, stateRetrying = "scheduled", "queued", "running", "retrying"
+const stateCompleted, stateFailed, stateCanceled = "completed", "failed", "canceled"
 
 const (
 	commandStream = "AEGIS_COMMANDS"
@@ -67,7 +67,7 @@ const (
 )
 
 func (s *Service) commandStream() jetstream.StreamConfig {
-	return jetstream.StreamConfig{Name: commandStream, Subjects: []string{commandPrefix + "*.*", commandPrefix + "*.*.*", timetablePrefix + "*.*.*"},
+	return jetstream.StreamConfig{Name: commandStream, Subjects: []string{commandPrefix + "*.*", commandPrefix + "*.*.*", commandSchedulePrefix + "*.*.*"},
 		Retention: jetstream.WorkQueuePolicy, Replicas: s.cfg.replicas}
 }
 
@@ -82,42 +82,42 @@ func (s *Service) recordStream() jetstream.StreamConfig {
 // A record is everything that is known about a command except its data. It is stored as JSON, so that an operator can read it:
 // nats kv get aegis_commands <service>.<command>.<id>.
 type record struct {
-	State    string    `json:"state"`
-	Percent  float64   `json:"percent,omitempty"`
-	Message  string    `json:"message,omitempty"`
-	Attempt  int       `json:"attempt,omitempty"`
-	Time     time.Time `json:"time"`
-	Priority Priority  `json:"priority,omitempty"`
-	Source   string    `json:"source,omitempty"`
-	Due      time.Time `json:"due,omitzero"`       // when it may begin
-	Expire   time.Time `json:"expire,omitzero"`    // when it may not begin any more
-	Digest   string    `json:"digest"`             // of the data; "" if that can't be compared
-	Failures int       `json:"failures,omitempty"` // attempts that failed
-	Crashes  int       `json:"crashes,omitempty"`  // attempts that ended without a result
-	Owner    string    `json:"owner,omitempty"`    // the instance that has claimed it last
-	Run      string    `json:"run,omitempty"`      // identifies the run that has claimed it last
-	Delivery int       `json:"delivery,omitempty"` // the number of the delivery of that message by which it was claimed last
-	Wake     uint64    `json:"wake,omitempty"`     // the stream sequence of the message that led to the claim
-	Nonce    string    `json:"nonce"`              // makes each change unique, so that compareAndSwap recognizes its own
-	Result   []byte    `json:"result,omitempty"`
-	Type     string    `json:"type,omitempty"` // the content type of Result
-	Error    *Error    `json:"error,omitempty"`
+	State     string    `json:"state"`
+	Percent   float64   `json:"percent,omitempty"`
+	Message   string    `json:"message,omitempty"`
+	Attempt   int       `json:"attempt,omitempty"`
+	Time      time.Time `json:"time"`
+	Priority  Priority  `json:"priority,omitempty"`
+	Source    string    `json:"source,omitempty"`
+	Due       time.Time `json:"due,omitzero"`       // when it may begin
+	Expire    time.Time `json:"expire,omitzero"`    // when it may not begin any more
+	Digest    string    `json:"digest"`             // of the data; "" if that can't be compared
+	Failures  int       `json:"failures,omitempty"` // attempts that failed
+	Crashes   int       `json:"crashes,omitempty"`  // attempts that ended without a result
+	Owner     string    `json:"owner,omitempty"`    // the instance that has claimed it last
+	Run       string    `json:"run,omitempty"`      // identifies the run that has claimed it last
+	ClaimedAt int       `json:"delivery,omitempty"` // the number of the delivery of that message by which it was claimed last
+	ClaimedBy uint64    `json:"wake,omitempty"`     // the stream sequence of the message that led to the claim
+	Nonce     string    `json:"nonce"`              // makes each change unique, so that compareAndSwap recognizes its own
+	Result    []byte    `json:"result,omitempty"`
+	Type      string    `json:"type,omitempty"` // the content type of Result
+	Error     *Error    `json:"error,omitempty"`
 }
 
 func (r *record) final() bool {
-	return r.State == completed || r.State == failed || r.State == canceled
+	return r.State == stateCompleted || r.State == stateFailed || r.State == stateCanceled
 }
 
 // expired reports whether the command may not begin any more, and does not run.
 func (r *record) expired() bool {
-	return !r.final() && r.State != running && !r.Expire.IsZero() && time.Until(r.Expire) <= 0
+	return !r.final() && r.State != stateRunning && !r.Expire.IsZero() && time.Until(r.Expire) <= 0
 }
 
 // expire makes r the record of a command that has expired.
 func (r *record) expire(service string) {
 	last := r.Error
 	r.Error = newError(ErrTimeout, "it had to begin by %s", r.Expire.Format(time.RFC3339))
-	r.Error.Source, r.Error.Cause, r.State = service, last, failed
+	r.Error.Source, r.Error.Cause, r.State = service, last, stateFailed
 }
 
 func (r *record) progress() Progress {
@@ -220,16 +220,16 @@ func HandleCommand[T, R any](
 	s *Service, command string, fn func(context.Context, *Command[T]) (R, error), opts ...HandlerOption,
 ) error {
 	if fn == nil {
-		return s.notRegistered(newError(ErrInvalid, "command %q: the function is nil", command))
+		return s.noteRegistration(newError(ErrInvalid, "command %q: the function is nil", command))
 	}
-	run := typed("the result of "+command, func(ctx context.Context, r *request, m *Message, data T) (any, error) {
+	handler := typed("the result of "+command, func(ctx context.Context, r *request, m *Message, data T) (any, error) {
 		run := r.run
 		cmd := &Command[T]{ID: r.id, Source: m.Source, Fence: run.fence.Load(), Last: run.last, Data: data, run: run}
 		cmd.Priority, cmd.Attempt = run.rec.Priority, run.rec.Attempt // nobody changes these while the handler runs
 		result, err := fn(ctx, cmd)
 		return &result, err
 	})
-	return s.notRegistered(s.handleCommand(command, run, opts))
+	return s.noteRegistration(s.handleCommand(command, handler, opts))
 }
 
 func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOption) error {
@@ -237,10 +237,10 @@ func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOp
 	if failure := cmp.Or(checkNames(s.name, kindCommand, command), failure); failure != nil {
 		return failure
 	}
-	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, run: fn}
+	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, handler: fn}
 	var lanes []*lane
 	for _, level := range []Priority{Critical, High, Normal, Low} { // the most urgent first
-		suffix := suffixes[level]
+		suffix := prioritySuffixes[level]
 		lanes = append(lanes, newLane(s.name+"~"+command+strings.Replace(suffix, ".", "~", 1), e.subject+suffix))
 	}
 	src := &commandSource{feed: newFeed(e, cfg, s.commandStream(), lanes...)}
@@ -254,11 +254,11 @@ type commandSource struct {
 	*feed
 
 	checking atomic.Bool // whether a goroutine of checkRuns is at work
-	runs     sync.Map    // string -> *run, by the key of the record
+	runs     sync.Map    // string -> *commandRun, by the key of the record
 }
 
-// A run is one attempt at a command.
-type run struct {
+// A commandRun is one attempt at a command.
+type commandRun struct {
 	src      *commandSource
 	key      string // of the record
 	nonce    string // identifies this run in the record
@@ -291,125 +291,125 @@ func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
 		src.acknowledge(m, ackTerminate)
 		return
 	}
-	x := &run{src: src, key: recordKey(src.svc.name, src.name, r.id), nonce: rand.Text(), r: r}
-	x.reporting, x.endReports = context.WithCancelCause(context.Background())
-	r.run = x
-	if src.svc.draining.Load() || !src.admit(r) {
+	run := &commandRun{src: src, key: recordKey(src.svc.name, src.name, r.id), nonce: rand.Text(), r: r}
+	run.reporting, run.endReports = context.WithCancelCause(context.Background())
+	r.run = run
+	if src.svc.timeUp.Load() || !src.admit(r) {
 		src.giveBack(m)
 		return
 	}
-	if _, busy := src.runs.LoadOrStore(x.key, x); busy { // it was redelivered because the server did not hear that it runs
+	if _, busy := src.runs.LoadOrStore(run.key, run); busy { // it was redelivered because the server did not hear that it runs
 		return
 	}
-	defer src.runs.Delete(x.key)
-	notice := commandPrefix + x.key
-	src.svc.cancels.add(notice, func() { src.goHelper(func() { x.check() }) })
+	defer src.runs.Delete(run.key)
+	notice := commandPrefix + run.key
+	src.svc.cancels.add(notice, func() { src.goHelper(func() { run.check() }) })
 	defer src.svc.cancels.remove(notice)
-	if x.claim() {
-		src.dispatch(x.r)
+	if run.claim() {
+		src.dispatch(run.r)
 	}
 }
 
 // claim claims the command for this run: it writes a record that names this run. If claim reports false, it has
 // acknowledged the message, or stored the outcome, and the handler must not be called.
-func (x *run) claim() bool {
-	src, sequence := x.src, x.r.delivery.sequence
-	x.writing.Lock()
-	defer x.writing.Unlock()
+func (run *commandRun) claim() bool {
+	src, sequence := run.src, run.r.delivery.sequence
+	run.writing.Lock()
+	defer run.writing.Unlock()
 	ctx, cancel := context.WithTimeout(src.svc.base, recordTimeout)
 	defer cancel()
-	rec, revision, failure := src.svc.readRecord(ctx, nil, x.key)
+	rec, revision, failure := src.svc.readRecord(ctx, nil, run.key)
 	for failure == nil || failure.Code == errConflict.Code {
-		if rec != nil && rec.Run == x.nonce && rec.State == running { // it was claimed just now, but the confirmation was lost
-			x.revision = revision
-			x.fence.Store(revision)
+		if rec != nil && rec.Run == run.nonce && rec.State == stateRunning { // it was claimed just now, but the confirmation was lost
+			run.revision = revision
+			run.fence.Store(revision)
 			return true
 		}
-		if rec == nil && x.r.delivery.firing {
-			rec = x.firing()
+		if rec == nil && run.r.delivery.firing {
+			rec = run.recordOfFiring()
 		}
 		if rec == nil || rec.final() {
-			src.acknowledge(x.r.in, ack)
+			src.acknowledge(run.r.in, ack)
 			return false
 		}
-		if early := time.Until(rec.Due); rec.State == scheduled && early > clockSkew {
-			src.acknowledge(x.r.in, nakAfter(early))
+		if early := time.Until(rec.Due); rec.State == stateScheduled && early > clockSkew {
+			src.acknowledge(run.r.in, nakAfter(early))
 			return false
 		}
-		delivery := x.r.delivery.attempt
+		delivery := run.r.delivery.attempt
 		switch {
-		case rec.Wake == sequence && delivery <= rec.Delivery:
+		case rec.ClaimedBy == sequence && delivery <= rec.ClaimedAt:
 			return false // this delivery was held up, and a later one has claimed the command since
-		case rec.Wake != 0 && rec.Wake != sequence && rec.State != queued && src.wakes(ctx, rec, x.r):
+		case rec.ClaimedBy != 0 && rec.ClaimedBy != sequence && rec.State != stateQueued && src.leaveToOther(ctx, rec, run.r):
 			return false
 		}
-		x.rec, x.revision = *rec, revision
-		if rec.State == running { // the instance that has claimed it has crashed, or lost the connection
-			x.rec.Crashes++
+		run.rec, run.revision = *rec, revision
+		if rec.State == stateRunning { // the instance that has claimed it has crashed, or lost the connection
+			run.rec.Crashes++
 		}
 		if !rec.Expire.IsZero() && time.Until(rec.Expire) <= 0 {
-			x.rec.expire(src.svc.name)
-			src.meter.ended(x.r.msg.Source, x.rec.Error)
-			x.conclude(ack)
+			run.rec.expire(src.svc.name)
+			src.meter.count(run.r.msg.Source, run.rec.Error)
+			run.writeAndAcknowledge(ack)
 			return false
 		}
-		if x.rec.Failures+x.rec.Crashes >= src.cfg.attempts {
-			last := x.rec.Error
+		if run.rec.Failures+run.rec.Crashes >= src.cfg.attempts {
+			last := run.rec.Error
 			if last == nil {
 				last = newError(ErrInternal, "its handler began %d times and never finished: "+
-					"it crashed or hung, or its instance lost the connection", x.rec.Crashes)
+					"it crashed or hung, or its instance lost the connection", run.rec.Crashes)
 				last.Source = src.svc.name
-				src.meter.ended(x.r.msg.Source, last)
+				src.meter.count(run.r.msg.Source, last)
 			}
-			x.fail(last)
+			run.fail(last)
 			return false
 		}
-		x.last = rec.progress()
-		x.rec.State, x.rec.Owner, x.rec.Run, x.rec.Wake, x.rec.Delivery = running, src.svc.id, x.nonce, sequence, delivery
-		x.rec.Attempt++
-		rec, revision, failure = src.svc.writeRecord(ctx, x.key, &x.rec, revision, callConfigs[kindCommand])
+		run.last = rec.progress()
+		run.rec.State, run.rec.Owner, run.rec.Run, run.rec.ClaimedBy, run.rec.ClaimedAt = stateRunning, src.svc.id, run.nonce, sequence, delivery
+		run.rec.Attempt++
+		rec, revision, failure = src.svc.writeRecord(ctx, run.key, &run.rec, revision, callConfigs[kindCommand])
 		if failure == nil {
-			x.revision = revision
-			x.fence.Store(revision)
+			run.revision = revision
+			run.fence.Store(revision)
 			return true
 		}
 	}
-	src.logger(x.r).Warn("a command can't be claimed", "error", failure)
-	src.acknowledge(x.r.in, nakAfter(backoff(x.r.delivery.attempt, retryPause, 5*time.Second)))
+	src.logger(run.r).Warn("a command can't be claimed", "error", failure)
+	src.acknowledge(run.r.in, nakAfter(backoff(run.r.delivery.attempt, retryPause, 5*time.Second)))
 	return false
 }
 
-// firing returns the first record of a command that a schedule has sent.
-func (x *run) firing() *record {
-	rec := &record{State: queued, Source: x.r.msg.Source}
-	for level, suffix := range suffixes {
-		if strings.HasSuffix(x.r.msg.Subject, suffix) {
+// recordOfFiring returns the first record of a command that a schedule has sent.
+func (run *commandRun) recordOfFiring() *record {
+	rec := &record{State: stateQueued, Source: run.r.msg.Source}
+	for level, suffix := range prioritySuffixes {
+		if strings.HasSuffix(run.r.msg.Subject, suffix) {
 			rec.Priority = level
 		}
 	}
-	if ttl := x.r.in.Header.Get(jetstream.MsgTTLHeader); ttl != "" {
-		rec.Expire = x.r.delivery.stored.Add(lifetime(ttl)).UTC()
+	if ttl := run.r.in.Header.Get(jetstream.MsgTTLHeader); ttl != "" {
+		rec.Expire = run.r.delivery.stored.Add(lifetime(ttl)).UTC()
 	}
 	return rec
 }
 
-// wakes reports whether another message than that of r led to the claim of a command and will lead to its next attempt, so that r's
+// leaveToOther reports whether another message than that of r led to the claim of a command and will lead to its next attempt, so that r's
 // need not. It has acknowledged r's message then. Somebody may have removed the other message from the queue. Then r's takes its
 // place: at once if the command waits, and if it runs as soon as its deadline is over.
-func (src *commandSource) wakes(ctx context.Context, rec *record, r *request) bool {
+func (src *commandSource) leaveToOther(ctx context.Context, rec *record, r *request) bool {
 	c := src.svc.pick()
 	if c == nil {
 		return false // then the claim fails, too
 	}
 	stream, err := c.js.Stream(ctx, commandStream)
 	if err == nil {
-		_, err = stream.GetMsg(ctx, rec.Wake)
+		_, err = stream.GetMsg(ctx, rec.ClaimedBy)
 	}
 	ackWait := time.Duration(src.ackWait.Load())
 	switch {
 	case !errors.Is(err, jetstream.ErrMsgNotFound): // it is there, or this instance may not look
 		src.acknowledge(r.in, ack)
-	case rec.State == running && time.Duration(r.delivery.attempt)*ackWait < src.cfg.deadline+ackWait:
+	case rec.State == stateRunning && time.Duration(r.delivery.attempt)*ackWait < src.cfg.deadline+ackWait:
 		src.acknowledge(r.in, nakAfter(ackWait))
 	default:
 		return false
@@ -419,44 +419,44 @@ func (src *commandSource) wakes(ctx context.Context, rec *record, r *request) bo
 
 // write writes the record with the latest report, and retries until ctx ends or the time is up. If the command is lost, it ends
 // the handler's ctx and returns the error that says why.
-func (x *run) write(ctx context.Context, within time.Duration) *Error {
+func (run *commandRun) write(ctx context.Context, within time.Duration) *Error {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	if p := x.reported.Load(); p != nil {
-		x.rec.Percent, x.rec.Message = p.Percent, p.Message
+	if p := run.reported.Load(); p != nil {
+		run.rec.Percent, run.rec.Message = p.Percent, p.Message
 	}
 	cfg := *callConfigs[kindCommand]
 	cfg.sticky = true
 	for {
-		now, revision, failure := x.src.svc.writeRecord(ctx, x.key, &x.rec, x.revision, &cfg)
+		now, revision, failure := run.src.svc.writeRecord(ctx, run.key, &run.rec, run.revision, &cfg)
 		switch {
 		case failure == nil:
-			x.revision = revision
+			run.revision = revision
 			return nil
 		case failure.Code != errConflict.Code:
 			return failure
-		case now == nil || now.Run != x.nonce || now.State == canceled:
-			return x.lost(now)
+		case now == nil || now.Run != run.nonce || now.State == stateCanceled:
+			return run.revoke(now)
 		}
-		x.revision = revision // an earlier write was stored, but its confirmation was lost
+		run.revision = revision // an earlier write was stored, but its confirmation was lost
 	}
 }
 
-// lost ends the handler's ctx because the command was cancelled or belongs to another instance, as its record says now. It
+// revoke ends the handler's ctx because the command was cancelled or belongs to another instance, as its record says now. It
 // returns the error that says so.
-func (x *run) lost(now *record) *Error {
-	failure := newError(ErrFenced, "another instance has taken over the command %s", x.r.id)
-	if now != nil && now.State == canceled {
-		failure = newError(ErrCanceled, "the command %s was cancelled", x.r.id)
+func (run *commandRun) revoke(now *record) *Error {
+	failure := newError(ErrFenced, "another instance has taken over the command %s", run.r.id)
+	if now != nil && now.State == stateCanceled {
+		failure = newError(ErrCanceled, "the command %s was cancelled", run.r.id)
 	}
-	x.endReports(failure)
-	x.r.abort()
+	run.endReports(failure)
+	run.r.abort()
 	return failure
 }
 
-// whyLost returns the error that says why the command was lost while the handler ran, or nil if it was not.
-func (x *run) whyLost() *Error {
-	failure, _ := context.Cause(x.reporting).(*Error)
+// revocation returns the error that says why the command was lost while the handler ran, or nil if it was not.
+func (run *commandRun) revocation() *Error {
+	failure, _ := context.Cause(run.reporting).(*Error)
 	return failure
 }
 
@@ -465,19 +465,19 @@ func (src *commandSource) checkRuns() {
 	if src.checking.CompareAndSwap(false, true) {
 		src.goHelper(func() {
 			defer src.checking.Store(false)
-			src.runs.Range(func(_, x any) bool { return x.(*run).check() })
+			src.runs.Range(func(_, run any) bool { return run.(*commandRun).check() })
 		})
 	}
 }
 
 // check reads the record and ends the handler's ctx if the command is lost. It reports false if the record can't be read.
-func (x *run) check() bool {
-	ctx, cancel := context.WithTimeout(x.src.svc.base, recordTimeout)
+func (run *commandRun) check() bool {
+	ctx, cancel := context.WithTimeout(run.src.svc.base, recordTimeout)
 	defer cancel()
-	claimed := x.fence.Load() > 0 // loaded before the read, because a record that was read before the claim has another run
-	now, _, failure := x.src.svc.readRecord(ctx, nil, x.key)
-	if failure == nil && now != nil && (now.State == canceled || claimed && now.Run != x.nonce) {
-		x.lost(now)
+	claimed := run.fence.Load() > 0 // loaded before the read, because a record that was read before the claim has another run
+	now, _, failure := run.src.svc.readRecord(ctx, nil, run.key)
+	if failure == nil && now != nil && (now.State == stateCanceled || claimed && now.Run != run.nonce) {
+		run.revoke(now)
 	}
 	return failure == nil
 }
@@ -491,137 +491,137 @@ func (x *run) check() bool {
 //   - [ErrFenced] if another instance has taken the command over, likewise
 //   - [ErrInvalid] if percent is out of range or the handler has returned
 func (c *Command[T]) Progress(percent float64, message string) error {
-	x := c.run
+	run := c.run
 	switch {
 	case !(percent >= 0 && percent <= 100):
 		return newError(ErrInvalid, "Progress(%v): want 0 to 100", percent)
-	case x == nil:
+	case run == nil:
 		return newError(ErrInvalid, "Progress: the command is not from HandleCommand")
-	case x.reporting.Err() != nil:
-		return cmp.Or(x.whyLost(), newError(ErrInvalid, "Progress: the handler has returned"))
+	case run.reporting.Err() != nil:
+		return cmp.Or(run.revocation(), newError(ErrInvalid, "Progress: the handler has returned"))
 	}
-	if x.reported.Swap(&Progress{Percent: percent, Message: cutText(message, maxProgress)}) == nil {
-		x.src.goHelper(x.writeProgress)
+	if run.reported.Swap(&Progress{Percent: percent, Message: cutText(message, maxProgress)}) == nil {
+		run.src.goHelper(run.writeProgress)
 	}
 	return nil
 }
 
 // writeProgress writes the latest report, at intervals, until no other report has come in an interval or the handler has
 // returned. In the latter case the report is written with the outcome.
-func (x *run) writeProgress() {
+func (run *commandRun) writeProgress() {
 	for more := true; more; {
-		p, failure := x.reported.Load(), (*Error)(nil)
-		x.writing.Lock()
-		if x.reporting.Err() == nil { // otherwise the record may belong to the next run already
-			failure = x.write(x.src.svc.base, recordTimeout)
+		p, failure := run.reported.Load(), (*Error)(nil)
+		run.writing.Lock()
+		if run.reporting.Err() == nil { // otherwise the record may belong to the next run already
+			failure = run.write(run.src.svc.base, recordTimeout)
 		}
-		x.writing.Unlock()
+		run.writing.Unlock()
 		if failure != nil {
-			x.src.logger(x.r).Warn("progress was not written", "error", failure)
+			run.src.logger(run.r).Warn("progress was not written", "error", failure)
 		}
-		more = sleep(x.reporting, progressInterval) && (failure != nil || !x.reported.CompareAndSwap(p, nil))
+		more = sleep(run.reporting, progressInterval) && (failure != nil || !run.reported.CompareAndSwap(p, nil))
 	}
 }
 
 // done writes the outcome, or queues the command again, and acknowledges the message.
 func (src *commandSource) done(r *request, data []byte, failure *Error) {
-	x := r.run
-	x.writing.Lock() // waits for a write of progress, which may find that the command is lost
-	defer x.writing.Unlock()
-	x.endReports(nil)
-	lost := x.whyLost()
+	run := r.run
+	run.writing.Lock() // waits for a write of progress, which may find that the command is lost
+	defer run.writing.Unlock()
+	run.endReports(nil)
+	lost := run.revocation()
 	if lost == nil && failure != nil && failure.Code == ErrCanceled.Code && src.svc.base.Err() == nil {
 		own := newError(ErrInternal, "the handler returned an error as if the command had been cancelled, which it was not: %s", failure.Message)
 		own.Source, failure = failure.Source, own
 	}
 	switch {
 	case lost != nil:
-		x.yieldTo(lost)
+		run.giveUp(lost)
 	case failure == nil:
 		codec := cmp.Or(r.codec, src.svc.cfg.codec) // r has none if middleware answered
-		if p := x.reported.Swap(nil); p != nil {
-			x.rec.Message = p.Message
+		if p := run.reported.Swap(nil); p != nil {
+			run.rec.Message = p.Message
 		}
-		x.rec.Percent = 100
-		x.rec.State, x.rec.Result, x.rec.Type, x.rec.Error = completed, data, codec.ContentType(), nil
-		x.conclude(ack)
+		run.rec.Percent = 100
+		run.rec.State, run.rec.Result, run.rec.Type, run.rec.Error = stateCompleted, data, codec.ContentType(), nil
+		run.writeAndAcknowledge(ack)
 	case src.svc.base.Err() != nil || r.fenced: // Stop has cancelled the handler, or another instance leads
-		x.requeue()
+		run.requeue()
 	default:
 		failure = failure.cut()
-		x.rec.Error = failure
-		if r.again != nil {
-			x.rec.State = retrying
-			x.rec.Attempt--
-			src.logOften(r, slog.LevelInfo, "a command is handled again later", "error", failure, "pause", r.again.pause)
-			x.conclude(nakAfter(r.again.pause))
+		run.rec.Error = failure
+		if r.retryAfter != nil {
+			run.rec.State = stateRetrying
+			run.rec.Attempt--
+			src.logOften(r, slog.LevelInfo, "a command is handled again later", "error", failure, "pause", r.retryAfter.pause)
+			run.writeAndAcknowledge(nakAfter(r.retryAfter.pause))
 			return
 		}
-		if x.rec.Failures++; r.permanent || x.rec.Failures+x.rec.Crashes >= src.cfg.attempts {
-			x.fail(failure)
+		if run.rec.Failures++; r.permanent || run.rec.Failures+run.rec.Crashes >= src.cfg.attempts {
+			run.fail(failure)
 			return
 		}
-		x.rec.State = retrying
-		pause := backoff(x.rec.Failures, src.cfg.backoff, src.cfg.maxPause)
-		src.logOften(r, slog.LevelWarn, "an attempt failed", "error", failure, "attempt", x.rec.Attempt, "pause", pause)
-		x.conclude(nakAfter(pause))
+		run.rec.State = stateRetrying
+		pause := backoff(run.rec.Failures, src.cfg.backoff, src.cfg.maxBackoff)
+		src.logOften(r, slog.LevelWarn, "an attempt failed", "error", failure, "attempt", run.rec.Attempt, "pause", pause)
+		run.writeAndAcknowledge(nakAfter(pause))
 	}
 }
 
 // fail stores the command as a dead letter, and then its outcome. After a crash in between, the next run does both again.
-func (x *run) fail(failure *Error) {
-	if !x.src.storeDeadLetter(x.r, failure, x.rec.Failures+x.rec.Crashes) {
-		x.requeue()
+func (run *commandRun) fail(failure *Error) {
+	if !run.src.storeDeadLetter(run.r, failure, run.rec.Failures+run.rec.Crashes) {
+		run.requeue()
 		return
 	}
-	x.rec.State, x.rec.Error = failed, failure
-	x.conclude(ack)
+	run.rec.State, run.rec.Error = stateFailed, failure
+	run.writeAndAcknowledge(ack)
 }
 
-// conclude writes the record and then acknowledges the message in the way that how says. It goes on trying, and keeps the message,
+// writeAndAcknowledge writes the record and then acknowledges the message in the way that how says. It goes on trying, and keeps the message,
 // until the record is written, the command is lost, or Stop's time is up.
-func (x *run) conclude(how string) {
+func (run *commandRun) writeAndAcknowledge(how string) {
 	for n := 1; ; n++ {
-		failure := x.write(context.Background(), outcomeTimeout)
+		failure := run.write(context.Background(), outcomeTimeout)
 		switch {
 		case failure == nil:
-			x.src.acknowledge(x.r.in, how)
-		case x.whyLost() == nil && x.src.svc.base.Err() == nil:
-			x.src.logOften(x.r, slog.LevelWarn, "the outcome of a command is not stored yet", "error", failure)
-			x.src.acknowledge(x.r.in, ackInProgress)
-			sleep(x.src.svc.base, backoff(n, retryPause, outcomeTimeout))
+			run.src.acknowledge(run.r.in, how)
+		case run.revocation() == nil && run.src.svc.base.Err() == nil:
+			run.src.logOften(run.r, slog.LevelWarn, "the outcome of a command is not stored yet", "error", failure)
+			run.src.acknowledge(run.r.in, ackInProgress)
+			sleep(run.src.svc.base, backoff(n, retryPause, outcomeTimeout))
 			continue
 		default:
-			x.yieldTo(failure)
+			run.giveUp(failure)
 		}
 		return
 	}
 }
 
 // requeue queues the command again. If it was claimed, the attempt does not count.
-func (x *run) requeue() {
-	x.src.svc.requeueing.Add(1)
-	defer x.src.svc.requeueing.Add(-1)
-	x.rec.State = queued
-	if x.fence.Load() > 0 {
-		x.rec.Attempt--
+func (run *commandRun) requeue() {
+	run.src.svc.requeueing.Add(1)
+	defer run.src.svc.requeueing.Add(-1)
+	run.rec.State = stateQueued
+	if run.fence.Load() > 0 {
+		run.rec.Attempt--
 	}
-	if failure := x.write(context.Background(), returnTimeout); failure != nil {
-		x.yieldTo(failure)
+	if failure := run.write(context.Background(), returnTimeout); failure != nil {
+		run.giveUp(failure)
 		return
 	}
-	x.src.giveBack(x.r.in)
+	run.src.giveBack(run.r.in)
 }
 
-// yieldTo gives up the command because of failure: another instance has taken it over, it was cancelled, or its record could not
+// giveUp gives up the command because of failure: another instance has taken it over, it was cancelled, or its record could not
 // be written. It acknowledges the message only if the command was cancelled. Otherwise the server redelivers the message after
 // the ack wait, unless the instance that has the command acknowledges it.
-func (x *run) yieldTo(failure *Error) {
+func (run *commandRun) giveUp(failure *Error) {
 	if failure.Code == ErrCanceled.Code {
-		x.src.acknowledge(x.r.in, ack)
+		run.src.acknowledge(run.r.in, ack)
 		return
 	}
-	x.src.logger(x.r).Warn("the outcome of a command was not stored", "error", failure)
+	run.src.logger(run.r).Warn("the outcome of a command was not stored", "error", failure)
 }
 
 // redriveCommand queues the command of a dead letter again.
@@ -636,13 +636,13 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 	if failure != nil {
 		return failure
 	}
-	rec = cmp.Or(rec, &record{State: failed}) // the record has expired
-	next := record{State: queued, Priority: rec.Priority, Attempt: rec.Attempt}
-	next.Digest, next.Source = digest(d.Header, d.Data), d.Header.Get(headerSource)
+	rec = cmp.Or(rec, &record{State: stateFailed}) // the record has expired
+	next := record{State: stateQueued, Priority: rec.Priority, Attempt: rec.Attempt}
+	next.Digest, next.Source = d.Header.Get(headerDigest), d.Header.Get(headerSource)
 	switch {
-	case rec.State == failed:
+	case rec.State == stateFailed:
 		_, _, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand])
-	case rec.State != queued || rec.Digest != next.Digest: // otherwise an earlier Redrive may have come no further than this
+	case rec.State != stateQueued || rec.Digest != next.Digest: // otherwise an earlier Redrive may have come no further than this
 		return notRun(newError(ErrInvalid, "Redrive: the command %s is %s, and only one that failed is queued again", id, rec.State))
 	}
 	switch {

@@ -29,10 +29,10 @@ type request struct {
 	deadline        time.Time
 	codec           Codec       // of the payload, then of the answer; nil until the payload is decoded
 	permanent       bool        // whether another attempt would end with the same error
-	again           *retryError // from RetryAfter, else nil
+	retryAfter      *retryError // from RetryAfter, else nil
 	ran             bool        // whether the handler was called
 	delivery        *delivery   // nil for an RPC request
-	run             *run        // of a command, else nil
+	run             *commandRun // of a command, else nil
 	term            *term       // the term in which an exclusive handler was called, else nil
 	fenced          bool        // whether the term was over when the handler returned
 
@@ -52,7 +52,10 @@ func (r *request) Value(key any) any {
 	r.mu.Lock()
 	timed := r.timed
 	r.mu.Unlock()
-	return cmp.Or(timed, r.Context).Value(key)
+	if timed == nil || timed == endedContext { // endedContext has no values
+		timed = r.Context
+	}
+	return timed.Value(key)
 }
 
 func (r *request) Deadline() (time.Time, bool) { return r.deadline, true }
@@ -108,12 +111,32 @@ func requestOf(ctx context.Context) *request {
 
 var noRequest = &request{} // has no message, so no headers and no correlation id; compared by identity, and never changed
 
+// The headers of messages.
 const (
 	headerContentType = "Content-Type"
-	headerTimeout     = "Aegis-Timeout" // the time that a call has left, as a Go duration or in milliseconds
+	headerSource      = "Aegis-Source" // the service that sent it
 	headerCorrelation = "Aegis-Correlation-Id"
 	headerTraceParent = "traceparent" // https://www.w3.org/TR/trace-context/
 	headerTraceState  = "tracestate"
+
+	headerTimeout   = "Aegis-Timeout"           // of a call: the time that it has left, as a Go duration or in milliseconds
+	headerErrorCode = "Nats-Service-Error-Code" // of an answer that is an error: its status, which is a number, as in HTTP
+	headerErrorText = "Nats-Service-Error"      // the same: its text
+
+	headerVersion = "Aegis-Version" // of an event: what EventVersion has set
+	headerDigest  = "Aegis-Digest"  // of a command: the digest of its data
+
+	headerID      = "Aegis-Id"      // of a command, and of a message that is stored again: the id
+	headerSubject = "Aegis-Subject" // of a message that is stored again: the original subject
+	headerTime    = "Aegis-Time"    // the same: when it was first stored, in RFC 3339
+	headerAttempt = "Aegis-Attempt" // of an event that RetryAfter has stored again: the attempt that its first delivery is
+
+	headerConsumer = "Aegis-Consumer" // of a dead letter: where it comes from
+	headerReason   = "Aegis-Reason"   // the same: the text of the last error
+	headerAttempts = "Aegis-Attempts" // the same: how often it was delivered
+
+	headerSchedule = "Aegis-Schedule" // of a recurring schedule, and of what it sends: its name
+	headerSpec     = "Aegis-Spec"     // of a recurring schedule: its spec, as it was given
 )
 
 // CorrelationID returns the id of the request that ctx belongs to. It is the same in each service that the request passes
@@ -248,7 +271,7 @@ func cancelSubject(service string) string { return "rpc." + service + ".$cancel"
 type cancels struct {
 	hadEarly atomic.Bool                   // whether a request was ever cancelled early
 	mu       sync.Mutex                    // guards the rest
-	cancel   map[string]context.CancelFunc // by reply subject, or "commands." and key; nil for a request that was cancelled early
+	funcs    map[string]context.CancelFunc // by reply subject, or "commands." and key; nil for a request that was cancelled early
 	early    []string                      // the reply subjects of the requests that were cancelled early, oldest first
 }
 
@@ -257,8 +280,8 @@ const maxEarly = 2048 // early cancellations that are remembered
 // add makes cancel be called when the request with this reply subject is cancelled.
 func (c *cancels) add(reply string, cancel context.CancelFunc) {
 	c.mu.Lock()
-	_, early := c.cancel[reply]
-	c.cancel[reply] = cancel
+	_, early := c.funcs[reply]
+	c.funcs[reply] = cancel
 	c.mu.Unlock()
 	if early {
 		cancel()
@@ -268,7 +291,7 @@ func (c *cancels) add(reply string, cancel context.CancelFunc) {
 func (c *cancels) remove(reply string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.cancel, reply)
+	delete(c.funcs, reply)
 }
 
 // has reports whether the request was cancelled before it began.
@@ -278,7 +301,7 @@ func (c *cancels) has(reply string) bool {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	cancel, known := c.cancel[reply]
+	cancel, known := c.funcs[reply]
 	return known && cancel == nil
 }
 
@@ -291,13 +314,13 @@ func (c *cancels) receive(m *nats.Msg) {
 		return // not from a caller
 	}
 	c.mu.Lock()
-	cancel, known := c.cancel[reply]
+	cancel, known := c.funcs[reply]
 	if !known && !command {
 		c.hadEarly.Store(true)
-		c.cancel[reply] = nil
+		c.funcs[reply] = nil
 		if c.early = append(c.early, reply); len(c.early) > maxEarly {
-			if oldest := c.early[0]; c.cancel[oldest] == nil {
-				delete(c.cancel, oldest)
+			if oldest := c.early[0]; c.funcs[oldest] == nil {
+				delete(c.funcs, oldest)
 			}
 			c.early = c.early[1:]
 		}

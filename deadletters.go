@@ -21,11 +21,8 @@ const (
 	deadStream   = "AEGIS_DEAD"
 	letterPrefix = "aegis.dead." // followed by <kind>.<consumer>
 
-	headerConsumer = "Aegis-Consumer" // these three are only in dead letters
-	headerReason   = "Aegis-Reason"
-	headerAttempts = "Aegis-Attempts"
-	letterRoom     = 2 << 10 // bytes of max_payload that every message leaves free, for what a dead letter adds
-	maxReason      = 512     // bytes
+	letterRoom = 2 << 10 // bytes of max_payload that every message leaves free, for what a dead letter adds
+	maxReason  = 512     // bytes
 )
 
 // A DeadLetter is an event or a command that could not be handled.
@@ -61,7 +58,7 @@ func (s *Service) deadStream() jetstream.StreamConfig {
 //   - [ErrDenied] if the server's permissions do not allow it
 func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] {
 	return func(yield func(DeadLetter, error) bool) {
-		for m, failure := range s.stored(ctx, deadStream, letterPrefix+">") {
+		for m, failure := range s.storedMessages(ctx, deadStream, letterPrefix+">") {
 			if failure != nil {
 				yield(DeadLetter{}, failure)
 				return
@@ -200,7 +197,7 @@ func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 	}
 	x := exchange{subject: f.letters(), header: copyHeader(r.in.Header), data: r.in.Data}
 	maps.Copy(x.header, own)
-	if messageSize(x.header, x.data)+64 > f.svc.conns[0].maxPayload.Load() { // not from Publish or SendCommand, which leave room
+	if messageSize(x.header, x.data)+64 > f.svc.maxPayload() { // not from Publish or SendCommand, which leave room
 		x.header, x.data = own, nil
 		reason = fmt.Sprintf("(too large to be copied, see sequence %d of %s) %s", d.sequence, f.stream.Name, own[headerReason][0])
 		own[headerReason] = []string{reason}

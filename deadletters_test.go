@@ -447,3 +447,36 @@ func TestDeadLettersAreNotEvicted(t *testing.T) {
 		t.Errorf("got the letters %+v", letters)
 	}
 }
+
+// A price as a float32 and a time with a zone look different once MessagePack has carried them. The key of a command that was redriven
+// still belongs to the same data, and only to that.
+func TestKeyOfRedrivenCommand(t *testing.T) {
+	t.Parallel()
+	type order struct {
+		Price float32   `json:"price"`
+		Until time.Time `json:"until"`
+	}
+	srv := startServer(t, withJetStream(t))
+	svc, client := newService(t, srv, "orders"), newService(t, srv, "shop")
+	var runs atomic.Int32
+	handleCommand(t, svc, "buy", func(_ context.Context, c *aegis.Command[order]) (int32, error) {
+		if runs.Add(1) == 1 {
+			return 0, errors.New("closed")
+		}
+		return runs.Load(), nil
+	}, aegis.Attempts(1))
+	start(t, svc)
+	data := order{0.1, time.Date(2026, 11, 27, 9, 0, 0, 0, time.FixedZone("", 3600))}
+	fails(t, waitError(t, send[order, int32](t, client, "orders", "buy", data, aegis.IdempotencyKey("k"))), aegis.ErrInternal, "closed")
+	if err := client.Redrive(t.Context(), deadLetters(t, svc)[0]); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // while it is queued or runs, and when it has its outcome
+		if n := wait(t, send[order, int32](t, client, "orders", "buy", data, aegis.IdempotencyKey("k"))); n != 2 {
+			t.Errorf("got the result of run %d, want 2", n)
+		}
+	}
+	data.Price = 0.2
+	_, err := aegis.SendCommand[order, int32](t.Context(), client, "orders", "buy", data, aegis.IdempotencyKey("k"))
+	fails(t, err, aegis.ErrInvalid, "other data")
+}

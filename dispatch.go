@@ -48,6 +48,7 @@ type source interface {
 	share(on bool) error                          // begins or ends to take a share of the messages that any instance may handle
 	drain(ctx context.Context)                    // asks for no more, and returns when all messages under way are in the queue
 	pending() int64                               // returns how many messages wait in the server
+	busy() bool                                   // reports whether messages are being handled, wait here, or were asked for
 	serve(m *nats.Msg, arrived time.Time)         // handles a message from the queue, on a worker's goroutine
 	done(r *request, data []byte, failure *Error) // sends the answer, or acknowledges the message
 }
@@ -61,18 +62,18 @@ type source interface {
 type endpoint struct {
 	svc                 *Service
 	source              source
-	lease               *candidate // campaigns for an exclusive handler, else nil
+	candidate           *candidate // campaigns for an exclusive handler, else nil
 	sharing             sync.Mutex // held by share, so that the latest state is the last that the source is told
 	kind, name, subject string
-	run                 HandlerFunc
+	handler             HandlerFunc
 	limit, maxIdle      int // how many workers there may be, and how many idle ones stay
 
 	queue      chan *nats.Msg
-	waiting    atomic.Pointer[chan job] // what shed keeps waiting; nil until there are as many workers as there may be
-	reject     func(*nats.Msg)          // refuses a message beyond the limit; nil if the source never brings more than may run
-	stopping   chan struct{}            // closed when no more messages will come
-	finished   chan struct{}            // closed when all messages are handled
-	workerIdle chan struct{}            // tells shed that a worker is idle
+	waiting    atomic.Pointer[chan arrival] // what shed keeps waiting; nil until there are as many workers as there may be
+	reject     func(*nats.Msg)              // refuses a message beyond the limit; nil if the source never brings more than may run
+	stopping   chan struct{}                // closed when no more messages will come
+	finished   chan struct{}                // closed when all messages are handled
+	workerIdle chan struct{}                // tells shed that a worker is idle
 	meter      *meter
 	quota      quota // of log lines
 
@@ -92,8 +93,8 @@ type worker struct {
 	since atomic.Int64             // when it took the latest message, by the clock
 }
 
-// A job is a message and the time at which it arrived, which is zero if a worker takes the message straight from the queue.
-type job struct {
+// A arrival is a message and the time at which it arrived, which is zero if a worker takes the message straight from the queue.
+type arrival struct {
 	msg     *nats.Msg
 	arrived time.Time
 }
@@ -108,11 +109,11 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 	e.limit, e.maxIdle = cfg.concurrency, min(cfg.concurrency, runtime.GOMAXPROCS(0))
 	e.stopping, e.finished, e.workerIdle = make(chan struct{}), make(chan struct{}), make(chan struct{}, 1)
 	for _, mw := range slices.Backward(s.cfg.middleware) {
-		e.run = mw(e.run)
+		e.handler = mw(e.handler)
 	}
 
 	s.mu.Lock()
-	if s.state == stopping {
+	if s.state == serviceStopping {
 		defer s.mu.Unlock()
 		return newError(ErrClosed, "adding %s: service %s was stopped", e.name, s.name)
 	}
@@ -124,7 +125,7 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 	}
 	if cfg.exclusive {
 		s.exclusive.CompareAndSwap(nil, s.newCandidate(defaultGroup, s.cfg.failover))
-		e.lease = s.exclusive.Load()
+		e.candidate = s.exclusive.Load()
 	}
 	s.endpoints[key] = e
 	size := max(min(queueSize, queueTotal/len(s.endpoints)), leastQueueSize)
@@ -132,7 +133,7 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 		size = min(cfg.concurrency, pullSize)
 	}
 	e.queue = make(chan *nats.Msg, size)
-	serving := s.state == started
+	serving := s.state == serviceStarted
 	s.mu.Unlock()
 
 	if !serving {
@@ -147,7 +148,7 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 		return errors.Join(s.campaignForExclusive(ctx), s.checkDenials(ctx, begin))
 	}
 	s.mu.Lock()
-	stopped := s.state == stopping // then Stop finishes e
+	stopped := s.state == serviceStopping // then Stop finishes e
 	delete(s.endpoints, key)
 	s.mu.Unlock()
 	if !stopped {
@@ -177,7 +178,7 @@ func (e *endpoint) open(ctx context.Context) error {
 func (e *endpoint) share() error {
 	e.sharing.Lock()
 	defer e.sharing.Unlock()
-	return e.source.share(!e.svc.unhealthy.Load() && (e.lease == nil || e.lease.term.Load().serves()))
+	return e.source.share(!e.svc.unhealthy.Load() && (e.candidate == nil || e.candidate.term.Load().serves()))
 }
 
 // shareAll calls share for every endpoint.
@@ -218,7 +219,7 @@ func (e *endpoint) startWorkerLocked() {
 		w := &worker{}
 		e.workers[w] = true
 		if len(e.workers) == e.limit && e.waiting.Load() == nil { // before shed can run, so that take finds it when a worker needs it
-			e.waiting.Store(new(make(chan job, e.limit)))
+			e.waiting.Store(new(make(chan arrival, e.limit)))
 		}
 		e.idle.Add(1)
 		e.workersDone.Go(func() { e.svc.asHandler(func() { e.work(w) }) })
@@ -239,7 +240,7 @@ func (e *endpoint) work(w *worker) {
 		}
 	}()
 	for {
-		var j job
+		var j arrival
 		if j, left = e.take(w); left {
 			return
 		}
@@ -258,10 +259,10 @@ func (e *endpoint) work(w *worker) {
 }
 
 // take waits for the next message for w. It reports whether w has left instead.
-func (e *endpoint) take(w *worker) (j job, left bool) {
+func (e *endpoint) take(w *worker) (j arrival, left bool) {
 	for {
 		noMore := isClosed(e.stopping) // then a message that is not there now will not come
-		waiting := *cmp.Or(e.waiting.Load(), &noJobs)
+		waiting := *cmp.Or(e.waiting.Load(), &noArrivals)
 		select {
 		case j := <-waiting: // before those in queue, which have come later
 			return j, false
@@ -269,16 +270,16 @@ func (e *endpoint) take(w *worker) (j job, left bool) {
 		}
 		select {
 		case m := <-e.queue:
-			return job{msg: m}, false
+			return arrival{msg: m}, false
 		default:
 		}
 		if (noMore || int(e.idle.Load()) > e.maxIdle) && e.leave(w, noMore) {
-			return job{}, true
+			return arrival{}, true
 		}
 		signal(e.workerIdle)
 		select {
 		case m := <-e.queue:
-			return job{msg: m}, false
+			return arrival{msg: m}, false
 		case j := <-waiting:
 			return j, false
 		case <-e.stopping:
@@ -286,10 +287,10 @@ func (e *endpoint) take(w *worker) (j job, left bool) {
 	}
 }
 
-var noJobs chan job // from which nothing comes
+var noArrivals chan arrival // from which nothing comes
 
-// waitingJobs returns how many messages shed keeps waiting.
-func (e *endpoint) waitingJobs() int { return len(*cmp.Or(e.waiting.Load(), &noJobs)) }
+// waitingCount returns how many messages shed keeps waiting.
+func (e *endpoint) waitingCount() int { return len(*cmp.Or(e.waiting.Load(), &noArrivals)) }
 
 // leave removes w if there are enough other idle workers, or if no more messages will come and none is left. It reports whether
 // it did. It holds mu, so that startWorkerLocked finds every worker either idle or gone, and shed finds one that takes what it
@@ -297,7 +298,7 @@ func (e *endpoint) waitingJobs() int { return len(*cmp.Or(e.waiting.Load(), &noJ
 func (e *endpoint) leave(w *worker, noMore bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if noMore && len(e.queue)+e.waitingJobs() > 0 || !noMore && int(e.idle.Load()) <= e.maxIdle {
+	if noMore && len(e.queue)+e.waitingCount() > 0 || !noMore && int(e.idle.Load()) <= e.maxIdle {
 		return false
 	}
 	e.idle.Add(-1)
@@ -311,7 +312,7 @@ func (e *endpoint) shed() {
 		select {
 		case m := <-e.queue:
 			select {
-			case *e.waiting.Load() <- job{m, time.Now()}:
+			case *e.waiting.Load() <- arrival{m, time.Now()}:
 			default:
 				e.reject(m)
 			}
@@ -322,7 +323,7 @@ func (e *endpoint) shed() {
 		e.mu.Lock()
 		more = e.idle.Load() == 0 && !isClosed(e.stopping)
 		e.shedding = more
-		if !more && e.waitingJobs() > 0 && len(e.workers) < e.limit { // workers may have left before shed put it there
+		if !more && e.waitingCount() > 0 && len(e.workers) < e.limit { // workers may have left before shed put it there
 			e.startWorkerLocked()
 		}
 		e.mu.Unlock()
@@ -345,8 +346,8 @@ func (e *endpoint) handling(from, to time.Duration) (msgs []*nats.Msg) {
 // running returns how many messages the workers are handling.
 func (e *endpoint) running() int { return len(e.handling(0, math.MaxInt64)) }
 
-// busy reports whether messages wait for a worker or are being handled.
-func (e *endpoint) busy() bool { return len(e.queue) > 0 || e.waitingJobs() > 0 || e.running() > 0 }
+// busy reports whether messages wait for a worker or are being handled. It may miss one that a worker has just taken.
+func (e *endpoint) busy() bool { return len(e.queue) > 0 || e.waitingCount() > 0 || e.running() > 0 }
 
 // logger returns a logger for what concerns one message.
 func (e *endpoint) logger(r *request) *slog.Logger {
@@ -390,15 +391,16 @@ func (q *quota) take() (leftOut int, ok bool) {
 	return leftOut, true
 }
 
-// admit gives r its parent ctx. It reports false if the handler is exclusive and this instance does not lead. While this instance
-// is about to give up the leadership, it also reports false for a request that was not sent to the shared subject.
+// admit gives r its parent ctx. It reports false if the handler is exclusive and this instance does not lead. When the term was
+// resigned, what has come for any instance is still handled: requests on the shared subject, and messages that a feed has fetched. A
+// request that is addressed to this instance is refused, so that its caller finds the next leader.
 func (e *endpoint) admit(r *request) bool {
 	r.Context = e.svc.base
-	if e.lease == nil {
+	if e.candidate == nil {
 		return true
 	}
-	t := e.lease.term.Load()
-	if !t.holds() || t.resigned.Err() != nil && r.msg.Subject != e.subject {
+	t := e.candidate.term.Load()
+	if !t.holds() || t.resigned.Err() != nil && r.delivery == nil && r.msg.Subject != e.subject {
 		return false
 	}
 	r.Context, r.term = t, t
@@ -409,8 +411,8 @@ func (e *endpoint) admit(r *request) bool {
 // whatever the handler does, even if that panics or ends its goroutine.
 func (e *endpoint) dispatch(r *request) {
 	if r.termOver() { // the term has ended after admit
-		failure := e.lease.notActive()
-		e.meter.ended(r.msg.Source, failure)
+		failure := e.candidate.notActive()
+		e.meter.count(r.msg.Source, failure)
 		r.fenced = true
 		r.end()
 		e.source.done(r, nil, failure)
@@ -418,16 +420,16 @@ func (e *endpoint) dispatch(r *request) {
 	}
 	begin := e.meter.begin()
 	var data []byte
-	failure, panicked := errGoexit, false
+	failure, panicked := errNotReturned, false
 	defer func() {
 		switch p := recover(); {
 		case p != nil:
 			failure, panicked = newError(ErrInternal, "panic in %s: %v", e.name, p), true
 			e.logOften(r, slog.LevelError, "handler panicked", "error", p, "stack", string(debug.Stack()))
-		case failure == errGoexit:
+		case failure == errNotReturned:
 			failure = newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name)
 		case failure == nil && r.run != nil:
-			failure = asError(r.run.whyLost().orNil()) // a copy, because others have it too
+			failure = asError(r.run.revocation().orNil()) // a copy, because others have it too
 		}
 		if r.ran && r.termOver() {
 			r.fenced = true
@@ -439,18 +441,18 @@ func (e *endpoint) dispatch(r *request) {
 			failure.Source, failure.NotRun = e.svc.name, !r.ran
 		}
 		r.end()
-		e.meter.handled(r.msg.Source, begin, failure)
+		e.meter.finish(r.msg.Source, begin, failure)
 		if failure != nil && failure.Code == ErrInternal.Code && e.kind == kindRPC && !panicked { // the other sources log each attempt
 			e.logOften(r, slog.LevelError, "a request failed", "error", failure)
 		}
 		e.source.done(r, data, failure)
 	}()
-	data, err := e.run(r, &r.msg)
+	data, err := e.handler(r, &r.msg)
 	failure = asError(err)
 	if _, permanent := errors.AsType[*permanentError](err); permanent {
 		r.permanent = true
 	} else {
-		r.again, _ = errors.AsType[*retryError](err)
+		r.retryAfter, _ = errors.AsType[*retryError](err)
 	}
 	limit := e.svc.maxPayload()
 	if e.kind == kindCommand {
@@ -480,7 +482,7 @@ func (s *Service) sendThrough(
 	}
 	t := &transmission{send: send}
 	m := &Message{Kind: kind, Subject: subject, Source: s.name, Header: header, Data: out.data}
-	data, err := s.outward(context.WithValue(ctx, transmissionKey{}, t), m)
+	data, err := s.callMiddleware(context.WithValue(ctx, transmissionKey{}, t), m)
 	if err == nil {
 		return data, nil
 	}
@@ -497,7 +499,7 @@ func (s *Service) sendThrough(
 
 // through calls send, through the middleware of WithCallMiddleware if there is any.
 func (s *Service) through(ctx context.Context, kind, subject string, out Raw, send func(ctx context.Context, data []byte) *Error) *Error {
-	if s.outward == nil {
+	if s.callMiddleware == nil {
 		return send(ctx, out.data)
 	}
 	_, failure := s.sendThrough(ctx, kind, subject, out, func(ctx context.Context, data []byte) ([]byte, *Error) { return nil, send(ctx, data) })
@@ -517,7 +519,7 @@ func transmit(ctx context.Context, m *Message) ([]byte, error) {
 
 var errForeignCtx = newError(ErrInternal, "middleware must pass on the ctx that it was given, or one derived from it")
 
-var errGoexit = &Error{} // stands for the result of a handler until it returns; compared by identity
+var errNotReturned = &Error{} // stands for the result of a handler until it returns; compared by identity
 
 // typed returns the HandlerFunc that decodes the payload of a message into data, calls fn, and encodes what its result points to;
 // nil stands for no answer. In the text of an error, out is what the result is.

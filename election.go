@@ -74,8 +74,8 @@ func (p FailoverPolicy) valid() bool {
 	return p.Lease > p.Valid && p.Valid > p.Renew && p.Renew > 0 && p.Timeout > 0 && p.Lease <= maxLease
 }
 
-// A claim is the value of a group's key. No two claims are equal, because their Nonce and Sent differ.
-type claim struct {
+// A leaseValue is the value of a group's key. No two claims are equal, because their Nonce and Sent differ.
+type leaseValue struct {
 	Holder   string        `json:"holder"` // the instance that leads; "" if the claim only starts a wait (see take)
 	Nonce    string        `json:"nonce"`  // the random one of the candidate that wrote the claim
 	Term     uint64        `json:"term"`
@@ -85,32 +85,32 @@ type claim struct {
 }
 
 // leads reports whether c names a leader.
-func (c *claim) leads() bool { return c.Holder != "" && !c.Released }
+func (c *leaseValue) leads() bool { return c.Holder != "" && !c.Released }
 
 // valid reports whether aegis can have written c.
-func (c *claim) valid() bool {
+func (c *leaseValue) valid() bool {
 	return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= maxLease
 }
 
 // A candidate takes part in the election of a group's leader. The fields from seen on belong to the goroutine that campaigns or,
 // while the candidate leads, to the goroutine that renews the lease.
 type candidate struct {
-	svc         *Service
-	group, key  string
-	policy      FailoverPolicy
-	nonce       string
-	watch       *leaderWatch
-	mayCampaign chan struct{}        // receives a signal when the service's unhealthy has changed
-	rest        time.Duration        // until when the candidate does not campaign, because it has resigned, by the clock
-	started     atomic.Bool          // whether campaignForExclusive has started the campaign
-	term        atomic.Pointer[term] // the latest
+	svc           *Service
+	group, key    string
+	policy        FailoverPolicy
+	nonce         string
+	watch         *leaderWatch
+	healthChanged chan struct{}        // receives a signal when the service's unhealthy has changed
+	restUntil     time.Duration        // until when the candidate does not campaign, because it has resigned, by the clock
+	campaigning   atomic.Bool          // whether campaignForExclusive has started the campaign
+	term          atomic.Pointer[term] // the latest
 
-	seen         claim // the latest claim that is known
+	seen         leaseValue // the latest claim that is known
 	revision     uint64
 	since        time.Duration // when this claim was first seen, by the clock
 	highestTerm  uint64        // of all claims that were seen
 	longestLease time.Duration // of all claims that were seen
-	on           *conn         // the connection that was used last; see the method conn
+	lastConn     *conn         // the connection that was used last; see the method conn
 }
 
 // A term is a period of leadership. It is also a ctx, which ends when the lease does.
@@ -120,7 +120,7 @@ type term struct {
 	until    atomic.Int64    // when the lease ends, by the clock; 0 once the term is over
 	lapse    *time.Timer     // ends the term at that time
 	resigned context.Context // ends when the leadership is to be given up because the instance is unhealthy, or Resign was called
-	rest     atomic.Int64    // how long the instance does not campaign after a term that was resigned
+	restFor  atomic.Int64    // how long the instance does not campaign after a term that was resigned
 	over     chan struct{}   // closed when the leadership was given up
 
 	cancel, resign context.CancelFunc // end the term's ctx, and resigned
@@ -153,7 +153,7 @@ func (t *term) end() {
 
 func (s *Service) newCandidate(group string, p FailoverPolicy) *candidate {
 	key, changed := s.name+"."+group, make(chan struct{}, 1)
-	return &candidate{svc: s, group: group, key: key, policy: p, nonce: rand.Text(), mayCampaign: changed}
+	return &candidate{svc: s, group: group, key: key, policy: p, nonce: rand.Text(), healthChanged: changed}
 }
 
 // Lead campaigns for the leadership of a group among the instances of the service. The group's name is a letter, then letters,
@@ -255,11 +255,11 @@ func (s *Service) LeaderOf(ctx context.Context, service string) (string, error) 
 	case service == s.name && s.IsLeader():
 		return s.id, nil
 	}
-	w := s.leaders(service)
+	w := s.leaderWatchOf(service)
 	if failure := w.wait(ctx); failure != nil {
 		return "", failure
 	}
-	if leader, _ := w.active(); leader != "" {
+	if leader, _ := w.leaderNow(); leader != "" {
 		return leader, nil
 	}
 	return "", newError(ErrNotFound, "no instance leads %s", service)
@@ -279,7 +279,7 @@ func (s *Service) Resign(ctx context.Context) error {
 		return newError(ErrNotActive, "Resign: instance %s of %s does not lead", s.id, s.name)
 	}
 	t := c.term.Load()
-	t.rest.Store(int64(c.policy.Lease))
+	t.restFor.Store(int64(c.policy.Lease))
 	t.resign()
 	select {
 	case <-t.over:
@@ -300,18 +300,18 @@ func Term(ctx context.Context) uint64 {
 // leaderOf returns the id of the instance that leads a service, or "" if no leader is known. It blocks only until it is known for
 // the first time who leads, and at most for a second.
 func (s *Service) leaderOf(ctx context.Context, service string) string {
-	w := s.leaders(service)
+	w := s.leaderWatchOf(service)
 	if !w.ready.Load() {
 		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 		defer cancel()
 		_ = w.wait(ctx) // if this fails, w has no entry
 	}
-	return w.leader()
+	return w.lastLeader()
 }
 
 // A leaderWatch is the local copy of a group's key.
 type leaderWatch struct {
-	*watch[claim]
+	*watch[leaseValue]
 	correction atomic.Pointer[correction]
 }
 
@@ -321,19 +321,19 @@ type correction struct {
 	revision uint64
 }
 
-// leaders returns the watch of the key that says who leads a service.
-func (s *Service) leaders(service string) *leaderWatch {
+// leaderWatchOf returns the watch of the key that says who leads a service.
+func (s *Service) leaderWatchOf(service string) *leaderWatch {
 	return s.elections.get(service + "." + defaultGroup)
 }
 
 func (s *Service) newLeaderWatch(key string) *leaderWatch {
-	return &leaderWatch{watch: newWatch(s, leadersBucket, key, func(_ string, c *claim) bool { return c.valid() }, nil)}
+	return &leaderWatch{watch: newWatch(s, leadersBucket, key, func(_ string, c *leaseValue) bool { return c.valid() }, nil)}
 }
 
-// active returns the id of the instance that leads, or "" if none does as far as is known, and when its lease ends unless it is
+// leaderNow returns the id of the instance that leads, or "" if none does as far as is known, and when its lease ends unless it is
 // renewed, by the clock. This instance is returned only if it leads at this moment: the key may still name one with the same id that
 // was killed.
-func (w *leaderWatch) active() (id string, until time.Duration) {
+func (w *leaderWatch) leaderNow() (id string, until time.Duration) {
 	e, _ := w.get(w.filter)
 	until = e.seen + e.value.Lease
 	formerly := w.filter == w.svc.name+"."+defaultGroup && e.value.Holder == w.svc.id && !w.svc.IsLeader()
@@ -343,8 +343,8 @@ func (w *leaderWatch) active() (id string, until time.Duration) {
 	return e.value.Holder, until
 }
 
-// leader returns the id of the leader, or "" if none is known.
-func (w *leaderWatch) leader() string {
+// lastLeader returns the id of the lastLeader, or "" if none is known.
+func (w *leaderWatch) lastLeader() string {
 	e, _ := w.get(w.filter)
 	if c := w.correction.Load(); c != nil && c.revision == e.revision {
 		return c.leader
@@ -359,29 +359,29 @@ func (w *leaderWatch) leader() string {
 // asked, the copy is out of date, because its bucket was lost for example. Then the answer counts until the copy is filled anew.
 func (w *leaderWatch) correct(asked string, notActive *Error) {
 	leader := notActive.Details["leader"]
-	if leader != asked && isToken(leader, maxInstance) && w.leader() == asked {
+	if leader != asked && isToken(leader, maxInstance) && w.lastLeader() == asked {
 		e, _ := w.get(w.filter)
 		w.correction.Store(&correction{leader, e.revision})
 		signal(w.refill)
 	}
 }
 
-// A leadership is the term of the instance to which a call was sent as the leader. A nil one never ends.
-type leadership struct {
+// A expectedTerm is the term of the instance to which a call was sent as the leader. A nil one never ends.
+type expectedTerm struct {
 	*leaderWatch
 	instance string
 	term     uint64
 	ending   bool // whether another instance leads
 }
 
-// leadership returns the present term, in which the instance leads as far as is known here.
-func (w *leaderWatch) leadership(instance string) *leadership {
+// termOf returns the present term, in which the instance leads as far as is known here.
+func (w *leaderWatch) termOf(instance string) *expectedTerm {
 	e, _ := w.get(w.filter)
-	return &leadership{leaderWatch: w, instance: instance, term: e.value.Term}
+	return &expectedTerm{leaderWatch: w, instance: instance, term: e.value.Term}
 }
 
 // nextChange returns a channel that receives something when superseded has to be called. It is nil if l is nil.
-func (l *leadership) nextChange() <-chan struct{} {
+func (l *expectedTerm) nextChange() <-chan struct{} {
 	if l == nil {
 		return nil
 	}
@@ -391,7 +391,7 @@ func (l *leadership) nextChange() <-chan struct{} {
 // superseded returns an error if another instance has begun a term, because then the answer to a call can't come any more. It waits
 // for a moment before, because an answer that was sent at the end of the old term may still be on its way. Otherwise superseded
 // returns the channel that receives something when it has to be called again.
-func (l *leadership) superseded() (*Error, <-chan struct{}) {
+func (l *expectedTerm) superseded() (*Error, <-chan struct{}) {
 	changed := l.nextChange() // before get, so that no change is missed
 	e, _ := l.get(l.filter)
 	switch {
@@ -422,7 +422,7 @@ func (c *candidate) enter() bool {
 }
 
 func (c *candidate) withdraw() {
-	c.svc.electionTrouble.note(c, nil)
+	c.svc.leaseLog.note(c, nil)
 	if c.watch != nil {
 		c.watch.use.release()
 	}
@@ -439,7 +439,7 @@ func (c *candidate) campaign(ctx, parent context.Context, lead func(*term)) {
 	c.watch = c.svc.elections.hold(c.key)
 	for ctx.Err() == nil {
 		if t := c.win(ctx, parent); t != nil {
-			c.hold(ctx, t, lead)
+			c.runTerm(ctx, t, lead)
 		}
 	}
 }
@@ -453,28 +453,28 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 			c.observe(e.value, e.revision)
 		}
 		wait := c.untilFree()
-		if rest := c.rest - clock(); rest > 0 {
+		if rest := c.restUntil - clock(); rest > 0 {
 			wait = rest
 		} else if c.svc.unhealthy.Load() {
 			wait = c.policy.Lease // or until mayCampaign
 		} else if wait <= 0 {
 			t, failure := c.take(parent)
 			if t != nil {
-				c.svc.electionTrouble.note(c, nil)
+				c.svc.leaseLog.note(c, nil)
 				return t
 			}
 			wait = c.untilFree()
 			if failures++; failure == nil || failure.Code == errConflict.Code { // another candidate holds the lease, or a wait begins
 				failures = 0
-				c.svc.electionTrouble.note(c, nil)
+				c.svc.leaseLog.note(c, nil)
 			} else {
 				wait = backoff(failures, c.policy.Timeout/8, c.policy.Timeout)
-				c.svc.electionTrouble.note(c, failure)
+				c.svc.leaseLog.note(c, failure)
 			}
 		}
 		select {
 		case <-changed:
-		case <-c.mayCampaign:
+		case <-c.healthChanged:
 		case <-time.After(max(wait, time.Millisecond)):
 		case <-ctx.Done():
 			return nil
@@ -482,9 +482,9 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 	}
 }
 
-// A trouble bounds the log lines about leases that can't be read or written: one when that begins, one in a minute, and one when it
+// A leaseLog bounds the log lines about leases that can't be read or written: one when that begins, one in a minute, and one when it
 // has ended for all candidates.
-type trouble struct {
+type leaseLog struct {
 	mu      sync.Mutex          // guards the rest
 	failing map[*candidate]bool // those whose latest attempt has failed
 	count   int                 // failures since the last line
@@ -492,7 +492,7 @@ type trouble struct {
 }
 
 // note takes the result of an attempt of c.
-func (t *trouble) note(c *candidate, failure *Error) {
+func (t *leaseLog) note(c *candidate, failure *Error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	before := len(t.failing)
@@ -525,7 +525,7 @@ func (c *candidate) untilFree() time.Duration {
 }
 
 // observe notes what the key holds. The wait for the lease starts anew only if the key has changed.
-func (c *candidate) observe(now claim, revision uint64) {
+func (c *candidate) observe(now leaseValue, revision uint64) {
 	if revision != c.revision || now != c.seen {
 		c.seen, c.revision, c.since = now, revision, clock()
 	}
@@ -539,17 +539,17 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 	data, revision, failure := c.svc.readKey(ctx, c.conn(), leadersBucket, c.key)
 	cancel()
 	if failure != nil {
-		c.on = c.svc.pickOther(c.on)
+		c.lastConn = c.svc.pickOther(c.lastConn)
 		return nil, failure
 	}
 	if data == nil {
 		// The key was deleted, or its bucket was lost, and the instance that held it may lead until its lease ends. So the wait
 		// begins with a claim that has no holder. If the key is lost once more, that claim can't be confused with a later one.
 		c.revision = revision
-		_, failure := c.put(claim{Term: c.highestTerm, Lease: max(c.longestLease, c.policy.Lease)})
+		_, failure := c.put(leaseValue{Term: c.highestTerm, Lease: max(c.longestLease, c.policy.Lease)})
 		return nil, failure
 	}
-	if now := parseClaim(data); now != c.seen || revision != c.revision {
+	if now := parseLease(data); now != c.seen || revision != c.revision {
 		c.observe(now, revision)
 		signal(c.watch.refill) // the watch has missed a change
 	}
@@ -557,7 +557,7 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 		return nil, nil
 	}
 	number := max(c.highestTerm+1, uint64(time.Now().UnixMilli()))
-	sent, failure := c.put(claim{Holder: c.svc.id, Term: number, Lease: c.policy.Lease})
+	sent, failure := c.put(leaseValue{Holder: c.svc.id, Term: number, Lease: c.policy.Lease})
 	if failure != nil {
 		return nil, failure
 	}
@@ -577,9 +577,9 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 	return t, nil
 }
 
-// hold calls lead and renews the lease until lead returns. If ctx has ended already, it does not call lead. Afterwards it
+// runTerm calls lead and renews the lease until lead returns. If ctx has ended already, it does not call lead. Afterwards it
 // releases the lease, unless the lease has ended by itself or exclusive handlers still run.
-func (c *candidate) hold(ctx context.Context, t *term, lead func(*term)) {
+func (c *candidate) runTerm(ctx context.Context, t *term, lead func(*term)) {
 	c.svc.log.Info("elected leader", "group", c.group, "term", t.number)
 	stop := make(chan struct{})
 	renewed := closedAfter(func() { c.renew(t, stop) })
@@ -589,10 +589,10 @@ func (c *candidate) hold(ctx context.Context, t *term, lead func(*term)) {
 		released := t.holds()
 		t.end()
 		t.resign()
-		c.rest = clock() + time.Duration(t.rest.Load())
+		c.restUntil = clock() + time.Duration(t.restFor.Load())
 		c.svc.statusChanged()
 		// If exclusive handlers still run, the next leader has to wait until the lease ends.
-		if released = released && !(c.started.Load() && c.svc.exclusiveBusy()); released {
+		if released = released && !(c.campaigning.Load() && c.svc.exclusiveBusy()); released {
 			c.release(t)
 		}
 		c.svc.log.Info("the leadership has ended", "group", c.group, "term", t.number, "released", released)
@@ -610,7 +610,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 	for {
 		select {
 		case <-time.After(due - clock()):
-		case <-c.mayCampaign:
+		case <-c.healthChanged:
 		case <-stop:
 			return
 		}
@@ -619,11 +619,11 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 			t.end()
 			return
 		case c.svc.unhealthy.Load():
-			t.rest.CompareAndSwap(0, int64(c.policy.Renew)) // enough for another instance to take over
+			t.restFor.CompareAndSwap(0, int64(c.policy.Renew)) // enough for another instance to take over
 			t.resign()
 			return
 		}
-		sent, failure := c.put(claim{Holder: c.svc.id, Term: t.number, Lease: c.policy.Lease})
+		sent, failure := c.put(leaseValue{Holder: c.svc.id, Term: t.number, Lease: c.policy.Lease})
 		switch {
 		case failure == nil && t.extend(sent+c.policy.Valid):
 			due = sent + c.policy.Renew
@@ -640,7 +640,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 // release marks the lease as released, so that the next leader can begin at once.
 func (c *candidate) release(t *term) {
 	for range 2 { // a renewal that renew gave up may have been stored in between
-		_, failure := c.put(claim{Holder: c.svc.id, Term: t.number, Lease: c.policy.Lease, Released: true})
+		_, failure := c.put(leaseValue{Holder: c.svc.id, Term: t.number, Lease: c.policy.Lease, Released: true})
 		if failure == nil || failure.Code != errConflict.Code || c.seen.Nonce != c.nonce {
 			return
 		}
@@ -650,18 +650,18 @@ func (c *candidate) release(t *term) {
 // put replaces the claim that was seen last by next. It returns the time, by the clock, at which the claim that the key then
 // holds was sent. This time may be before the call of put, because an earlier put of the same claim may have been stored without
 // a confirmation. The failure is a conflict if the key holds another claim.
-func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
+func (c *candidate) put(next leaseValue) (sent time.Duration, failure *Error) {
 	next.Nonce, next.Sent = c.nonce, clock()
 	data, _ := json.Marshal(next)                                                // can't fail, because it is strings and numbers
 	ctx, cancel := context.WithTimeout(context.Background(), 2*c.policy.Timeout) // one to store it, one to read it back
 	defer cancel()
 	x := &exchange{subject: leadersPrefix + c.key, data: data, until: next.Sent + c.policy.Timeout, on: c.conn()}
 	value, revision, failure := c.svc.compareAndSwap(ctx, x, c.svc.leadersStream(), c.revision)
-	c.on = x.on
+	c.lastConn = x.on
 	if failure != nil && failure.Code != errConflict.Code {
 		return 0, failure
 	}
-	now := parseClaim(value)
+	now := parseLease(value)
 	c.observe(now, revision)
 	sent, now.Sent = now.Sent, next.Sent // an earlier put of the same claim differs in Sent only
 	if now != next {
@@ -673,17 +673,17 @@ func (c *candidate) put(next claim) (sent time.Duration, failure *Error) {
 // conn returns the connection that was used last, as long as it is up. put and take replace it when a request on it fails,
 // because it takes nats.go some time to notice that a connection hangs.
 func (c *candidate) conn() *conn {
-	if c.on == nil || !c.on.up.Load() {
-		c.on = c.svc.pick()
+	if c.lastConn == nil || !c.lastConn.up.Load() {
+		c.lastConn = c.svc.pick()
 	}
-	return c.on
+	return c.lastConn
 }
 
-// parseClaim returns the claim in the value of a key. For a value that is not from aegis it returns a claim of an unknown
+// parseLease returns the claim in the value of a key. For a value that is not from aegis it returns a claim of an unknown
 // candidate.
-func parseClaim(data []byte) (c claim) {
+func parseLease(data []byte) (c leaseValue) {
 	if len(data) > 0 && (json.Unmarshal(data, &c) != nil || !c.valid()) {
-		c = claim{Nonce: "?"}
+		c = leaseValue{Nonce: "?"}
 	}
 	return c
 }
@@ -692,7 +692,7 @@ func parseClaim(data []byte) (c claim) {
 // the exclusive handlers were opened. It does nothing if there are none, or if the campaign was started before.
 func (s *Service) campaignForExclusive(ctx context.Context) error {
 	c := s.exclusive.Load()
-	if c == nil || c.started.Load() {
+	if c == nil || c.campaigning.Load() {
 		return nil
 	}
 	if _, failure := s.openStream(ctx, s.leadersStream(), leadersPrefix+c.key); failure != nil {
@@ -700,15 +700,15 @@ func (s *Service) campaignForExclusive(ctx context.Context) error {
 	}
 	s.probePublish(leadersPrefix+c.key, readSubject(leadersBucket))
 	s.leaderOf(ctx, s.name) // so that notActive knows the leader from the start, if it can be known
-	if c.started.CompareAndSwap(false, true) && c.enter() {
-		go c.campaign(s.quitting, s.base, s.lead)
+	if c.campaigning.CompareAndSwap(false, true) && c.enter() {
+		go c.campaign(s.quitting, s.base, s.serveTerm)
 	}
 	return nil
 }
 
-// lead serves the exclusive handlers for a term. It returns when the lease ends. If the service stops or is unhealthy, it returns
+// serveTerm serves the exclusive handlers for a term. It returns when the lease ends. If the service stops or is unhealthy, it returns
 // when the messages that have arrived are handled.
-func (s *Service) lead(t *term) {
+func (s *Service) serveTerm(t *term) {
 	s.statusChanged()
 	select {
 	case <-t.Done():
@@ -725,7 +725,7 @@ func (s *Service) lead(t *term) {
 // exclusiveBusy reports whether exclusive handlers are running or may still be started.
 func (s *Service) exclusiveBusy() bool {
 	return slices.ContainsFunc(s.allEndpoints(), func(e *endpoint) bool {
-		return e.lease != nil && !isClosed(e.finished) && (s.quitting.Err() != nil || e.busy())
+		return e.candidate != nil && !isClosed(e.finished) && (s.quitting.Err() != nil || e.source.busy())
 	})
 }
 

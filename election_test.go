@@ -1120,3 +1120,64 @@ func TestElectionLogsWhileServerIsAway(t *testing.T) {
 	}
 	eventually(t, "the end is logged", func() bool { return strings.Contains(logs.String(), "can be read and written again") })
 }
+
+// The fencing token of a ctx does not change when the handler returns, also if nobody has waited for the ctx.
+func TestTermAfterHandlerHasReturned(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk", aegis.WithFailover(brisk))
+	kept := make(chan context.Context, 1)
+	handle(t, svc, "m", func(ctx context.Context, _ int) (uint64, error) {
+		kept <- ctx
+		return aegis.Term(ctx), nil
+	}, aegis.Exclusive())
+	start(t, svc)
+	term, err := call[int, uint64](svc, "risk", "m", 1, aegis.Sticky())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := <-kept
+	<-ctx.Done()
+	if now := aegis.Term(ctx); now != term || term == 0 {
+		t.Errorf("the term was %d, and is %d after the handler has returned", term, now)
+	}
+}
+
+// A leader that resigns handles the events that it has fetched, whatever their pattern: giving them back would use up an attempt.
+func TestResignUsesUpNoAttempt(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	var handled journal[aegis.Event[int]]
+	var instances []*aegis.Service
+	for range 2 {
+		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
+		subscribe(t, s, "order.*", func(_ context.Context, e aegis.Event[int]) error { handled.add(e); return nil }, aegis.Exclusive())
+		start(t, s)
+		instances = append(instances, s)
+	}
+	const n = 5000
+	published := make(chan error, 1)
+	go func() {
+		published <- aegis.PublishBatch(context.Background(), instances[0], "order", "created", make([]int, n))
+	}()
+	for resigned := 0; len(handled.all()) < n || resigned < 3; {
+		for _, s := range instances {
+			if s.IsLeader() && s.Resign(t.Context()) == nil {
+				resigned++
+			}
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if err := <-published; err != nil {
+		t.Fatal(err)
+	}
+	again := 0
+	for _, e := range handled.all() {
+		if e.Attempt > 1 {
+			again++
+		}
+	}
+	if again > 0 {
+		t.Errorf("%d of %d events came at a later attempt", again, n)
+	}
+}

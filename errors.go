@@ -137,9 +137,6 @@ func retryable(failure *Error) bool {
 	return failure != nil && (isUnanswered(failure) || failure.NotRun && slices.Contains(transientCodes, failure.Code))
 }
 
-// The headers of an error: its status, which is a number, as in HTTP, and its text.
-const headerErrorCode, headerErrorText = "Nats-Service-Error-Code", "Nats-Service-Error"
-
 // sentinels has a sentinel for each status, in the manner of nats.go/micro.
 var sentinels = map[string]*Error{
 	"400": ErrInvalid, "403": ErrDenied, "404": ErrNotFound, "409": ErrFenced, "421": ErrNotActive, "429": ErrOverloaded,

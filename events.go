@@ -46,19 +46,13 @@ const (
 	eventPrefix   = "events."
 	redrivePrefix = eventPrefix + "$redrive." // followed by the name of the consumer that the event is for, a dot, and a number
 
-	headerID      = "Aegis-Id"      // the id of a command; dead letters and redriven events have it too, and the next two
-	headerSubject = "Aegis-Subject" // the original subject
-	headerTime    = "Aegis-Time"    // when the message was first stored, in RFC 3339
-	headerSource  = "Aegis-Source"  // the service that sent it
-	headerVersion = "Aegis-Version" // of an event
-	headerAttempt = "Aegis-Attempt" // the attempt that the first delivery of an event from RetryAfter is
-	maxEventToken = 128             // characters
-	batchWindow   = 1024            // events of a batch that may wait for their confirmation; the server accepts up to 100,000
+	maxEventToken = 128  // characters
+	batchWindow   = 1024 // events of a batch that may wait for their confirmation; the server accepts up to 100,000
 )
 
 func (s *Service) eventStream() jetstream.StreamConfig {
 	return jetstream.StreamConfig{
-		Name: eventStream, Subjects: []string{eventPrefix + ">", schedulePrefix + ">"}, Replicas: s.cfg.replicas,
+		Name: eventStream, Subjects: []string{eventPrefix + ">", eventSchedulePrefix + ">"}, Replicas: s.cfg.replicas,
 		MaxAge: s.cfg.maxAge, MaxBytes: cmp.Or(s.cfg.maxBytes, -1),
 	}
 }
@@ -130,15 +124,15 @@ func (p *publication) publish(ctx context.Context, value any) *Error {
 	}
 	return p.s.through(ctx, kindPublish, p.subject, out, func(ctx context.Context, data []byte) *Error {
 		p.setHeader(ctx)
-		if failure := p.seal(Raw{data, out.codec}, ""); failure != nil {
+		if failure := p.prepare(Raw{data, out.codec}, ""); failure != nil {
 			return failure
 		}
-		return p.store(ctx, &exchange{subject: p.target(""), header: p.header, data: data})
+		return p.storeWithRetries(ctx, &exchange{subject: p.target(""), header: p.header, data: data})
 	})
 }
 
-// store stores x, in as many attempts as the options allow.
-func (p *publication) store(ctx context.Context, x *exchange) *Error {
+// storeWithRetries stores x, in as many attempts as the options allow.
+func (p *publication) storeWithRetries(ctx context.Context, x *exchange) *Error {
 	_, failure := p.s.withRetries(ctx, x, p.cfg, func() (*nats.Msg, *Error, bool) {
 		failure := p.checkStream(ctx, x)
 		if failure == nil {
@@ -162,10 +156,10 @@ func (p *publication) marshal(value any) (Raw, *Error) {
 	return p.s.marshal(value, "the event "+p.name)
 }
 
-// seal sets the headers that differ from event to event, and checks the size. It adds suffix to the event's id.
-func (p *publication) seal(out Raw, suffix string) *Error {
+// prepare sets the headers that differ from event to event, and checks the size. It adds suffix to the event's id.
+func (p *publication) prepare(out Raw, suffix string) *Error {
 	p.header[jetstream.MsgIDHeader] = []string{p.id + suffix}
-	p.setSchedule(suffix)
+	p.setTimes(suffix)
 	return p.s.seal(p.header, out, "the event "+p.name)
 }
 
@@ -251,7 +245,7 @@ func (b *batch) publish(ctx context.Context) error {
 		payload, failure := b.encode(first)
 		if failure == nil {
 			x := &exchange{subject: b.target(suffix(first)), header: maps.Clone(b.header), data: payload}
-			if failure = b.store(ctx, x); failure != nil {
+			if failure = b.storeWithRetries(ctx, x); failure != nil {
 				for _, i := range rest {
 					b.setResult(i, notRun(newError(failure, "not sent, because event %d failed: %s", first, failure.Message)))
 				}
@@ -264,7 +258,9 @@ func (b *batch) publish(ctx context.Context) error {
 	var errs []error
 	for i, failure := range b.failures {
 		if failure != nil {
-			failure.Details = map[string]string{"index": strconv.Itoa(i)}
+			details := map[string]string{"index": strconv.Itoa(i)}
+			maps.Copy(details, failure.Details) // the correlation id
+			failure.Details = details
 			failure.NotRun = !b.mayBeStored[i]
 			errs = append(errs, failure)
 		}
@@ -296,7 +292,7 @@ func (b *batch) encode(i int) ([]byte, *Error) {
 	if failure != nil {
 		return nil, failure
 	}
-	return out.data, b.seal(out, suffix(i))
+	return out.data, b.prepare(out, suffix(i))
 }
 
 // suffix returns what the id of event i of a batch ends with.
@@ -348,7 +344,7 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 		select {
 		case m := <-sl.answers:
 			if m == nil {
-				broken = b.s.answerLost(c, sl, b.subject)
+				broken = b.s.whyNoAnswer(c, sl, b.subject)
 				continue
 			}
 			i, err := strconv.Atoi(strings.TrimPrefix(m.Subject, prefix))
@@ -410,9 +406,9 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 //   - [ErrDenied] if the server's permissions do not allow it
 func Subscribe[T any](s *Service, pattern string, fn func(context.Context, Event[T]) error, opts ...HandlerOption) error {
 	if fn == nil {
-		return s.notRegistered(newError(ErrInvalid, "events %q: the function is nil", pattern))
+		return s.noteRegistration(newError(ErrInvalid, "events %q: the function is nil", pattern))
 	}
-	return s.notRegistered(s.subscribe(pattern, typed("", func(ctx context.Context, r *request, m *Message, data T) (any, error) {
+	return s.noteRegistration(s.subscribe(pattern, typed("", func(ctx context.Context, r *request, m *Message, data T) (any, error) {
 		d := r.delivery
 		ev := Event[T]{ID: r.id, Source: m.Source, Time: d.time, Sequence: d.sequence, Attempt: d.attempt, Data: data}
 		ev.Version = m.Header.Get(headerVersion)
@@ -433,7 +429,7 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 	if failure != nil {
 		return failure
 	}
-	e := &endpoint{kind: kindEvent, name: cmp.Or(deref(cfg.durable), pattern), subject: eventPrefix + pattern, run: run}
+	e := &endpoint{kind: kindEvent, name: cmp.Or(deref(cfg.durable), pattern), subject: eventPrefix + pattern, handler: run}
 	allowed := strings.NewReplacer(".", "~", "*", "+", ">", "#") // a consumer's name can't contain . * and >
 	l := newLane(s.name+"~"+allowed.Replace(e.name), e.subject)
 	if cfg.broadcast {
@@ -446,13 +442,13 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 	if cfg.concurrency == 1 {
 		l.config.MaxAckPending = 1
 	}
-	l.redrive = redrivePrefix + l.config.Durable + ".*"
-	e.source = &subscription{feed: newFeed(e, cfg, s.eventStream(), l), running: map[uint64]bool{}, failures: map[uint64]*Error{}}
+	l.again = redrivePrefix + l.config.Durable + ".*"
+	e.source = &eventSource{feed: newFeed(e, cfg, s.eventStream(), l), running: map[uint64]bool{}, failures: map[uint64]*Error{}}
 	return s.addEndpoint(e, cfg)
 }
 
-// A subscription is the source of an endpoint's events.
-type subscription struct {
+// A eventSource is the source of an endpoint's events.
+type eventSource struct {
 	*feed
 
 	mu       sync.Mutex        // guards the rest
@@ -462,9 +458,9 @@ type subscription struct {
 
 const maxFailures = 1024
 
-// begin notes that an event is being handled. It reports false if it is already: then it was redelivered because the server did not
+// markRunning notes that an event is being handled. It reports false if it is already: then it was redelivered because the server did not
 // hear that it is.
-func (f *subscription) begin(sequence uint64) bool {
+func (f *eventSource) markRunning(sequence uint64) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.running[sequence] {
@@ -476,18 +472,24 @@ func (f *subscription) begin(sequence uint64) bool {
 
 // noteFailure remembers how the latest attempt at an event has failed, for the reason in its dead letter. nil means that there will
 // be no other attempt.
-func (f *subscription) noteFailure(sequence uint64, failure *Error) {
+func (f *eventSource) noteFailure(sequence uint64, failure *Error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if failure == nil {
 		delete(f.failures, sequence)
-	} else if len(f.failures) < maxFailures {
-		f.failures[sequence] = failure
+		return
 	}
+	if _, known := f.failures[sequence]; !known && len(f.failures) == maxFailures {
+		for other := range f.failures { // any: nobody says whether another instance has finished its event
+			delete(f.failures, other)
+			break
+		}
+	}
+	f.failures[sequence] = failure
 }
 
-// unfinished returns the error for an event that was delivered that often without a result.
-func (f *subscription) unfinished(r *request, deliveries int) *Error {
+// reasonUnfinished returns the error for an event that was delivered that often without a result.
+func (f *eventSource) reasonUnfinished(r *request, deliveries int) *Error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return cmp.Or(f.failures[r.delivery.sequence], newError(ErrInternal, "not handled again after %d deliveries, because Attempts is %d: "+
@@ -496,29 +498,29 @@ func (f *subscription) unfinished(r *request, deliveries int) *Error {
 }
 
 // serve handles one event.
-func (f *subscription) serve(m *nats.Msg, arrived time.Time) {
+func (f *eventSource) serve(m *nats.Msg, arrived time.Time) {
 	defer f.release()
 	r := f.newRequest(m, arrived)
 	switch {
 	case r == nil: // newRequest has logged why
-	case strings.HasPrefix(m.Subject, redrivePrefix) && !covers(f.lanes[0].redrive, m.Subject): // it is for another consumer
+	case strings.HasPrefix(m.Subject, redrivePrefix) && !covers(f.lanes[0].again, m.Subject): // it is for another consumer
 		f.acknowledge(m, ack)
-	case f.svc.draining.Load() || !f.admit(r):
+	case f.svc.timeUp.Load() || !f.admit(r):
 		f.giveBack(m)
 	case r.delivery.attempt > f.cfg.attempts+extraDeliveries:
 		attempts := r.delivery.attempt - 1
-		failure := f.unfinished(r, attempts)
-		f.meter.ended(r.msg.Source, failure)
+		failure := f.reasonUnfinished(r, attempts)
+		f.meter.count(r.msg.Source, failure)
 		f.deadLetter(r, failure, attempts)
 	default:
-		if f.begin(r.delivery.sequence) {
+		if f.markRunning(r.delivery.sequence) {
 			f.dispatch(r)
 		}
 	}
 }
 
 // done acknowledges an event that was handled. One that was not is redelivered, or becomes a dead letter.
-func (f *subscription) done(r *request, _ []byte, failure *Error) {
+func (f *eventSource) done(r *request, _ []byte, failure *Error) {
 	f.mu.Lock()
 	delete(f.running, r.delivery.sequence) // before it can be redelivered
 	f.mu.Unlock()
@@ -530,14 +532,14 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 		}
 	case f.svc.base.Err() != nil || r.fenced: // Stop has cancelled the handler, or another instance leads
 		f.giveBack(r.in)
-	case r.again != nil && f.again(r, r.again.pause):
-		f.logOften(r, slog.LevelInfo, "an event is handled again later", "error", failure, "pause", r.again.pause)
+	case r.retryAfter != nil && f.storeForLater(r, r.retryAfter.pause):
+		f.logOften(r, slog.LevelInfo, "an event is handled again later", "error", failure, "pause", r.retryAfter.pause)
 	case r.permanent || r.delivery.attempt >= f.cfg.attempts:
 		f.deadLetter(r, failure, r.delivery.attempt)
 	default:
-		pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxPause)
-		if r.again != nil {
-			pause = r.again.pause
+		pause := backoff(r.delivery.attempt, f.cfg.backoff, f.cfg.maxBackoff)
+		if r.retryAfter != nil {
+			pause = r.retryAfter.pause
 		}
 		f.logOften(r, slog.LevelWarn, "an attempt failed", "error", failure, "attempt", r.delivery.attempt, "pause", pause)
 		f.noteFailure(r.delivery.sequence, failure)
@@ -547,7 +549,7 @@ func (f *subscription) done(r *request, _ []byte, failure *Error) {
 
 // deadLetter stores an event as a dead letter, and only then acknowledges it. If Stop's time is up before the dead letter is
 // stored, the event is redelivered.
-func (f *subscription) deadLetter(r *request, failure *Error, attempts int) {
+func (f *eventSource) deadLetter(r *request, failure *Error, attempts int) {
 	how := nak
 	if f.storeDeadLetter(r, failure, attempts) {
 		how = ack

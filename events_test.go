@@ -748,3 +748,28 @@ func TestErrorOfLargeBatch(t *testing.T) {
 		t.Error("the error does not unwrap to 100,000")
 	}
 }
+
+// The error of an event of a batch has the correlation id besides its index.
+func TestBatchErrorHasCorrelationID(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk", aegis.WithTimeout(200*time.Millisecond))
+	silent, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	if _, err := silent.SubscribeSync("*.>"); err != nil { // takes what is published, and does not confirm it
+		t.Fatal(err)
+	}
+	if err := silent.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := manage(t, srv).CreateStream(t.Context(), jetstream.StreamConfig{Name: "AEGIS_EVENTS", Subjects: []string{"other"}}); err != nil {
+		t.Fatal(err)
+	}
+	e := fails(t, aegis.PublishBatch(t.Context(), svc, "order", "created", []int{1}), aegis.ErrTimeout)
+	if e.Details["index"] != "0" || e.Details["correlation_id"] == "" {
+		t.Errorf("got the details %v", e.Details)
+	}
+}

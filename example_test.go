@@ -159,22 +159,22 @@ func ExampleRetry() {
 	var e *aegis.Error
 	fmt.Println(errors.Is(err, aegis.ErrUnavailable), errors.As(err, &e) && e.NotRun)
 
-	time.AfterFunc(100*time.Millisecond, func() {
-		svc, err := aegis.New("doubler", aegis.WithURL(url))
-		if err != nil {
-			log.Fatal(err)
-		}
-		context.AfterFunc(ctx, func() { _ = svc.Stop(context.Background()) })
-		err = aegis.Handle(svc, "double", func(_ context.Context, n int) (int, error) { return 2 * n, nil })
-		if err != nil {
-			log.Fatal(err)
-		}
-		if err := svc.Start(ctx); err != nil {
-			log.Fatal(err)
-		}
-	})
+	svc, err := aegis.New("doubler", aegis.WithURL(url))
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer svc.Stop(ctx)
+	err = aegis.Handle(svc, "double", func(_ context.Context, n int) (int, error) { return 2 * n, nil })
+	if err != nil {
+		log.Fatal(err)
+	}
+	started := make(chan error)
+	time.AfterFunc(100*time.Millisecond, func() { started <- svc.Start(ctx) }) // while the caller tries
 	policy := aegis.RetryPolicy{Attempts: 100, Backoff: 10 * time.Millisecond, MaxBackoff: 100 * time.Millisecond}
 	fmt.Println(aegis.Call[int, int](ctx, client, "doubler", "double", 21, aegis.Retry(policy)))
+	if err := <-started; err != nil {
+		log.Fatal(err)
+	}
 	// Output:
 	// true true
 	// 42 <nil>

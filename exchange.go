@@ -27,9 +27,9 @@ type exchange struct {
 	correlation string        // the correlation id to pass on; if it is "", <connection>.<slot>.<call> of reply serves as one
 	until       time.Duration // the deadline, by the clock; the time left when it is sent is the handler's budget
 	on          *conn         // the connection to send it on; nil for any that is up
-	timed       bool          // whether to send the time left as a header, too
-	stored      bool          // whether it is for a stream, whose acknowledgement is the answer
-	term        *leadership   // of the instance that it is for, if the answer depends on that, else nil
+	sendTimeout bool          // whether to send the time left as a header, too
+	toStream    bool          // whether it is for a stream, whose acknowledgement is the answer
+	term        *expectedTerm // of the instance that it is for, if the answer depends on that, else nil
 	reply       string        // the reply subject of the latest attempt
 }
 
@@ -82,7 +82,7 @@ func (s *Service) withRetries(
 		sleep(ctx, min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
 		if ended := asError(ctx.Err()); ended != nil || clock() >= end {
 			timeout := newError(cmp.Or(ended, ErrTimeout), "gave up on %s after %d attempts", x.subject, n)
-			timeout.NotRun, timeout.Cause = failure.NotRun, last
+			timeout.NotRun, timeout.Cause, timeout.Details = failure.NotRun, last, failure.Details
 			return nil, timeout
 		}
 	}
@@ -142,7 +142,7 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 		return nil, errDropped
 	}
 	sl.wakeAt(x.until)
-	if x.timed {
+	if x.sendTimeout {
 		x.header = withHeader(x.header, headerTimeout, max(x.until-clock(), time.Millisecond).Round(time.Millisecond).String())
 	}
 
@@ -167,13 +167,13 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 		case m := <-sl.answers:
 			switch {
 			case m == nil:
-				failure = s.answerLost(c, sl, x.subject)
+				failure = s.whyNoAnswer(c, sl, x.subject)
 			case m.Subject != x.reply: // a late or a second answer to an earlier call, or the message of probeSlots
 				sl.strays = sl.strays || !strings.HasSuffix(m.Subject, "."+probeToken)
-				failure = s.answerLost(c, sl, x.subject)
+				failure = s.whyNoAnswer(c, sl, x.subject)
 			case isNoResponders(m):
 				return nil, errNoResponders
-			case !x.stored && isPubAck(m): // a stream takes the subject too, and the answer is still to come
+			case !x.toStream && isPubAck(m): // a stream takes the subject too, and the answer is still to come
 			default:
 				return m, nil
 			}
@@ -194,9 +194,9 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 // isNoResponders reports whether m is the server's answer to a message whose subject nobody has subscribed to.
 func isNoResponders(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get("Status") == "503" }
 
-// answerLost returns the reason why sl can't get an answer to the message that was sent to subject any more, or nil if the answer
+// whyNoAnswer returns the reason why sl can't get an answer to the message that was sent to subject any more, or nil if the answer
 // may still come.
-func (s *Service) answerLost(c *conn, sl *slot, subject string) *Error {
+func (s *Service) whyNoAnswer(c *conn, sl *slot, subject string) *Error {
 	noAnswers := s.denials.since(sl.since, toSubscribe+sl.sub.Subject)
 	if noAnswers != nil {
 		noAnswers.NotRun = false // the message itself may have arrived

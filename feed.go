@@ -50,20 +50,20 @@ const (
 // handled at once and no more, so that what was delivered is being handled, and the rest waits in the server.
 type feed struct {
 	*endpoint
-	cfg      *handlerConfig
-	stream   jetstream.StreamConfig // used to make the stream if it does not exist
-	lanes    []*lane                // the most urgent first
-	claimed  atomic.Int64           // how many messages are asked for, wait in the queue, or are being handled
-	requests atomic.Int32           // to the consumers, that have not come to their end
-	starts   int                    // messages brought since the lanes were asked in reverse order, or were all empty
-	ackWait  atomic.Int64           // the shortest ack wait of the consumers
-	waiting  atomic.Bool            // whether less than half of what a single lane was asked for last has come
-	maxPause atomic.Int64           // for how long the stream can keep a message for later, 0 if it can't
-	failed   atomic.Bool            // whether a pull request has failed since fetch looked last
-	renewed  atomic.Bool            // whether the connection was lost and is back, since fetch looked last
-	wake     chan struct{}          // tells fetch to look whether it can ask for more
-	renew    chan struct{}          // tells keepAlive that the connection is back
-	inspect  func()                 // called at intervals while messages may be handled, unless it is nil
+	cfg          *handlerConfig
+	stream       jetstream.StreamConfig // used to make the stream if it does not exist
+	lanes        []*lane                // the most urgent first
+	reserved     atomic.Int64           // how much of the limit is taken: messages that were asked for, wait in the queue, or are being handled
+	pulls        atomic.Int32           // pull requests that are in flight, or may be about to be made
+	sinceReverse int                    // messages brought since the lanes were asked in reverse order, or were all empty
+	ackWait      atomic.Int64           // the shortest ack wait of the consumers
+	pulling      atomic.Bool            // whether the request to a single lane has more than half of its messages still to come
+	maxDelay     atomic.Int64           // for how long the stream can keep a message for later; 0 if it can't
+	failed       atomic.Bool            // whether a pull request has failed since fetch looked last
+	renewed      atomic.Bool            // whether the connection was lost and is back, since fetch looked last
+	wake         chan struct{}          // tells fetch to look whether it can ask for more
+	renew        chan struct{}          // tells keepAlive that the connection is back
+	inspect      func()                 // called at intervals while messages may be handled, unless it is nil
 
 	counting sync.Mutex    // guards counted, and pending of the lanes
 	counted  time.Duration // when the server was last asked for pending, by the clock
@@ -73,15 +73,15 @@ type feed struct {
 	drained  bool               // whether drain was called
 	cancel   context.CancelFunc // ends fetch, if that has begun
 	active   bool               // whether to ask for messages; see share
-	request  context.Context    // of the requests under way; nil before the first
-	giveUp   context.CancelFunc // ends request
+	pullCtx  context.Context    // the ctx of the pull requests in flight; nil before the first
+	endPulls context.CancelFunc // ends pullCtx
 }
 
 // A lane is one of a feed's consumers. The fields from consumer to ackFloor belong to openConsumer and fetch, which don't run at
 // the same time.
 type lane struct {
 	config   jetstream.ConsumerConfig
-	redrive  string // covers the subjects of redriven dead letters, besides the one in config; "" for none
+	again    string // a second subject of the consumer: a pattern for events that are redriven, or come back by RetryAfter; "" for commands
 	consumer jetstream.Consumer
 	ackWait  time.Duration // of the consumer
 	created  time.Time     // when the stream was made
@@ -101,12 +101,17 @@ func newLane(consumer, subject string) *lane {
 func newFeed(e *endpoint, cfg *handlerConfig, stream jetstream.StreamConfig, lanes ...*lane) *feed {
 	return &feed{
 		endpoint: e, cfg: cfg, stream: stream, lanes: lanes, wake: make(chan struct{}, 1), renew: make(chan struct{}, 1),
-		cancel: func() {}, giveUp: func() {},
+		cancel: func() {}, endPulls: func() {},
 	}
 }
 
 // open makes the consumers, and the stream for dead letters, and starts fetch.
-func (f *feed) open(ctx context.Context) error {
+func (f *feed) open(ctx context.Context) (err error) {
+	defer func() {
+		if err != nil {
+			f.svc.removeFromCarrier(f)
+		}
+	}()
 	if err := f.svc.openCarrier(ctx, f); err != nil {
 		return err
 	}
@@ -136,23 +141,25 @@ func (f *feed) share(on bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.active = on; !on {
-		f.giveUp()
+		f.endPulls()
 	}
 	signal(f.wake)
 	return nil
 }
 
-// asking returns the ctx of pull requests, or nil if there may be none now.
-func (f *feed) asking(ctx context.Context) context.Context {
+// beginPull returns the ctx for pull requests, or nil if the feed must not ask for messages now. It counts a pull request, so that the
+// feed is busy until the caller subtracts that again.
+func (f *feed) beginPull(ctx context.Context) context.Context {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if !f.active {
 		return nil
 	}
-	if f.request == nil || f.request.Err() != nil {
-		f.request, f.giveUp = context.WithCancel(ctx)
+	if f.pullCtx == nil || f.pullCtx.Err() != nil {
+		f.pullCtx, f.endPulls = context.WithCancel(ctx)
 	}
-	return f.request
+	f.pulls.Add(1)
+	return f.pullCtx
 }
 
 // openConsumers makes the consumers that do not exist, and learns what matters about the others.
@@ -164,11 +171,11 @@ func (f *feed) openConsumers(ctx context.Context) *Error {
 	stream, failure := f.svc.openStream(ctx, f.stream, subjects...)
 	for _, l := range f.lanes {
 		if failure == nil {
-			failure = f.svc.patiently(ctx, func(ctx context.Context) *Error { return f.openConsumer(ctx, stream, l) })
+			failure = f.svc.retryTimeouts(ctx, func(ctx context.Context) *Error { return f.openConsumer(ctx, stream, l) })
 		}
 	}
 	if failure == nil {
-		f.maxPause.Store(int64(scheduleLimit(stream)))
+		f.maxDelay.Store(int64(scheduleLimit(stream)))
 		f.ackWait.Store(int64(slices.MinFunc(f.lanes, func(a, b *lane) int { return cmp.Compare(a.ackWait, b.ackWait) }).ackWait))
 	}
 	return failure
@@ -178,8 +185,8 @@ func (f *feed) openConsumers(ctx context.Context) *Error {
 // Only its ack wait, whether it is paused, and how it is stored, are left to the operator.
 func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lane) *Error {
 	begin, config := clock(), l.config
-	if l.redrive != "" && takes(stream, l.redrive) && !covers(config.FilterSubjects[0], l.redrive) {
-		config.FilterSubjects = append(slices.Clone(config.FilterSubjects), l.redrive)
+	if l.again != "" && takes(stream, l.again) && !covers(config.FilterSubjects[0], l.again) {
+		config.FilterSubjects = append(slices.Clone(config.FilterSubjects), l.again)
 	}
 	what := "the consumer " + config.Durable + " of " + f.stream.Name
 	c := f.svc.carrier.conn.Load()
@@ -267,14 +274,7 @@ func (f *feed) fetch(ctx context.Context) {
 				trouble = 0
 			}
 		}
-		free := int64(f.limit) - f.claimed.Load()
-		asking := f.asking(ctx)
-		switch {
-		case asking == nil || free <= 0 || f.waiting.Load():
-		case !f.worthAsking(free):
-			sleep(ctx, time.Millisecond) // then worthAsking may report true
-			continue
-		case f.ask(asking, free):
+		if f.askIfFree(ctx) {
 			continue
 		}
 		select {
@@ -285,41 +285,62 @@ func (f *feed) fetch(ctx context.Context) {
 	}
 }
 
+// askIfFree asks for messages if there is room for them. It reports whether it is to be called again at once.
+func (f *feed) askIfFree(ctx context.Context) bool {
+	asking := f.beginPull(ctx)
+	if asking == nil {
+		return false
+	}
+	defer f.pulls.Add(-1)
+	free := int64(f.limit) - f.reserved.Load()
+	switch {
+	case free <= 0 || f.pulling.Load():
+		return false
+	case !f.worthAsking(free):
+		sleep(ctx, time.Millisecond) // then worthAsking may report true
+		return true
+	case len(f.lanes) == 1:
+		f.askOne(asking, free)
+		return false
+	}
+	return f.askByPriority(asking, free)
+}
+
 // worthAsking reports whether to ask for more, if free is the number of messages that may be asked for. As long as messages
 // wait in the queue, fetch does not ask for single ones, but for an eighth of the limit or more.
 func (f *feed) worthAsking(free int64) bool {
 	return free > 0 && (free >= int64(f.limit)/8 || len(f.queue) == 0)
 }
 
-// ask asks for up to free messages, and reports whether more may be there at once. A single lane is asked for what is there and
-// for what comes until ctx ends, and asked again when half of that has come. Of several lanes, the most urgent first, each is
-// asked only for what is there now, until one has something. A lane that has nothing is parked: a request for its next message
-// waits there. After 15 messages the lanes are asked once in reverse order, so that one start in 16 goes to the least urgent and
-// nothing waits forever.
-func (f *feed) ask(ctx context.Context, free int64) bool {
-	bytes := f.svc.pullBytes()
-	if len(f.lanes) == 1 {
-		f.waiting.Store(true)
-		n, half, consumer := f.claim(min(free, pullSize)), sync.Once{}, f.lanes[0].consumer
-		next := func() {
-			f.waiting.Store(false)
-			signal(f.wake)
-		}
-		f.fetching.Go(func() {
-			left := n
-			f.await(ctx, consumer, func(m jetstream.Msg) bool {
-				f.queue <- boundMsg(m)
-				if left--; left <= n/2 {
-					half.Do(next)
-				}
-				return true
-			}, jetstream.StopAfter(n), jetstream.PullMaxMessagesWithBytesLimit(int(n), int(bytes)))
-			f.claimed.Add(-left)
-			half.Do(next)
-		})
-		return false
-	}
-	lanes, reverse := slices.All(f.lanes), f.starts >= 15
+// askOne asks the only lane for up to free messages, those that it has and those that come until ctx ends. When half of them have
+// come, fetch may ask again.
+func (f *feed) askOne(ctx context.Context, free int64) {
+	n := f.reserve(min(free, pullSize))
+	consumer := f.lanes[0].consumer
+	f.pulling.Store(true)
+	askAgain := sync.OnceFunc(func() {
+		f.pulling.Store(false)
+		signal(f.wake)
+	})
+	f.goPull(func() {
+		left := n
+		f.await(ctx, consumer, func(m jetstream.Msg) bool {
+			f.queue <- boundMsg(m)
+			if left--; left <= n/2 {
+				askAgain()
+			}
+			return true
+		}, jetstream.StopAfter(n), jetstream.PullMaxMessagesWithBytesLimit(int(n), int(f.svc.pullBytes())))
+		f.reserved.Add(-left)
+		askAgain()
+	})
+}
+
+// askByPriority asks each lane for what it has now, the most urgent first, until one has something. It reports whether one had. A lane
+// that has nothing is parked: a request for its next message waits at the server. After every 15 messages the lanes are asked once in
+// reverse order, so that one start in 16 goes to the least urgent lane and no command waits forever.
+func (f *feed) askByPriority(ctx context.Context, free int64) bool {
+	lanes, reverse := slices.All(f.lanes), f.sinceReverse >= 15
 	if reverse {
 		lanes, free = slices.Backward(f.lanes), max(free/16, 1)
 	}
@@ -327,83 +348,91 @@ func (f *feed) ask(ctx context.Context, free int64) bool {
 		if l.parked.Load() {
 			continue
 		}
-		n := f.claim(min(free, max(bytes/f.svc.maxPayload(), 1))) // because FetchNoWait has no limit of bytes
-		if n == 0 {                                               // a command from a parked lane has taken the place
+		n := f.reserve(min(free, max(f.svc.pullBytes()/f.svc.maxPayload(), 1))) // because FetchNoWait has no limit of bytes
+		if n == 0 {                                                 // a command from a parked lane has taken the place
 			return false
 		}
-		came := f.take(l, n)
-		if f.claimed.Add(came - n); came > 0 {
-			if f.starts += int(came); reverse {
-				f.starts = 0
+		came := f.fetchNow(l, n)
+		if f.reserved.Add(came - n); came > 0 {
+			if f.sinceReverse += int(came); reverse {
+				f.sinceReverse = 0
 			}
 			return true
 		}
 		l.parked.Store(true)
 		consumer := l.consumer
-		f.fetching.Go(func() {
+		f.goPull(func() {
 			f.await(ctx, consumer, func(m jetstream.Msg) bool { return f.accept(l, m) }, jetstream.PullMaxMessages(1))
 			l.parked.Store(false)
 			signal(f.wake)
 		})
 	}
-	f.starts = 0
+	f.sinceReverse = 0
 	return false
 }
 
-// accept takes a command from a parked lane, and reports whether the lane stays parked, because it has no more and there is room.
-// The command does not count in claimed yet. accept gives it back if there is no room for it, or if something more urgent may be waiting, because
-// a more urgent lane is not parked any more.
+// goPull runs fn, which makes a pull request, on a goroutine that drain waits for.
+func (f *feed) goPull(fn func()) {
+	f.pulls.Add(1)
+	f.fetching.Go(func() {
+		defer f.pulls.Add(-1)
+		fn()
+	})
+}
+
+// accept takes a command from a parked lane, for which no room is reserved yet. It gives the command back if there is no room, or if
+// something more urgent may be waiting, because a more urgent lane is not parked any more. It reports whether the lane stays parked,
+// because it has no more commands and there is room for one.
 func (f *feed) accept(from *lane, m jetstream.Msg) bool {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
-	if urgent || f.claim(1) == 0 {
+	if urgent || f.reserve(1) == 0 {
 		f.svc.acknowledge(m.Reply(), nak)
 		return false
 	}
 	f.queue <- boundMsg(m)
 	meta, err := m.Metadata()
-	return err == nil && meta.NumPending == 0 && f.claimed.Load() < int64(f.limit)
+	return err == nil && meta.NumPending == 0 && f.reserved.Load() < int64(f.limit)
 }
 
-// claim adds up to n to claimed, as many as the limit allows, and returns how many.
-func (f *feed) claim(n int64) int64 {
+// reserve takes up to n of what the limit leaves free, and returns how many it has taken.
+func (f *feed) reserve(n int64) int64 {
 	for {
-		claimed := f.claimed.Load()
-		if n = max(min(n, int64(f.limit)-claimed), 0); f.claimed.CompareAndSwap(claimed, claimed+n) {
+		reserved := f.reserved.Load()
+		if n = max(min(n, int64(f.limit)-reserved), 0); f.reserved.CompareAndSwap(reserved, reserved+n) {
 			return n
 		}
 	}
 }
 
 // await asks a consumer for messages, in the way that opts say, and passes them to take as they come, until all that were asked for
-// have come, take reports false, ctx ends, or the request fails.
+// have come, take reports false, ctx ends, or the request fails. When ctx ends, messages that are under way are still taken, for
+// drainTime at most.
 func (f *feed) await(ctx context.Context, consumer jetstream.Consumer, take func(jetstream.Msg) bool, opts ...jetstream.PullMessagesOpt) {
 	c := f.svc.carrier.conn.Load()
-	f.requests.Add(1)
-	defer f.requests.Add(-1)
 	it, err := consumer.Messages(append(opts, jetstream.PullExpiry(pullExpiry), jetstream.PullHeartbeat(pullHeartbeat))...)
 	if err != nil {
 		f.fail(err)
 		return
 	}
 	defer it.Stop()
-	patience, lose := context.WithCancel(context.Background())
-	defer lose()
-	end := func() { // lets come what is under way
+	waiting, stopWaiting := context.WithCancel(context.Background())
+	defer stopWaiting()
+	end := func() {
 		if c.up.Load() {
 			it.Drain()
 		} else {
 			it.Stop()
 		}
-		time.AfterFunc(drainTime, lose)
+		time.AfterFunc(drainTime, stopWaiting)
 	}
 	defer context.AfterFunc(ctx, end)()
-	untilLost := []jetstream.NextOpt{jetstream.NextContext(patience)}
+	opt := jetstream.NextContext(waiting)
 	for more := true; more; {
-		m, err := it.Next(untilLost...)
+		m, err := it.Next(opt)
 		switch {
 		case err == nil:
 			more = take(m)
-		case errors.Is(err, jetstream.ErrMsgIteratorClosed), patience.Err() != nil:
+		case errors.Is(err, jetstream.ErrMsgIteratorClosed), waiting.Err() != nil:
 			return
 		default: // the consumer was deleted, or the server is silent
 			f.fail(err)
@@ -412,10 +441,8 @@ func (f *feed) await(ctx context.Context, consumer jetstream.Consumer, take func
 	}
 }
 
-// take brings up to n of the messages that a lane has now, and returns how many it has brought.
-func (f *feed) take(l *lane, n int64) (came int64) {
-	f.requests.Add(1)
-	defer f.requests.Add(-1)
+// fetchNow brings up to n of the messages that a lane has now, and returns how many it has brought.
+func (f *feed) fetchNow(l *lane, n int64) (came int64) {
 	batch, err := l.consumer.FetchNoWait(int(n))
 	if err == nil {
 		for m := range batch.Messages() {
@@ -452,9 +479,12 @@ func (f *feed) drain(context.Context) {
 	f.fetching.Wait()
 }
 
-// release subtracts a message that has been handled from claimed, and wakes fetch if it is worth asking for more.
+// busy reports whether messages are in the queue, are being handled, or may still come because they were asked for.
+func (f *feed) busy() bool { return f.pulls.Load() > 0 || f.endpoint.busy() }
+
+// release frees the room of a message that has been handled, and wakes fetch if it is worth asking for more.
 func (f *feed) release() {
-	if f.worthAsking(int64(f.limit) - f.claimed.Add(-1)) {
+	if f.worthAsking(int64(f.limit) - f.reserved.Add(-1)) {
 		signal(f.wake)
 	}
 }
@@ -472,7 +502,7 @@ func nakAfter(pause time.Duration) string {
 // may bring the message right back, it is redelivered after a pause only.
 func (f *feed) giveBack(m *nats.Msg) {
 	how := nak
-	if f.requests.Load() > 0 {
+	if f.pulls.Load() > 0 {
 		how = nakAfter(returnPause)
 	}
 	f.acknowledge(m, how)
@@ -491,7 +521,7 @@ func (f *feed) keepAlive() {
 		case <-f.renew:
 			f.renewed.Store(true)
 			f.mu.Lock()
-			f.giveUp()
+			f.endPulls()
 			f.mu.Unlock()
 			signal(f.wake)
 		case <-f.finished:

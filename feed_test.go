@@ -2,6 +2,7 @@ package aegis_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"net"
@@ -11,6 +12,8 @@ import (
 
 	"github.com/aegistrader/aegis"
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // startSlowLink starts a proxy in front of a server, which delivers everything that much later, and at most that many bytes per
@@ -259,5 +262,55 @@ func TestStreamMadeAnew(t *testing.T) {
 			p.heal()
 			eventually(t, "all events of the new stream are handled", func() bool { return got.eachOnce(t, 120) })
 		})
+	}
+}
+
+// TestFailedSubscriptionsTakeNoShare lets HandleCommand fail after Start. The subscriptions that work still ask for as many bytes as
+// before.
+func TestFailedSubscriptionsTakeNoShare(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	pulls, err := nc.SubscribeSync("$JS.API.CONSUMER.MSG.NEXT.AEGIS_EVENTS.>")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	nextLimit := func() (limit struct {
+		MaxBytes int `json:"max_bytes"`
+	}) {
+		m, err := pulls.NextMsg(10 * time.Second)
+		for err == nil && len(m.Data) == 0 { // a probe of the permission
+			m, err = pulls.NextMsg(10 * time.Second)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal(m.Data, &limit); err != nil {
+			t.Fatal(err)
+		}
+		return limit
+	}
+	config := jetstream.StreamConfig{Name: "AEGIS_COMMANDS", Subjects: []string{"commands.>"}} // can't be used: it is no work queue
+	if _, err := manage(t, srv).CreateStream(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	svc := newService(t, srv, "risk")
+	subscribe(t, svc, "order.*", into(&journal[int]{}), aegis.Concurrency(2))
+	start(t, svc)
+	before := nextLimit()
+	for range 5 {
+		err := aegis.HandleCommand(svc, "work", func(context.Context, *aegis.Command[int]) (int, error) { return 0, nil })
+		fails(t, err, aegis.ErrInvalid, "AEGIS_COMMANDS")
+	}
+	publish(t, svc, "order", "created", 1)
+	if after := nextLimit(); after != before {
+		t.Errorf("a pull request asks for up to %d bytes, and for %d before the failures", after.MaxBytes, before.MaxBytes)
 	}
 }

@@ -11,13 +11,13 @@ import (
 
 // A healthCheck is a check that was given to WithHealthCheck.
 type healthCheck struct {
-	name    string
-	fn      func(context.Context) error
-	running atomic.Bool
-	late    atomic.Bool           // whether the present run has taken too long, so that its result does not count
-	known   atomic.Bool           // whether there was a result
-	failure atomic.Pointer[Error] // nil while the check succeeds
-	changes int                   // results in a row that differ from failure; guarded by Service.healthMu
+	name     string
+	fn       func(context.Context) error
+	running  atomic.Bool
+	late     atomic.Bool           // whether the present run has taken too long, so that its result does not count
+	known    atomic.Bool           // whether there was a result
+	failure  atomic.Pointer[Error] // nil while the check succeeds
+	contrary int                   // results in a row that differ from failure; guarded by Service.healthMu
 }
 
 // status returns the error of the check, nil if it succeeds.
@@ -110,11 +110,11 @@ func (s *Service) noteHealth(h *healthCheck, failure *Error) {
 	s.healthMu.Lock()
 	defer s.healthMu.Unlock()
 	if h.known.Load() && (failure == nil) != (h.failure.Load() == nil) {
-		if h.changes++; h.changes < s.cfg.tolerance {
+		if h.contrary++; h.contrary < s.cfg.tolerance {
 			return
 		}
 	}
-	h.changes = 0
+	h.contrary = 0
 	h.failure.Store(failure)
 	h.known.Store(true)
 	unhealthy := false
@@ -133,7 +133,7 @@ func (s *Service) noteHealth(h *healthCheck, failure *Error) {
 	}
 	s.mu.Lock()
 	for c := range s.candidates {
-		signal(c.mayCampaign)
+		signal(c.healthChanged)
 	}
 	s.mu.Unlock()
 	s.statusChanged()

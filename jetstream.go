@@ -22,7 +22,7 @@ import (
 // openStream returns the stream for some subjects. It makes the stream if there is none. A stream that exists belongs to its
 // operator: it is used as it is, or refused.
 func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (stream jetstream.Stream, failure *Error) {
-	failure = s.patiently(ctx, func(ctx context.Context) (failure *Error) {
+	failure = s.retryTimeouts(ctx, func(ctx context.Context) (failure *Error) {
 		stream, failure = s.openStreamOnce(ctx, want, subjects...)
 		return failure
 	})
@@ -94,9 +94,9 @@ func takes(stream jetstream.Stream, subject string) bool {
 
 const apiTimeout = 2 * time.Second // for an answer from JetStream, before it is asked again
 
-// patiently calls ask until that fails with anything but ErrTimeout or succeeds, because a cluster that is electing a leader does
+// retryTimeouts calls ask until that fails with anything but ErrTimeout or succeeds, because a cluster that is electing a leader does
 // not answer for a while. It gives up when ctx ends or, if ctx has no deadline, after WithTimeout.
-func (s *Service) patiently(ctx context.Context, ask func(ctx context.Context) *Error) *Error {
+func (s *Service) retryTimeouts(ctx context.Context, ask func(ctx context.Context) *Error) *Error {
 	ctx, cancel := withDeadline(ctx, s.cfg.timeout)
 	defer cancel()
 	for n := 1; ; n++ {
@@ -111,7 +111,7 @@ func (s *Service) patiently(ctx context.Context, ask func(ctx context.Context) *
 
 // askJetStream calls ask like patiently, for a function that uses the jetstream package. what is the subject of the error text.
 func (s *Service) askJetStream(ctx context.Context, what string, ask func(context.Context, jetstream.JetStream) error) *Error {
-	return s.patiently(ctx, func(ctx context.Context) *Error {
+	return s.retryTimeouts(ctx, func(ctx context.Context) *Error {
 		begin, c := clock(), s.pick()
 		if c == nil {
 			return s.disconnectedError()
@@ -123,9 +123,9 @@ func (s *Service) askJetStream(ctx context.Context, what string, ask func(contex
 	})
 }
 
-// stored yields the messages of a stream that match subject and are stored when it begins, the oldest first. It reads them one by
+// storedMessages yields the messages of a stream that match subject and are storedMessages when it begins, the oldest first. It reads them one by
 // one. If a read fails, it yields the error and ends.
-func (s *Service) stored(ctx context.Context, name, subject string) iter.Seq2[*jetstream.RawStreamMsg, *Error] {
+func (s *Service) storedMessages(ctx context.Context, name, subject string) iter.Seq2[*jetstream.RawStreamMsg, *Error] {
 	return func(yield func(*jetstream.RawStreamMsg, *Error) bool) {
 		var stream jetstream.Stream
 		for next := uint64(1); ; next++ {
@@ -225,7 +225,7 @@ func (s *Service) storeWithRetries(ctx context.Context, x *exchange, stream jets
 // store makes one attempt to store x in a stream, and returns its sequence. If there are no responders, it makes the stream and
 // sends x again.
 func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.StreamConfig) (sequence uint64, failure *Error) {
-	x.stored = true
+	x.toStream = true
 	answer, failure := s.request(ctx, x)
 	if failure == errNoResponders {
 		within, cancel := context.WithTimeout(ctx, x.until-clock())

@@ -32,8 +32,8 @@ const (
 	Critical
 )
 
-// suffixes has what a priority adds to a command's subject.
-var suffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".low"}
+// prioritySuffixes has what a priority adds to a command's subject.
+var prioritySuffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".low"}
 
 // SendCommand sends a command, which one instance of the service executes. It returns when the server has stored the command. The
 // command is then queued until an instance takes it, even if none runs now.
@@ -67,22 +67,23 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 	if failure != nil {
 		return failure
 	}
-	sum := digestOf(value)
+	digest := digestValue(value)
 	return s.through(ctx, kindSend, subject, out, func(ctx context.Context, data []byte) *Error {
 		header := s.newHeader(ctx)
-		header[headerID] = []string{id}
+		header[headerID], header[headerDigest] = []string{id}, []string{digest}
 		if failure := s.seal(header, Raw{data, out.codec}, what); failure != nil {
 			return failure
 		}
-		if !bytes.Equal(data, out.data) || sum == "" { // middleware has changed it, or JSON can't express the value
-			sum = digest(header, data)
+		if !bytes.Equal(data, out.data) || digest == "" { // middleware has changed it, or JSON can't express the value
+			digest = digestPayload(header, data)
 		}
-		return s.createCommand(ctx, service, command, id, sum, header, data, cfg)
+		header[headerDigest] = []string{digest} // for Redrive, because that of the payload may differ
+		return s.createCommand(ctx, service, command, id, header, data, cfg)
 	})
 }
 
 // createCommand creates the record of a command, unless it exists, and queues the command.
-func (s *Service) createCommand(ctx context.Context, service, command, id, sum string, header nats.Header, data []byte, cfg *callConfig) *Error {
+func (s *Service) createCommand(ctx context.Context, service, command, id string, header nats.Header, data []byte, cfg *callConfig) *Error {
 	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
 	if len(copyHeader(header)) < len(header) { // copyHeader has left out a header that can't be sent
 		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q",
@@ -93,13 +94,13 @@ func (s *Service) createCommand(ctx context.Context, service, command, id, sum s
 	}
 	due := cfg.due()
 	if !due.IsZero() {
-		if failure := s.checkTimetable(ctx, scheduleOf(key), due); failure != nil {
+		if failure := s.checkCommandSchedule(ctx, scheduleOf(key), due); failure != nil {
 			return failure
 		}
 	}
-	rec := &record{State: queued, Due: due, Priority: *cfg.priority, Source: s.name, Digest: sum}
+	rec := &record{State: stateQueued, Due: due, Priority: *cfg.priority, Source: s.name, Digest: header.Get(headerDigest)}
 	if !due.IsZero() {
-		rec.State = scheduled
+		rec.State = stateScheduled
 	}
 	if cfg.expire > 0 {
 		rec.Expire = later(due, time.Now()).Add(cfg.expire).UTC()
@@ -118,15 +119,15 @@ func (s *Service) createCommand(ctx context.Context, service, command, id, sum s
 	}
 	// The record is new, or its sender may have stopped before it queued the command, or somebody may have emptied the queue. A
 	// message too many does no harm.
-	x := &exchange{subject: commandPrefix + service + "." + command + suffixes[now.Priority], header: header, data: data}
-	if now.State == scheduled && time.Until(now.Due) > 0 {
+	x := &exchange{subject: commandPrefix + service + "." + command + prioritySuffixes[now.Priority], header: header, data: data}
+	if now.State == stateScheduled && time.Until(now.Due) > 0 {
 		x.header = maps.Clone(header)
 		setSchedule(x.header, now.Due, x.subject, "")
 		x.subject = scheduleOf(key)
 	}
 	failure = s.queueCommand(ctx, x, cfg)
 	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again, so make the record final, which expires
-		rec.State = canceled
+		rec.State = stateCanceled
 		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
 	}
 	return failure
@@ -139,20 +140,20 @@ func (s *Service) queueCommand(ctx context.Context, x *exchange, cfg *callConfig
 	return s.storeWithRetries(ctx, x, s.commandStream(), cfg)
 }
 
-// digestOf returns the same text for equal values: a hash of their canonical JSON. It is "" for a value that JSON can't express.
-func digestOf(value any) string {
+// digestValue returns the same text for equal values: a hash of their canonical JSON. It is "" for a value that JSON can't express.
+func digestValue(value any) string {
 	if raw, ok := value.(*Raw); ok {
-		return digest(nats.Header{headerContentType: {raw.codec.ContentType()}}, raw.data)
+		return digestPayload(nats.Header{headerContentType: {raw.codec.ContentType()}}, raw.data)
 	}
 	data, err := marshal(JSON, value)
 	if err != nil {
 		return ""
 	}
-	return digest(nats.Header{headerContentType: {JSON.ContentType()}}, data.data)
+	return digestPayload(nats.Header{headerContentType: {JSON.ContentType()}}, data.data)
 }
 
-// digest is digestOf for an encoded value.
-func digest(h nats.Header, data []byte) string {
+// digestPayload is digestOf for an encoded value.
+func digestPayload(h nats.Header, data []byte) string {
 	var v any
 	var err error
 	if c := codecFor(h, data, JSON); c == JSON {
@@ -217,9 +218,9 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	switch {
 	case failure != nil:
 		return result, failure
-	case last.State == canceled:
+	case last.State == stateCanceled:
 		return result, newError(ErrCanceled, "the command %s of %s.%s was cancelled", j.ID, j.service, j.command)
-	case last.State == failed:
+	case last.State == stateFailed:
 		return result, cmp.Or(last.Error, newError(ErrInternal, "the command %s of %s.%s failed", j.ID, j.service, j.command))
 	}
 	c := codecFor(nats.Header{headerContentType: {last.Type}}, last.Result, j.svc.cfg.codec)
@@ -248,7 +249,7 @@ func (j *Job[R]) Cancel(ctx context.Context) error {
 		switch {
 		case rec == nil:
 			return notRun(newError(ErrNotFound, "there is no command %s of %s.%s", id, service, command))
-		case rec.State == canceled:
+		case rec.State == stateCanceled:
 			return nil
 		case rec.expired():
 			next := *rec
@@ -261,7 +262,7 @@ func (j *Job[R]) Cancel(ctx context.Context) error {
 			return asError(ctx.Err())
 		}
 		next := *rec
-		next.State = canceled
+		next.State = stateCanceled
 		if rec, revision, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand]); failure == nil {
 			s.notify(cancelSubject(service), []byte(commandPrefix+key)) // if this is lost, the worker notices at its next check or write
 			return nil
@@ -327,7 +328,7 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 				m = &nats.Msg{} // reads the record
 				continue
 			}
-		case !rec.Expire.IsZero() && rec.State != running: // one that runs has no time limit here
+		case !rec.Expire.IsZero() && rec.State != stateRunning: // one that runs has no time limit here
 			wait = min(wait, max(time.Until(rec.Expire), 0)+time.Millisecond)
 		}
 		sl.wakeAt(clock() + wait)
@@ -337,7 +338,7 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 		case m = <-sl.answers:
 		}
 		if m == nil {
-			if failure := s.answerLost(c, sl, sl.sub.Subject); failure != nil && failure.Code != ErrTimeout.Code {
+			if failure := s.whyNoAnswer(c, sl, sl.sub.Subject); failure != nil && failure.Code != ErrTimeout.Code {
 				return failure
 			}
 			m, interval = &nats.Msg{}, followInterval // reads the record, in case an update was lost
@@ -369,7 +370,7 @@ func (s *Service) Commands(ctx context.Context, service string) iter.Seq2[Comman
 		}
 		shown := map[string]bool{}
 		for range 2 { // the second time for those that were changed, and so moved behind the end, meanwhile
-			for m, failure := range s.stored(ctx, "KV_"+recordBucket, recordPrefix+service+".*.*") {
+			for m, failure := range s.storedMessages(ctx, "KV_"+recordBucket, recordPrefix+service+".*.*") {
 				if failure != nil {
 					yield(CommandInfo{}, failure)
 					return

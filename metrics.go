@@ -108,7 +108,7 @@ type meter struct {
 	shed, expired, dead atomic.Uint64
 	inFlight            atomic.Int64
 	callers             lookup[*caller]
-	last                atomic.Pointer[string] // the text of the latest error
+	lastError           atomic.Pointer[string] // the text of the latest error
 }
 
 type caller struct{ requests, errors atomic.Uint64 }
@@ -124,9 +124,9 @@ func (m *meter) begin() time.Duration {
 	return clock()
 }
 
-// handled counts the end of a handler or a call that begin has counted, and how long it took. begin is the time that the method
+// finish counts the end of a handler or a call that begin has counted, and how long it took. begin is the time that the method
 // begin returned. The request came from the service from, which is "" if the service is unknown.
-func (m *meter) handled(from string, begin time.Duration, failure *Error) {
+func (m *meter) finish(from string, begin time.Duration, failure *Error) {
 	took := clock() - begin
 	m.inFlight.Add(-1)
 	for longest := m.longest.Load(); int64(took) > longest && !m.longest.CompareAndSwap(longest, int64(took)); {
@@ -135,18 +135,18 @@ func (m *meter) handled(from string, begin time.Duration, failure *Error) {
 	m.sum.Add(int64(took))
 	bucket, _ := slices.BinarySearch(bucketBounds, took) // the first whose bound is not below took
 	m.buckets[bucket].Add(1)
-	m.ended(from, failure)
+	m.count(from, failure)
 }
 
-// ended counts a request that has ended, and its failure if it has one, both in all and for the service that sent it, from. The
+// count counts a request that has count, and its failure if it has one, both in all and for the service that sent it, from. The
 // method handled calls it; others call it only if no handler ran.
-func (m *meter) ended(from string, failure *Error) {
+func (m *meter) count(from string, failure *Error) {
 	if failure == nil {
 		m.succeeded.Add(1)
 	} else {
 		code := cmp.Or(failure.Code, ErrInternal.Code) // another service may have sent anything
 		m.codes.get(cutText(code, 64), func() *atomic.Uint64 { return &atomic.Uint64{} }).Add(1)
-		m.last.Store(new(strings.Clone(cutText(failure.Error(), maxErrorText))))
+		m.lastError.Store(new(strings.Clone(cutText(failure.Error(), maxErrorText))))
 	}
 	if from != "" {
 		c := m.callers.get(from, func() *caller { return &caller{} })
@@ -191,7 +191,7 @@ func (s *Service) readings() []*reading {
 		all.Go(func() { // because pending may have to wait for the server
 			out[i] = e.meter.read(e.kind, e.name)
 			out[i].subject = e.subject
-			out[i].Pending = int64(len(e.queue)+e.waitingJobs()) + e.source.pending()
+			out[i].Pending = int64(len(e.queue)+e.waitingCount()) + e.source.pending()
 		})
 	}
 	all.Wait()
@@ -206,7 +206,7 @@ func (m *meter) read(kind, name string) *reading {
 	r := &reading{EndpointStats: EndpointStats{
 		Kind: kind, Name: name, Codes: map[string]uint64{}, Callers: map[string]uint64{},
 		InFlight: m.inFlight.Load(), Shed: m.shed.Load(), Expired: m.expired.Load(), DeadLetters: m.dead.Load(),
-	}, Failed: map[string]uint64{}, last: m.last.Load()}
+	}, Failed: map[string]uint64{}, last: m.lastError.Load()}
 	for code, n := range m.codes.all() {
 		r.Codes[code] = n.Load()
 		r.Errors += r.Codes[code]
@@ -358,7 +358,7 @@ func (s *Service) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	family("aegis_reconnects_total", "counter", "Connections that were lost and made again.")("", float64(st.Reconnects))
 	breakers := family("aegis_breaker_open", "gauge", "1 while the circuit breaker refuses calls to the service.")
 	for _, service := range slices.Sorted(maps.Keys(st.Breakers)) {
-		breakers("", oneIf[st.Breakers[service] == open], "target", service)
+		breakers("", oneIf[st.Breakers[service] == breakerOpen], "target", service)
 	}
 	leader := family("aegis_leader", "gauge", "1 while this instance leads the group.")
 	terms := s.terms()
@@ -415,7 +415,7 @@ func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
 			if m != nil {
 				addCalls(sums, m.Data)
 			} else {
-				failure = s.answerLost(c, sl, survey)
+				failure = s.whyNoAnswer(c, sl, survey)
 			}
 		case <-ctx.Done():
 			return nil, asError(ctx.Err())

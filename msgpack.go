@@ -247,12 +247,12 @@ func unpack(b []byte, v reflect.Value, s *shape) ([]byte, error) {
 		at, err := t.time()
 		v.Set(reflect.ValueOf(at))
 		return rest, err
-	case s.form == timestamp && t.class == text, s.form == byJSON && t.class != binaryData,
-		t.class == text && s.kind == reflect.Slice && s.elem.kind == reflect.Uint8: // base64
+	case s.form == timestamp && t.class == classText, s.form == byJSON && t.class != binaryData,
+		t.class == classText && s.kind == reflect.Slice && s.elem.kind == reflect.Uint8: // base64
 		return unpackByJSON(b, v)
 	case s.form == byJSON, s.form == byBinary && t.class == binaryData:
 		return rest, t.unmarshal(v)
-	case t.class == null:
+	case t.class == classNull:
 		if s.kind == reflect.Pointer || s.kind == reflect.Interface || s.kind == reflect.Map || s.kind == reflect.Slice {
 			v.SetZero()
 		}
@@ -324,7 +324,7 @@ func unpackMap(b []byte, v reflect.Value, s *shape, n int) (_ []byte, err error)
 		key, elem := reflect.New(s.key.typ).Elem(), reflect.New(s.elem.typ).Elem()
 		if s.key.kind == reflect.String {
 			t.makeText()
-		} else if n, err := strconv.ParseInt(string(t.body), 10, 64); err == nil && t.class == text {
+		} else if n, err := strconv.ParseInt(string(t.body), 10, 64); err == nil && t.class == classText {
 			t = token{class: integer, n: uint64(n), negative: n < 0}
 		}
 		if !t.setScalar(key) {
@@ -396,18 +396,18 @@ type class uint8
 
 const (
 	unused class = iota
-	null
+	classNull
 	boolean
 	integer
 	float
-	text
+	classText
 	binaryData
 	array
 	mapping
 	extension
 )
 
-var classNames = [...]string{null: "nil", boolean: "a bool", binaryData: "binary data", array: "an array",
+var classNames = [...]string{classNull: "nil", boolean: "a bool", binaryData: "binary data", array: "an array",
 	mapping: "a map", extension: "a timestamp or another extension"}
 
 // A token is the beginning of a value in MessagePack, up to the first value that is nested in it.
@@ -442,7 +442,7 @@ func (t *token) read(b []byte) ([]byte, error) {
 	case extension:
 		t.n++
 		fallthrough
-	case text, binaryData:
+	case classText, binaryData:
 		if t.n > uint64(len(b)) {
 			return nil, errShort
 		}
@@ -474,16 +474,16 @@ var formats = func() (f [256]format) {
 		case c < 0xa0:
 			f[c] = format{class: array, n: int8(c & 0x0f)}
 		case c < 0xc0:
-			f[c] = format{class: text, n: int8(c & 0x1f)}
+			f[c] = format{class: classText, n: int8(c & 0x1f)}
 		}
 	}
 	copy(f[0xc0:], []format{
-		{class: null}, {}, {class: boolean}, {class: boolean, n: 1}, {binaryData, 1, 0, false}, {binaryData, 2, 0, false},
+		{class: classNull}, {}, {class: boolean}, {class: boolean, n: 1}, {binaryData, 1, 0, false}, {binaryData, 2, 0, false},
 		{binaryData, 4, 0, false}, {extension, 1, 0, false}, {extension, 2, 0, false}, {extension, 4, 0, false},
 		{float, 4, 0, false}, {float, 8, 0, false}, {integer, 1, 0, false}, {integer, 2, 0, false}, {integer, 4, 0, false},
 		{integer, 8, 0, false}, {integer, 1, 0, true}, {integer, 2, 0, true}, {integer, 4, 0, true}, {integer, 8, 0, true},
 		{extension, 0, 1, false}, {extension, 0, 2, false}, {extension, 0, 4, false}, {extension, 0, 8, false},
-		{extension, 0, 16, false}, {text, 1, 0, false}, {text, 2, 0, false}, {text, 4, 0, false}, {array, 2, 0, false},
+		{extension, 0, 16, false}, {classText, 1, 0, false}, {classText, 2, 0, false}, {classText, 4, 0, false}, {array, 2, 0, false},
 		{array, 4, 0, false}, {mapping, 2, 0, false}, {mapping, 4, 0, false},
 	})
 	return f
@@ -510,7 +510,7 @@ func (t *token) String() string {
 	switch t.class {
 	case integer, float:
 		return "the number " + t.digits()
-	case text:
+	case classText:
 		return fmt.Sprintf("the string %.64q", t.body)
 	}
 	return classNames[t.class]
@@ -546,7 +546,7 @@ func (t *token) anyType(in reflect.Type) reflect.Type {
 
 var anyTypes = [...]reflect.Type{
 	boolean: reflect.TypeFor[bool](), integer: reflect.TypeFor[int64](), float: reflect.TypeFor[float64](),
-	text: reflect.TypeFor[string](), binaryData: reflect.TypeFor[[]byte](), array: reflect.TypeFor[[]any](),
+	classText: reflect.TypeFor[string](), binaryData: reflect.TypeFor[[]byte](), array: reflect.TypeFor[[]any](),
 	mapping: reflect.TypeFor[map[string]any](), extension: timeType,
 }
 
@@ -574,9 +574,9 @@ func (t *token) time() (at time.Time, err error) {
 // makeText turns an integer that is the key of a map into the text that JSON has for it. It reports whether t is text afterwards.
 func (t *token) makeText() bool {
 	if t.class == integer {
-		t.class, t.body = text, []byte(t.digits())
+		t.class, t.body = classText, []byte(t.digits())
 	}
-	return t.class == text
+	return t.class == classText
 }
 
 // unmarshal passes binary data to the UnmarshalBinary of v, or else to its UnmarshalText. Version 0.1 encoded every type with
@@ -596,7 +596,7 @@ func (t *token) setScalar(v reflect.Value) bool {
 	switch {
 	case t.class == boolean && v.Kind() == reflect.Bool:
 		v.SetBool(t.n == 1)
-	case t.class == text && v.Kind() == reflect.String:
+	case t.class == classText && v.Kind() == reflect.String:
 		v.SetString(string(t.body))
 	case t.class == float && v.CanFloat() && int(t.size)*8 <= v.Type().Bits():
 		v.SetFloat(t.float())

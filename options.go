@@ -27,23 +27,23 @@ import (
 type Option func(*config)
 
 type config struct {
-	urls         []string
-	urlsFrom     string // where urls come from, for error texts
-	nats         []nats.Option
-	id           *string // nil if WithID was not given
-	version      string
-	codec        Codec
-	logger       *slog.Logger
-	breaker      BreakerPolicy // Failures is 0 if there is none
-	failover     FailoverPolicy
-	metadata     map[string]string // never nil, because that would be null in the answers on $SRV
-	healthChecks []*healthCheck
-	middleware   []Middleware
-	outward      []Middleware // of WithCallMiddleware
-	wireHeaders  bool
-	tolerance    int           // of health checks
-	maxAge       time.Duration // these two are of the stream of events; 0 is no limit
-	maxBytes     int64
+	urls           []string
+	urlsFrom       string // where urls come from, for error texts
+	nats           []nats.Option
+	id             *string // nil if WithID was not given
+	version        string
+	codec          Codec
+	logger         *slog.Logger
+	breaker        BreakerPolicy // Failures is 0 if there is none
+	failover       FailoverPolicy
+	metadata       map[string]string // never nil, because that would be null in the answers on $SRV
+	healthChecks   []*healthCheck
+	middleware     []Middleware
+	callMiddleware []Middleware // of WithCallMiddleware
+	wireHeaders    bool
+	tolerance      int           // of health checks
+	maxAge         time.Duration // these two are of the stream of events; 0 is no limit
+	maxBytes       int64
 
 	pool, concurrency, replicas     int
 	timeout, heartbeat, stopTimeout time.Duration
@@ -153,7 +153,7 @@ func WithMiddleware(mw ...Middleware) Option {
 // If the middleware returns without calling next, nothing is sent: its data is the answer of a call, a nil error counts as success,
 // and an error has NotRun set.
 func WithCallMiddleware(mw ...Middleware) Option {
-	return func(c *config) { c.outward = append(c.outward, mw...) }
+	return func(c *config) { c.callMiddleware = append(c.callMiddleware, mw...) }
 }
 
 // WithWireHeaders makes the service send the deadline, its name and the correlation id of a call as headers (Aegis-Timeout,
@@ -196,7 +196,7 @@ func newConfig(opts []Option) (*config, *Error) {
 	ok.want(c.breaker.Failures >= 0 && c.breaker.Cooldown >= 0, "WithBreaker(%+v): negative", c.breaker)
 	isNil := func(m Middleware) bool { return m == nil }
 	ok.want(!slices.ContainsFunc(c.middleware, isNil), "WithMiddleware(nil): want a function")
-	ok.want(!slices.ContainsFunc(c.outward, isNil), "WithCallMiddleware(nil): want a function")
+	ok.want(!slices.ContainsFunc(c.callMiddleware, isNil), "WithCallMiddleware(nil): want a function")
 	for _, u := range c.urls {
 		full := u
 		if !strings.Contains(u, "://") {
@@ -241,7 +241,7 @@ type HandlerOption func(*handlerConfig)
 type handlerConfig struct {
 	kind                            string // of the messages that it handles
 	concurrency, attempts           int
-	backoff, maxPause, deadline     time.Duration
+	backoff, maxBackoff, deadline   time.Duration
 	durable                         *string // nil if Durable was not given
 	broadcast, fromStart, exclusive bool
 	misplaced                       string // the error text for an option that this kind of handler can't have; "" if there is none
@@ -264,7 +264,7 @@ func Attempts(n int) HandlerOption {
 // is first after the first attempt, and doubles with each further one, up to max. Both must be positive, and first at most max.
 // The default is Backoff(500*time.Millisecond, time.Minute).
 func Backoff(first, max time.Duration) HandlerOption {
-	return onlyFor(storedKinds, fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) { c.backoff, c.maxPause = first, max })
+	return onlyFor(storedKinds, fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) { c.backoff, c.maxBackoff = first, max })
 }
 
 // Deadline sets how long one attempt at an event or a command may take before its ctx ends. It must be positive. The default is 5
@@ -362,7 +362,7 @@ const storedKinds = "events and commands"
 func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerConfig, *Error) {
 	c := &handlerConfig{
 		kind: kind, concurrency: s.cfg.concurrency, attempts: map[string]int{kindRPC: 1, kindEvent: 10, kindCommand: 3}[kind],
-		backoff: 500 * time.Millisecond, maxPause: time.Minute, deadline: 5 * time.Minute,
+		backoff: 500 * time.Millisecond, maxBackoff: time.Minute, deadline: 5 * time.Minute,
 	}
 	for _, opt := range opts {
 		opt(c)
@@ -371,7 +371,7 @@ func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerC
 	ok.want(c.misplaced == "", "%s", c.misplaced)
 	ok.want(c.concurrency >= 1 && c.concurrency <= maxConcurrency, "Concurrency(%d): want 1 to %d", c.concurrency, maxConcurrency)
 	ok.want(c.attempts >= 1, "Attempts(%d): want 1 or more", c.attempts)
-	ok.want(c.backoff > 0 && c.backoff <= c.maxPause, "Backoff(%v, %v): want 0 < first <= max", c.backoff, c.maxPause)
+	ok.want(c.backoff > 0 && c.backoff <= c.maxBackoff, "Backoff(%v, %v): want 0 < first <= max", c.backoff, c.maxBackoff)
 	ok.want(c.deadline > 0, "Deadline(%v): want more than 0", c.deadline)
 	ok.want(c.durable == nil || isToken(*c.durable, 64), "Durable(%q): want 1 to 64 of a-z, A-Z, 0-9, - and _", deref(c.durable))
 	ok.want(!c.broadcast || !c.exclusive, "Broadcast() is for all instances and Exclusive() for one: choose one of them")

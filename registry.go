@@ -268,7 +268,7 @@ func (d *directory) run(ctx context.Context) {
 func (d *directory) nextChanges() (changed, leaderChanged <-chan struct{}, lapsed <-chan time.Time) {
 	if w := d.leaders.Load(); w != nil {
 		leaderChanged = w.nextChange()
-		if leader, until := w.active(); leader != "" {
+		if leader, until := w.leaderNow(); leader != "" {
 			lapsed = time.After(until - clock())
 		}
 	}
@@ -281,7 +281,7 @@ const unknownLeader = "?" // which no instance is called
 func (d *directory) snapshot() *snapshot {
 	last, version, leader := d.latest.Load(), d.version.Load(), unknownLeader
 	if w := d.leaders.Load(); w != nil && w.ready.Load() {
-		leader, _ = w.active()
+		leader, _ = w.leaderNow()
 	}
 	if last != nil && last.version == version && last.leader == leader {
 		return last
@@ -333,7 +333,7 @@ func (d *directory) followLeader() {
 	w := d.svc.elections.hold(d.service + "." + defaultGroup)
 	if !d.leaders.CompareAndSwap(nil, w) {
 		w.use.release()
-	} else if d.use.used.Load() == ended {
+	} else if d.use.used.Load() == usageEnded {
 		d.unfollowLeader()
 	}
 }
@@ -469,7 +469,7 @@ func (s *Service) instance() Instance {
 	i := Instance{Service: s.name, ID: s.id, Version: s.cfg.version, Metadata: *s.metadata.Load(), Started: s.since}
 	i.Status = statusActive
 	for _, e := range s.allEndpoints() {
-		i.Endpoints = append(i.Endpoints, Endpoint{e.kind, e.name, e.subject, e.lease != nil})
+		i.Endpoints = append(i.Endpoints, Endpoint{e.kind, e.name, e.subject, e.candidate != nil})
 		i.Load += int(e.meter.inFlight.Load())
 	}
 	slices.SortFunc(i.Endpoints, func(a, b Endpoint) int { return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name)) })
@@ -548,7 +548,7 @@ func (s *Service) register(ctx context.Context) error {
 	defer context.AfterFunc(s.heartbeatCtx, cancel)()
 	_, failure := s.openStream(ctx, s.registryStream(), registryPrefix+">")
 	if failure == nil {
-		failure = s.patiently(ctx, func(ctx context.Context) *Error { return s.writeEntry(ctx, "register") })
+		failure = s.retryTimeouts(ctx, func(ctx context.Context) *Error { return s.writeEntry(ctx, "register") })
 	}
 	if failure != nil && failure.Code != ErrUnavailable.Code {
 		s.heartbeating.Done()

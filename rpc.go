@@ -29,9 +29,9 @@ import (
 // [ErrClosed] after Stop. Before Start, Start returns the error too. After Start, there are also the errors of Start.
 func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, Req) (Resp, error), opts ...HandlerOption) error {
 	if fn == nil {
-		return s.notRegistered(newError(ErrInvalid, "method %q: its function is nil", method))
+		return s.noteRegistration(newError(ErrInvalid, "method %q: its function is nil", method))
 	}
-	return s.notRegistered(s.handle(method, typed("the answer of "+method, func(ctx context.Context, _ *request, _ *Message, in Req) (any, error) {
+	return s.noteRegistration(s.handle(method, typed("the answer of "+method, func(ctx context.Context, _ *request, _ *Message, in Req) (any, error) {
 		resp, err := fn(ctx, in)
 		return &resp, err
 	}), opts))
@@ -42,8 +42,8 @@ func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) e
 	if failure := cmp.Or(checkNames(s.name, "method", method), failure); failure != nil {
 		return failure
 	}
-	e := &endpoint{kind: kindRPC, name: method, subject: "rpc." + s.name + "." + method, run: run}
-	q := &requests{endpoint: e, own: map[*conn]*nats.Subscription{}, shared: map[*conn]*nats.Subscription{}}
+	e := &endpoint{kind: kindRPC, name: method, subject: "rpc." + s.name + "." + method, handler: run}
+	q := &rpcSource{endpoint: e, own: map[*conn]*nats.Subscription{}, shared: map[*conn]*nats.Subscription{}}
 	e.source = q
 	overloaded := notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, cfg.concurrency))
 	overloaded.Source = s.name
@@ -54,9 +54,9 @@ func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) e
 	return s.addEndpoint(e, cfg)
 }
 
-// requests is the source of an endpoint's RPC requests. They come by two subjects: the method's, which the instances of the
+// rpcSource is the source of an endpoint's RPC rpcSource. They come by two subjects: the method's, which the instances of the
 // service share, and the method's subject for this instance.
-type requests struct {
+type rpcSource struct {
 	*endpoint
 
 	mu          sync.Mutex                   // guards the rest
@@ -65,14 +65,14 @@ type requests struct {
 }
 
 // open subscribes to the subject for this instance.
-func (q *requests) open(context.Context) error {
+func (q *rpcSource) open(context.Context) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.subscribeLocked(q.own, q.subject+"."+q.svc.id)
 }
 
 // share subscribes to the shared subject, or ends these subscriptions.
-func (q *requests) share(on bool) error {
+func (q *rpcSource) share(on bool) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch {
@@ -86,7 +86,7 @@ func (q *requests) share(on bool) error {
 	return nil
 }
 
-func (q *requests) subscribeLocked(subs map[*conn]*nats.Subscription, subject string) error {
+func (q *rpcSource) subscribeLocked(subs map[*conn]*nats.Subscription, subject string) error {
 	for _, c := range q.svc.conns {
 		if q.drained {
 			return q.svc.closedError()
@@ -102,7 +102,7 @@ func (q *requests) subscribeLocked(subs map[*conn]*nats.Subscription, subject st
 
 // endLocked ends subscriptions. Messages that the server has sent already still reach the queue. If a connection is down, there
 // are none, and its subscription ends at once, because otherwise it would come back with the connection.
-func (q *requests) endLocked(subs map[*conn]*nats.Subscription) {
+func (q *rpcSource) endLocked(subs map[*conn]*nats.Subscription) {
 	for c, sub := range subs {
 		if c.up.Load() {
 			_ = sub.Drain() // fails only on a closed connection
@@ -113,7 +113,7 @@ func (q *requests) endLocked(subs map[*conn]*nats.Subscription) {
 }
 
 // drain ends all subscriptions and waits until everything that the server sent before is in the queue.
-func (q *requests) drain(ctx context.Context) {
+func (q *rpcSource) drain(ctx context.Context) {
 	q.mu.Lock()
 	q.drained = true
 	q.endLocked(q.own)
@@ -130,10 +130,10 @@ func (q *requests) drain(ctx context.Context) {
 }
 
 // pending returns 0, because the server keeps no requests.
-func (q *requests) pending() int64 { return 0 }
+func (q *rpcSource) pending() int64 { return 0 }
 
 // serve handles one request and answers it.
-func (q *requests) serve(m *nats.Msg, arrived time.Time) {
+func (q *rpcSource) serve(m *nats.Msg, arrived time.Time) {
 	from, malformed := callerOf(m)
 	msg := Message{Kind: q.kind, Subject: m.Subject, Source: from.service, Header: m.Header, Data: m.Data}
 	r := &request{svc: q.svc, msg: msg, in: m, reply: m.Reply, from: from}
@@ -146,14 +146,14 @@ func (q *requests) serve(m *nats.Msg, arrived time.Time) {
 		q.refuse(m, r.msg.Source, malformed)
 	case time.Until(r.deadline) <= 0:
 		q.meter.expired.Add(1)
-		q.meter.ended(r.msg.Source, errExpiredEarly)
+		q.meter.count(r.msg.Source, errExpiredEarly)
 	case q.svc.cancels.has(m.Reply):
 		q.meter.expired.Add(1)
-		q.meter.ended(r.msg.Source, errCanceledEarly)
-	case q.svc.draining.Load():
+		q.meter.count(r.msg.Source, errCanceledEarly)
+	case q.svc.timeUp.Load():
 		q.refuse(m, r.msg.Source, &Error{Code: ErrUnavailable.Code, Message: "instance " + q.svc.id + " is stopping", Source: q.svc.name, NotRun: true})
 	case !q.admit(r):
-		q.refuse(m, r.msg.Source, q.lease.notActive())
+		q.refuse(m, r.msg.Source, q.candidate.notActive())
 	default:
 		q.dispatch(r)
 	}
@@ -163,19 +163,19 @@ var errExpiredEarly = newError(ErrTimeout, "its caller gave up before a handler 
 var errCanceledEarly = newError(ErrCanceled, "its caller cancelled before a handler was free")
 
 // refuse answers a request that no handler has seen.
-func (q *requests) refuse(m *nats.Msg, from string, failure *Error) {
-	q.meter.ended(from, failure)
+func (q *rpcSource) refuse(m *nats.Msg, from string, failure *Error) {
+	q.meter.count(from, failure)
 	q.answer(m, nil, nil, failure)
 }
 
 // done answers a request that a handler has handled.
-func (q *requests) done(r *request, data []byte, failure *Error) {
+func (q *rpcSource) done(r *request, data []byte, failure *Error) {
 	q.answer(r.in, r.codec, data, failure)
 }
 
 // answer answers m with data, or with a failure, in the codec c. If c is nil, because the request was not decoded, a failure is
 // encoded in the format that the request seems to have.
-func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
+func (q *rpcSource) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	if m.Reply == "" {
 		return
 	}
@@ -207,7 +207,7 @@ func (q *requests) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 
 // send publishes the answer to m on the connection that m came by, because the servers of others may not know the caller's inbox
 // yet. If that connection is lost, send uses any other.
-func (q *requests) send(m, out *nats.Msg) error {
+func (q *rpcSource) send(m, out *nats.Msg) error {
 	err := m.RespondMsg(out)
 	if isDisconnected(err) {
 		if c := q.svc.pick(); c != nil {
@@ -349,9 +349,9 @@ func (s *Service) callWith(ctx context.Context, service, method string, out Raw,
 	subject := "rpc." + service + "." + method
 	meter := s.calls.get(subject[len("rpc."):], newMeter)
 	begin := meter.begin()
-	defer func() { meter.handled("", begin, failure) }()
+	defer func() { meter.finish("", begin, failure) }()
 	var answer *nats.Msg
-	if s.outward == nil {
+	if s.callMiddleware == nil {
 		answer, failure = s.exchangeCall(ctx, subject, service, out, cfg)
 	} else {
 		answer, failure = s.callThrough(ctx, subject, service, out, cfg)
@@ -390,7 +390,7 @@ func (s *Service) exchangeCall(ctx context.Context, subject, service string, out
 	if label := labelOf(out.codec); label != "" {
 		x.header = withHeader(x.header, headerContentType, label)
 	}
-	if x.timed = s.cfg.wireHeaders; x.timed {
+	if x.sendTimeout = s.cfg.wireHeaders; x.sendTimeout {
 		if x.header[headerCorrelation] == nil {
 			x.correlation = cmp.Or(x.correlation, rand.Text())
 			x.header = withHeader(x.header, headerCorrelation, x.correlation)
@@ -421,7 +421,7 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 		return answer, nil, false
 	}
 	if cfg.sticky && failure.Code == ErrNotActive.Code && failure.NotRun && failure.Source == service {
-		s.leaders(service).correct(instance, failure)
+		s.leaderWatchOf(service).correct(instance, failure)
 	}
 	if failure.Code == ErrCanceled.Code && !answered && !failure.NotRun {
 		s.notify(cancelSubject(service), []byte(x.reply))
@@ -452,7 +452,7 @@ func (s *Service) sendCall(ctx context.Context, x *exchange, service string, cfg
 		if cfg.instance == nil {
 			w := s.elections.hold(service + "." + defaultGroup)
 			defer w.use.release()
-			x.term = w.leadership(instance)
+			x.term = w.termOf(instance)
 		}
 		answer, failure = s.requestFrom(ctx, x, service, instance)
 		x.term = nil
@@ -511,7 +511,7 @@ func (s *Service) breaker(service string) *breaker {
 	return s.breakers.get(service, func() *breaker { return &breaker{policy: s.cfg.breaker} })
 }
 
-const closed, open = "closed", "open" // states of a breaker, as Stats shows them
+const breakerClosed, breakerOpen = "closed", "open" // states of a breaker, as Stats shows them
 
 // state returns the state of the breaker, as Stats shows it.
 func (b *breaker) state() string {
@@ -519,9 +519,9 @@ func (b *breaker) state() string {
 	defer b.mu.Unlock()
 	switch {
 	case b.until.IsZero():
-		return closed
+		return breakerClosed
 	case time.Until(b.until) > 0:
-		return open
+		return breakerOpen
 	}
 	return "half-open"
 }

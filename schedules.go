@@ -18,12 +18,12 @@ import (
 // The server stores a message that is a schedule, and stores it again for its target when it is due:
 // https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-51.md
 
-const schedulePrefix = "aegis.schedules.events." // followed by a hash, so that each schedule has a subject of its own
+const eventSchedulePrefix = "aegis.schedules.events." // followed by a hash, so that each schedule has a subject of its own
 
 // scheduleSubject returns the subject of the schedule of what these names identify.
 func scheduleSubject(names ...string) string {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%q", names))
-	return schedulePrefix + hex.EncodeToString(sum[:16])
+	return eventSchedulePrefix + hex.EncodeToString(sum[:16])
 }
 
 // setSchedule makes h the header of a schedule: at the time due the server stores the message for target. It expires ttl after
@@ -58,8 +58,8 @@ func (p *publication) target(suffix string) string {
 	return scheduleSubject(p.name, p.id+suffix)
 }
 
-// setSchedule sets the headers of At, After and ExpireAfter.
-func (p *publication) setSchedule(suffix string) {
+// setTimes sets the headers of At, After and ExpireAfter.
+func (p *publication) setTimes(suffix string) {
 	ttl := ""
 	if p.cfg.expire > 0 {
 		ttl = seconds(p.cfg.expire)
@@ -97,9 +97,9 @@ func (p *publication) checkStream(ctx context.Context, x *exchange) *Error {
 	return nil
 }
 
-// again has an event delivered to this subscription once more after a pause, as the same attempt: it stores the event anew, with a
+// storeForLater has an event delivered to this subscription once more after a pause, as the same attempt: it stores the event anew, with a
 // schedule, and acknowledges the delivery. It reports false if the stream can't do that.
-func (f *subscription) again(r *request, pause time.Duration) bool {
+func (f *eventSource) storeForLater(r *request, pause time.Duration) bool {
 	d, h, ttl := r.delivery, copyHeader(r.in.Header), ""
 	if t := r.in.Header.Get(jetstream.MsgTTLHeader); t != "" {
 		left := time.Until(d.stored.Add(lifetime(t))) - pause
@@ -109,7 +109,7 @@ func (f *subscription) again(r *request, pause time.Duration) bool {
 		}
 		ttl = seconds(left)
 	}
-	if int64(pause) >= f.maxPause.Load() {
+	if int64(pause) >= f.maxDelay.Load() {
 		return false
 	}
 	name := strconv.FormatUint(d.sequence, 10) // if the acknowledgement is lost, the same again replaces what was stored

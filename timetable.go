@@ -17,17 +17,15 @@ import (
 // time, and stores the message of a command in the work queue when it is due; see schedules.go.
 
 const (
-	timetablePrefix = "aegis.schedules.commands." // followed by <service>.<command>.<name of a schedule, or = and a hash>
-	headerSchedule  = "Aegis-Schedule"            // the name of a schedule, in it and in what it fires
-	headerSpec      = "Aegis-Spec"                // of a schedule, as it was given
-	firingTTL       = 24 * time.Hour              // after which a firing that no worker has begun is dropped
+	commandSchedulePrefix = "aegis.schedules.commands." // followed by <service>.<command>.<name of a schedule, or = and a hash>
+	firingTTL             = 24 * time.Hour              // after which a firing that no worker has begun is dropped
 )
 
 // scheduleOf returns the subject of the schedule of one command, which has this key.
 func scheduleOf(key string) string {
 	service, rest, _ := strings.Cut(key, ".")
 	command, _, _ := strings.Cut(rest, ".")
-	return timetablePrefix + service + "." + command + ".=" + strings.TrimPrefix(scheduleSubject(key), schedulePrefix)
+	return commandSchedulePrefix + service + "." + command + ".=" + strings.TrimPrefix(scheduleSubject(key), eventSchedulePrefix)
 }
 
 // later returns the later one of two times.
@@ -38,9 +36,9 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// checkTimetable returns an error if the stream can't keep a message with this subject until the time due, which is zero if it need
+// checkCommandSchedule returns an error if the stream can't keep a message with this subject until the time due, which is zero if it need
 // not. It makes the stream if there is none.
-func (s *Service) checkTimetable(ctx context.Context, subject string, due time.Time) *Error {
+func (s *Service) checkCommandSchedule(ctx context.Context, subject string, due time.Time) *Error {
 	stream, failure := s.openStream(ctx, s.commandStream(), subject)
 	if failure != nil {
 		return notRun(failure)
@@ -96,7 +94,7 @@ func (s *Service) scheduleCommand(ctx context.Context, name, spec, service, comm
 	if failure := cmp.Or(failure, ok.failure); failure != nil {
 		return failure
 	}
-	what, target := "the command "+service+"."+command, commandPrefix+service+"."+command+suffixes[*cfg.priority]
+	what, target := "the command "+service+"."+command, commandPrefix+service+"."+command+prioritySuffixes[*cfg.priority]
 	out, failure := s.marshal(value, what)
 	if failure != nil {
 		return failure
@@ -112,11 +110,11 @@ func (s *Service) scheduleCommand(ctx context.Context, name, spec, service, comm
 		if zone != "" {
 			h[jetstream.ScheduleTimeZoneHeader] = []string{zone}
 		}
-		x := &exchange{subject: timetablePrefix + service + "." + command + "." + name, header: h, data: data}
-		if failure := s.checkTimetable(ctx, x.subject, time.Time{}); failure != nil {
+		x := &exchange{subject: commandSchedulePrefix + service + "." + command + "." + name, header: h, data: data}
+		if failure := s.checkCommandSchedule(ctx, x.subject, time.Time{}); failure != nil {
 			return failure
 		}
-		now, failure := s.schedule(ctx, x.subject)
+		now, failure := s.readSchedule(ctx, x.subject)
 		if failure == nil && sameSchedule(now, x) {
 			return nil
 		}
@@ -157,8 +155,8 @@ func parseSpec(spec string) (pattern, zone string, failure *Error) {
 		"or six fields that begin with the seconds", spec))
 }
 
-// schedule returns the message that is stored under a schedule's subject.
-func (s *Service) schedule(ctx context.Context, subject string) (m *jetstream.RawStreamMsg, failure *Error) {
+// readSchedule returns the message that is stored under a readSchedule's subject.
+func (s *Service) readSchedule(ctx context.Context, subject string) (m *jetstream.RawStreamMsg, failure *Error) {
 	failure = s.askJetStream(ctx, "the schedule "+subject, func(ctx context.Context, js jetstream.JetStream) error {
 		stream, err := js.Stream(ctx, commandStream)
 		if err == nil {
@@ -173,12 +171,12 @@ func (s *Service) schedule(ctx context.Context, subject string) (m *jetstream.Ra
 // deadline. If a read fails, Schedules yields the error and ends. Its errors are those of [Service.DeadLetters].
 func (s *Service) Schedules(ctx context.Context) iter.Seq2[Schedule, error] {
 	return func(yield func(Schedule, error) bool) {
-		for m, failure := range s.stored(ctx, commandStream, timetablePrefix+">") {
+		for m, failure := range s.storedMessages(ctx, commandStream, commandSchedulePrefix+">") {
 			if failure != nil {
 				yield(Schedule{}, failure)
 				return
 			}
-			tokens := strings.Split(strings.TrimPrefix(m.Subject, timetablePrefix), ".")
+			tokens := strings.Split(strings.TrimPrefix(m.Subject, commandSchedulePrefix), ".")
 			name := m.Header.Get(headerSchedule)
 			if name == "" || len(tokens) != 3 { // a command for later
 				continue
@@ -209,7 +207,7 @@ func (s *Service) Unschedule(ctx context.Context, service, command, name string)
 		if err != nil {
 			return err
 		}
-		m, err := stream.GetLastMsgForSubject(ctx, timetablePrefix+service+"."+command+"."+name)
+		m, err := stream.GetLastMsgForSubject(ctx, commandSchedulePrefix+service+"."+command+"."+name)
 		if err == nil {
 			err = stream.DeleteMsg(ctx, m.Sequence)
 		}

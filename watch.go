@@ -414,7 +414,7 @@ func (w *watch[T]) wait(ctx context.Context) *Error {
 const (
 	idleTime   = time.Minute   // without use, after which a watch ends
 	maxWatches = 1024          // of one kind, besides those that are held
-	ended      = math.MinInt64 // the used of a watch that has ended
+	usageEnded = math.MinInt64 // the used of a watch that has ended
 )
 
 // A usage says how long a watch goes on: as long as somebody holds it, and for idleTime after it was last asked for. A watch that
@@ -431,8 +431,8 @@ func (u *usage) touch() bool {
 	now := int64(clock())
 	for {
 		old := u.used.Load()
-		if old == ended || now-old < int64(time.Second) { // to note it once in a second is enough
-			return old != ended
+		if old == usageEnded || now-old < int64(time.Second) { // to note it once in a second is enough
+			return old != usageEnded
 		}
 		if u.used.CompareAndSwap(old, now) {
 			return true
@@ -444,7 +444,7 @@ func (u *usage) touch() bool {
 func (u *usage) hold() bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.used.Load() == ended {
+	if u.used.Load() == usageEnded {
 		return false
 	}
 	u.holders++
@@ -471,7 +471,7 @@ func (u *usage) retire() { u.endUnused(clock() - idleTime) }
 func (u *usage) endUnused(before time.Duration) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if used := u.used.Load(); u.holders == 0 && used <= int64(before) && used != ended && u.used.CompareAndSwap(used, ended) {
+	if used := u.used.Load(); u.holders == 0 && used <= int64(before) && used != usageEnded && u.used.CompareAndSwap(used, usageEnded) {
 		u.end()
 	}
 }
@@ -513,7 +513,7 @@ func (g *watching[W]) hold(key string) W {
 func (g *watching[W]) start(key string, used time.Duration) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if v, ok := g.watches.Load(key); ok && v.(W).usage().used.Load() != ended {
+	if v, ok := g.watches.Load(key); ok && v.(W).usage().used.Load() != usageEnded {
 		return
 	}
 	if g.count.Load() >= maxWatches {
