@@ -1,11 +1,12 @@
-// Package aegis is a service kit on NATS: typed RPC over a pool of connections, with deadlines, typed errors and retries;
-// durable events on JetStream, with dead letters; tracked commands, with one outcome each; leader election and discovery;
-// metrics.
+// Package aegis is a kit for services that communicate over NATS. It has typed RPC, with deadlines, typed errors and retries;
+// durable events, with dead letters; commands, which are queued and have one stored outcome each; leader election; discovery; and
+// metrics. RPC needs only a NATS server. The other parts, except metrics, also need JetStream.
 //
 // # Usage
 //
-// [New] makes a [Service], which can make calls at once. After [Service.Start] (or [Service.Run]) it also serves the handlers
-// that were given to [Handle], [Subscribe] and [HandleCommand]:
+// [New] makes a [Service] and connects it. The Service can make calls, publish events and send commands at once. After
+// [Service.Start] or [Service.Run], it also serves the handlers that were added by [Handle], [Subscribe] and [HandleCommand]. In
+// this example, client is another Service:
 //
 //	svc, err := aegis.New("order-service")
 //	aegis.Handle(svc, "create_order", func(ctx context.Context, o Order) (Receipt, error) { … })
@@ -17,44 +18,49 @@
 //	err = aegis.Publish(ctx, client, "payment", "captured", payment)
 //	job, err := aegis.SendCommand[Portfolio, Report](ctx, client, "order-service", "rebalance", portfolio)
 //
-// The payload of a message is the encoded value and nothing else, so that any NATS client can take part:
+// The payload of a message is the encoded value and nothing else, so that any NATS client can call a method:
 //
 //	nats req rpc.order-service.create_order '{"sku":"x"}'
 //
 // # Delivery
 //
-// A call runs at most once. A request that may have run is never sent again by itself: [Retry] and [Sticky] resend a request
-// only after an [Error] with NotRun, which says that the request certainly did not reach a handler. [Idempotent] lifts that
-// restriction. Every request that arrives is answered, with an error if need be, unless its caller has stopped waiting.
+// A call runs its handler at most once, unless it is [Idempotent]. [Retry] and [Sticky] send a request again only after an [Error]
+// whose NotRun is set, which says that the request certainly did not reach a handler. [Idempotent] also allows that for a request
+// that may have reached one. Every request that reaches an instance is answered, if necessary with an error, unless its caller no
+// longer waits.
 //
-// An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored the
-// event. The event is acknowledged when its handler has returned nil, or when the event is stored as a dead letter.
+// An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored the event.
+// The event is acknowledged when its handler has returned nil, or when the event has been stored as a dead letter.
 //
-// A command has one outcome, which is stored. After that its handler is not called again. Before that the handler may be called
-// more than once, because of an error or a crash; see [HandleCommand].
+// A command has one outcome, which is stored. Until then, its handler may be called more than once, because of an error or a
+// crash. Once the outcome is stored, the handler is not called again; see [HandleCommand].
 //
-// An [Exclusive] handler runs in one instance only, the leader. There is never more than one leader. [Term] returns its fencing
-// token.
+// An [Exclusive] handler runs only in the instance that leads the service. A service never has more than one leader. [Term]
+// returns the fencing token of the leader.
 //
 // # Concurrency
 //
-// All functions and methods may be called from several goroutines at once. Handlers run concurrently, up to a limit for each
-// method ([WithConcurrency], [Concurrency]). At the limit, as many requests again may wait for their turn, and the rest are
-// rejected with [ErrOverloaded]. Events and commands are not rejected: they wait in the server. The ctx of a handler ends with
-// the deadline of its caller (for an event or a command: [Deadline]), when its caller cancels, and when Stop runs out of time.
+// All functions and methods may be called from several goroutines at once. Each handler runs concurrently, up to a limit in each
+// instance ([WithConcurrency], [Concurrency]). At the limit, the same number of requests may wait, and further requests are
+// rejected with [ErrOverloaded]. Events and commands are not rejected: they wait in the server. The ctx of a handler ends at the
+// deadline of its caller (for an event or a command, after [Deadline]), when its caller cancels, and when Stop runs out of time.
 //
 // # Shutdown
 //
-// [Service.Stop] takes no more work, lets running handlers finish, gives back to the server the events and commands that there
-// is no time for, hands over the leadership, leaves the registry, and closes the connections. The only goroutines that it may
-// leave behind are those of handlers that ignore their ctx.
+// [Service.Stop] accepts no more work, lets running handlers finish, returns to the server the events and commands that it has no
+// time for, gives up the leadership, removes the instance from the registry, and closes the connections. The only goroutines that
+// Stop may leave behind are those of handlers that ignore their ctx.
+//
+// # Errors
+//
+// Most functions that fail return an [*Error]. Use [errors.Is] to compare it with a sentinel, such as [ErrTimeout].
 //
 // # Observation
 //
-// [Service.Stats] counts the results of every request, event, command and call. [Service.Handler] serves these figures to
-// Prometheus, beside health probes. Started services answer the nats tool (nats micro ls, info, stats, ping). Each log line
-// about a message has its correlation id, which [CorrelationID] returns for the handler's own logs. The W3C trace context of a
-// message is passed on to everything that its handler sends.
+// [Service.Stats] counts the results of every request, event, command and call. [Service.Handler] serves these counts to
+// Prometheus, and health probes. A started service answers the nats tool (nats micro ls, info, stats, ping). Each log line about a
+// message has the correlation id of the message, which [CorrelationID] returns for the handler's own log lines. The W3C trace
+// context of a message is passed on to everything that its handler sends with its ctx.
 package aegis
 
 import (
@@ -153,12 +159,12 @@ type state int
 
 const serviceCreated, serviceStarted, serviceStopping state = 0, 1, 2
 
-// New makes an instance of the service called name (a letter, then letters, digits, - and _, at most 64) and connects it. It
-// blocks until every connection of the pool is made, each for at most nats.go's connect timeout (2 s for each server). Use
-// [Service.Stop] to close the instance.
+// New makes an instance of the service called name and connects it. name is a letter, then letters, digits, - and _, at most 64
+// characters. New blocks until every connection of the pool is made, and for each of them at most for nats.go's connect timeout (2
+// s for each server by default). Use [Service.Stop] to close the instance.
 //
 // Errors:
-//   - [ErrInvalid] for a name or an option that is out of range, or for metadata that is too large
+//   - [ErrInvalid] if name or an option is invalid, or if the metadata is too large
 //   - [ErrUnavailable] if the servers can't be reached or refuse the connection
 func New(name string, opts ...Option) (*Service, error) {
 	if !isName(name, maxService) {
@@ -204,31 +210,33 @@ func New(name string, opts ...Option) (*Service, error) {
 	return s, nil
 }
 
-// Name returns the service's name.
+// Name returns the name of the service.
 func (s *Service) Name() string { return s.name }
 
-// ID returns the instance's id.
+// ID returns the id of the instance.
 func (s *Service) ID() string { return s.id }
 
-// Conn returns a connection of the pool, for what aegis does not do. The service goes on using it: don't close or drain it.
+// Conn returns a connection of the pool, for operations that aegis does not offer. The service also uses the connection, so do not
+// close or drain it.
 func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 
-// Start begins to serve. It runs the health checks once, makes the streams, buckets and consumers that the handlers need and
-// that do not exist, subscribes, and enters the instance into the registry. When it returns, the servers of all connections
-// know the handlers; more handlers may be added later. An instance with [Exclusive] handlers then campaigns for the leadership.
-// If nobody has led the service before, the first leader is elected after the Lease of its policy ([WithFailover]). While a
-// connection is down, Start waits for it until ctx ends. A service whose Start failed can only be stopped.
+// Start makes the service serve its handlers. It runs the health checks once, makes those streams, buckets and consumers that the
+// handlers need and that do not exist, subscribes, and adds the instance to the registry. When Start returns, the servers of all
+// connections know the handlers. More handlers may be added later. An instance with [Exclusive] handlers then campaigns for the
+// leadership. If nobody has led the service before, the first leader is elected after the Lease of its policy ([WithFailover]).
+// While a connection is down, Start waits for it until ctx ends. A service whose Start has failed can only be stopped.
 //
-// If an earlier Handle, Subscribe or HandleCommand has failed, Start serves nothing and returns their errors, joined (see
-// [errors.Join]). The other errors are:
+// Without JetStream an instance serves calls, but is not in the registry. Exclusive handlers, events and commands need JetStream.
+//
+// Errors:
+//   - those of earlier calls of Handle, Subscribe and HandleCommand that have failed, joined as by [errors.Join]; then Start
+//     serves nothing
 //   - [ErrClosed] after Stop
-//   - [ErrInvalid] if the service was started already, or a stream, bucket or consumer that exists can't be used
-//   - [ErrUnavailable] if the server can't be reached before ctx ends, or has no JetStream and a handler needs it
+//   - [ErrInvalid] if the service was started already, or if a stream, bucket or consumer exists but can't be used
+//   - [ErrUnavailable] if the server can't be reached before ctx ends, or if a handler needs JetStream and the server has none
 //   - [ErrDenied] if the server's permissions do not allow what the service does
 //   - [ErrOverloaded] if the server refuses a subscription because of its max_subscriptions
-//   - [ErrTimeout] or [ErrCanceled] if ctx ends before
-//
-// Without JetStream an instance serves plain RPC, but is not in the registry.
+//   - [ErrTimeout] or [ErrCanceled] if ctx ends before Start has finished, or [ErrTimeout] if JetStream does not answer
 func (s *Service) Start(ctx context.Context) error {
 	begin := clock()
 	s.mu.Lock()
@@ -316,9 +324,14 @@ func (s *Service) subscribeOwn(context.Context) error {
 	return nil
 }
 
-// Run serves until ctx ends: it calls Start, waits, and calls Stop, which gets the time of [WithStopTimeout] to finish what runs.
-// It calls Stop too if Start fails, and if a connection is closed for good, because of [nats.MaxReconnects] for example. Then it
-// returns an error.
+// Run serves until ctx ends: it calls Start, waits, and calls Stop, which has the time of [WithStopTimeout] to let running
+// handlers finish. Run also calls Stop and returns if Start fails, if another goroutine calls Stop, and if a connection is closed
+// for good. Run returns nil if ctx has ended and Stop has succeeded.
+//
+// Errors, which are joined if there are several:
+//   - those of [Service.Start], unless ctx had ended when Start failed
+//   - [ErrUnavailable] if a connection was closed for good, for example because of [nats.MaxReconnects]
+//   - those of [Service.Stop]
 func (s *Service) Run(ctx context.Context) error {
 	err := s.Start(ctx)
 	if err == nil {
@@ -339,18 +352,23 @@ func (s *Service) Run(ctx context.Context) error {
 const cancelGrace = 200 * time.Millisecond // for the next handler to return after Stop has cancelled all; for Stop's last steps
 const returnTimeout = 5 * time.Second      // for all of them to return, and for their commands to be queued again
 
-// Stop stops serving. It takes no more requests, waits until those that have arrived are answered, releases the leadership,
-// leaves the registry, and closes the connections. Calls of this service that still wait for an answer then fail with
-// [ErrClosed]. The functions of [Service.Lead] have their ctx cancelled when Stop begins.
+// Stop ends the service. It accepts no more work, waits until the requests, events and commands that have arrived are handled,
+// gives up the leadership, removes the instance from the registry, and closes the connections. Calls of this service that still
+// wait for an answer then fail with [ErrClosed]. The ctx of each function of [Service.Lead] ends when Stop begins.
 //
-// When ctx ends before that, requests that have not begun are refused, and the ctx of the handlers that run is cancelled. Stop
-// goes on as long as handlers return, for 5 s at most, and gives their events and commands back to the server. When no handler
-// has returned for 0.2 s, Stop leaves the rest behind. It returns [ErrTimeout] if handlers were running when ctx ended. If the
-// server can't be reached, Stop closes what is local and returns [ErrUnavailable].
+// If ctx ends while handlers run, their ctx is cancelled, and requests that no handler has begun are refused. Stop then waits as
+// long as handlers return, for 5 s at most, and returns their events and commands to the server. When no handler has returned for
+// 0.2 s, Stop no longer waits for those that still run.
 //
-// A second Stop waits for the first one and returns nil. If its ctx ends first, the time of the first one is up, too. Stop can't
-// be called by a handler or a function of Lead on its own goroutine, because it would wait for itself: it returns [ErrInvalid].
-// Such a function can call it on another goroutine, and return.
+// A second Stop waits for the first one and returns nil. If the ctx of the second Stop ends first, the time of the first Stop is
+// up too. A handler or a function of Lead can't call Stop on its own goroutine, or with its own ctx, because Stop would wait for
+// it. It can call Stop on another goroutine with another ctx, and return.
+//
+// Errors, which are joined if there are several:
+//   - [ErrTimeout] if handlers were running when ctx ended, or if this is a second Stop and its ctx ended before the first Stop
+//     returned
+//   - [ErrUnavailable] if the server can't be reached; the connections are closed all the same
+//   - [ErrInvalid] if a handler or a function of Lead calls Stop on its own goroutine or with its own ctx
 func (s *Service) Stop(ctx context.Context) error {
 	_, inHandler := s.inHandler.Load(goroutine())
 	if r := requestOf(ctx); inHandler || r.svc == s && r.Err() == nil {

@@ -16,10 +16,13 @@ import (
 
 // This file has the two codecs, Raw, and the detection of the format of a received payload.
 
-// A Codec encodes values as payloads and decodes payloads. Its methods must be safe for concurrent use.
+// A Codec encodes values as payloads, and decodes payloads into values. Its methods must be safe for concurrent use.
+//
+// Marshal returns the payload for v. Unmarshal decodes data into the value that v points to.
 //
 // ContentType returns the MIME type of the codec's payloads, which must differ from those of [MsgPack] and [JSON]. A message has
-// it in the header Content-Type, unless receivers can detect the format from the first byte of the payload.
+// the type in the header Content-Type, unless the codec is MsgPack or JSON, which receivers detect by the first byte of the
+// payload.
 type Codec interface {
 	Marshal(v any) ([]byte, error)
 	Unmarshal(data []byte, v any) error
@@ -28,10 +31,9 @@ type Codec interface {
 
 // MsgPack and JSON are the codecs that every service accepts, whichever of them it sends with.
 //
-// JSON is encoding/json. MsgPack, the default, is smaller and faster, and follows the rules of encoding/json: a value arrives
-// as it would by way of JSON, or the call fails. The exceptions are listed below. MsgPack takes the names and options of fields
-// from the `json` struct tag. A value that MessagePack would not carry faithfully is sent as JSON, and the whole message with
-// it:
+// JSON uses encoding/json. MsgPack, the default, is smaller and faster, and follows the rules of encoding/json: a value arrives as
+// it would in JSON, or the call fails. The exceptions are listed below. MsgPack takes the names and options of fields from the
+// `json` struct tag. If a message has a value that MessagePack would not carry faithfully, the whole message is sent as JSON:
 //
 //	Go type                                                  sent as
 //	bool, numbers, string, struct, slice, array, map         MessagePack
@@ -50,23 +52,23 @@ type Codec interface {
 //	any                                                      as its value
 //	a value nested deeper than 128 levels                    JSON
 //
-// MsgPack.Unmarshal decodes MessagePack and JSON; it takes a single digit for MessagePack. What it decodes into an any arrives
-// as nil, a bool, a string, an int64 (a uint64 above its range), a float64, a []byte, a [time.Time], a []any or a
-// map[string]any. In a message that is sent as JSON, it arrives as encoding/json delivers it: numbers as float64, []byte and
-// time.Time as strings. A service answers a JSON request in JSON.
+// MsgPack.Unmarshal decodes MessagePack and JSON. It decodes a payload of a single digit as MessagePack. A value that it decodes
+// into an any becomes nil, a bool, a string, an int64 (or a uint64 if it is too large), a float64, a []byte, a [time.Time], a
+// []any or a map[string]any. If the message was sent as JSON, the value is as encoding/json decodes it: numbers are float64, and
+// []byte and time.Time are strings. A service answers a JSON request in JSON.
 //
 // MessagePack carries some values that JSON can't: NaN, infinities, strings that are not valid UTF-8, and maps whose keys are
-// floats or booleans. Other differences: a time keeps its instant but not its zone; a float32 that arrives as a float64 keeps
-// its exact value; an any is replaced, whatever it holds; an array must have the length of its target, and some other
-// conversions fail that JSON makes, such as of a whole float64 to an integer. Binary data, also from a []byte, goes to
-// UnmarshalBinary or UnmarshalText of a target that has one. What arrives of a type that is sent by MarshalBinary is what that
-// method writes. For such a type, aegis registers an encoder with msgpack v5. Other encoders that a program registers there are
-// not supported.
+// floats or booleans. There are further differences. A time keeps its instant but not its zone. A float32 that is decoded into a
+// float64 keeps its exact value. An any is replaced, whatever it holds. An array must have the length of its target. Some
+// conversions that JSON allows fail, such as that of a whole float64 to an integer. Binary data, also from a []byte, is passed to
+// the method UnmarshalBinary or UnmarshalText of a target that has one. A type that is sent by MarshalBinary arrives as that
+// method has written it. For such a type, aegis registers an encoder with msgpack v5. Other encoders that a program registers
+// there are not supported.
 //
-// MsgPack.Unmarshal fails if the payload ends in the middle of a value, has bytes left over, is nested deeper than 128 levels,
-// or declares more elements than it has bytes. Therefore decoding allocates no more than a small multiple of the size of the
-// payload times the size of the largest element type in the target. It also fails if a value does not fit its target: a number
-// that is out of range, an array instead of a struct, binary data instead of a string. The error names the field and the value.
+// MsgPack.Unmarshal fails if the payload ends in the middle of a value, has bytes left over, is nested deeper than 128 levels, or
+// declares more elements than it has bytes. Therefore decoding allocates no more than a small multiple of the size of the payload
+// times the size of the largest element type in the target. It also fails if a value does not fit its target, for example a number
+// that is out of range, an array instead of a struct, or binary data instead of a string. The error names the field and the value.
 var (
 	MsgPack Codec = msgpackCodec{}
 	JSON    Codec = jsonCodec{}
@@ -174,16 +176,19 @@ var packers = sync.Pool{New: func() any {
 	return p
 }}
 
-// Raw is a payload that is not decoded yet, whatever its format. Each type parameter of [Call], [Handle], [Publish], [Subscribe],
-// [SendCommand] and [HandleCommand] can be Raw: for a subscription to events of several types, for example, or to pass a payload
-// on. A Raw that is sent keeps its format. The zero Raw is an empty payload.
+// A Raw is a payload in any format that is not decoded yet. Each type parameter of [Call], [Handle], [Publish], [Subscribe],
+// [SendCommand] and [HandleCommand] can be Raw, for example to subscribe to events of several types, or to pass on a payload. A
+// Raw that is sent keeps its format. The zero Raw is an empty payload.
 type Raw struct {
 	data  []byte
 	codec Codec // nil in the zero Raw
 }
 
-// Decode decodes the payload into what v points to, by the rules of [MsgPack] and [JSON]. It fails with [ErrInvalid] if the
-// payload is empty, does not hold a value of that type, or has a content type that the service does not support.
+// Decode decodes the payload into the value that v points to, by the rules of the codec of the payload; see [MsgPack] and [JSON].
+//
+// Errors:
+//   - [ErrInvalid] if the payload is empty, if it does not hold a value of that type, or if the service does not support its
+//     content type
 func (r Raw) Decode(v any) error {
 	if err := decodePayload(r.codec, r.data, v); err != nil {
 		return newError(ErrInvalid, "the payload is not %v", err)
@@ -191,7 +196,10 @@ func (r Raw) Decode(v any) error {
 	return nil
 }
 
-// MarshalJSON returns the payload if it is JSON. Otherwise it fails, because it can't be a part of JSON.
+// MarshalJSON returns the payload if it is JSON. It implements [json.Marshaler].
+//
+// Errors:
+//   - an error that is not an *Error if the payload is not JSON, because it can't be a part of a JSON value
 func (r Raw) MarshalJSON() ([]byte, error) {
 	if r.codec != JSON {
 		return nil, errors.New("an aegis.Raw that isn't JSON can't be a part of another value: decode it first, or send it by itself")
@@ -199,7 +207,7 @@ func (r Raw) MarshalJSON() ([]byte, error) {
 	return r.data, nil
 }
 
-// UnmarshalJSON sets r to a copy of data, which must be JSON.
+// UnmarshalJSON sets r to a copy of data, which must be JSON. It implements [json.Unmarshaler], and always returns nil.
 func (r *Raw) UnmarshalJSON(data []byte) error {
 	*r = Raw{bytes.Clone(data), JSON}
 	return nil

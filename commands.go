@@ -24,26 +24,26 @@ import (
 // message in the work queue AEGIS_COMMANDS carries the data and makes a worker look at the record. The server republishes each
 // change of a record to those who follow the command.
 
-// A Command is what a handler of [HandleCommand] is called with.
+// A Command is a command as a handler of [HandleCommand] gets it.
 type Command[T any] struct {
-	ID       string // what [IdempotencyKey] set, else random
-	Source   string // the service that sent it, as the sender claims; not authenticated
-	Priority Priority
-	Attempt  int      // counts from 1, with crashes, but without attempts that Stop cut short
+	ID       string   // the key of IdempotencyKey, or random if there is none
+	Source   string   // the service that sent it, as the sender claims; not authenticated
+	Priority Priority // the priority that AtPriority has set
+	Attempt  int      // the number of this attempt, from 1; crashes count, but not RetryAfter or attempts that Stop has ended
 	Fence    uint64   // a fencing token, which rises with each attempt: a store that remembers the highest can reject older attempts
-	Last     Progress // what the previous attempt reported last
-	Data     T
+	Last     Progress // the progress before this attempt, with the last report of the previous attempt
+	Data     T        // the decoded payload
 
 	run *commandRun
 }
 
-// Progress is the state of a command at a moment.
+// A Progress is the state of a command at one moment.
 type Progress struct {
-	State   string  // scheduled, queued, running or retrying; at the end completed, failed or canceled
-	Percent float64 // 0 to 100
-	Message string
-	Attempt int
-	Time    time.Time // when it was written, by the clock of the one who wrote it
+	State   string    // scheduled, queued, running or retrying; at the end completed, failed or canceled
+	Percent float64   // 0 to 100
+	Message string    // the message of the last report
+	Attempt int       // the number of the latest attempt; 0 before the first
+	Time    time.Time // when the state was written, by the clock of the process that wrote it
 }
 
 // The states of a command.
@@ -190,32 +190,34 @@ func parseRecord(key string, data []byte) (*record, *Error) {
 }
 
 // HandleCommand makes fn the handler of a command of the service. command is a letter, then letters, digits and _, at most 128
-// characters. fn is called on a goroutine of the library, up to [Concurrency] at once in each instance. Its ctx ends after
-// [Deadline], when the command is cancelled, when another instance has taken the command over, or when Stop's time is up.
+// characters. fn is called on a goroutine of the library, up to [Concurrency] at once in each instance. fn's ctx ends after
+// [Deadline], when the command is cancelled, when another instance has taken over the command, and when Stop's time is up.
 //
-// A command has one outcome, and once it has, fn is not called again, unless somebody redrives a command that failed. Before
-// that, fn may be called more than once. After an error it is called again, after a pause ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt; another
-// instance begins the next attempt after 10 s, the ack wait. An instance that was paused or cut off may go on with fn for a
-// moment after another one has taken over. So make effects elsewhere idempotent by Command.ID, or guard them with Command.Fence.
+// A command has one outcome. Once the outcome is stored, fn is not called again, unless a command that has failed is redriven
+// ([Service.Redrive]). Before that, fn may be called more than once. If fn returns an error, it is called again after a pause
+// ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt, and another instance begins the next attempt after 10
+// s, the ack wait of the consumer. In an instance that was paused or cut off, fn may still run for a moment after another instance
+// has taken over the command. Therefore make effects on other systems idempotent by Command.ID, or guard them with Command.Fence.
 //
-// After the last attempt the command has failed, and becomes a dead letter. Data that can't be decoded into T fails at once, and so
-// does a command for which fn returns [Permanent]. For [RetryAfter] fn is called again later, which uses up no attempt. An fn that
-// returns context.Canceled, although the command was not cancelled, has failed like any other. The result must fit three quarters
-// of the server's max_payload, less 2 KiB.
+// If the last attempt fails, the command has failed, and becomes a dead letter. A command whose data can't be decoded into T, or
+// for which fn returns [Permanent], fails at once. If fn returns [RetryAfter], it is called again later, which does not count as
+// an attempt. If fn returns [context.Canceled] although the command was not cancelled, the attempt has failed as with any other
+// error. The encoded result must not be larger than 3/4·(max_payload - 2 KiB), with the max_payload of the server; a command with
+// a larger result fails at once.
 //
-// The outcome is stored as soon as the server is there, however long that takes. If the process ends before, or Stop's time is up,
-// the attempt counts as a crash.
+// The outcome is stored as soon as the server can be reached, however long that takes. If the process ends before that, or if
+// Stop's time is up, the attempt counts as a crash.
 //
-// When Stop's time is up, a command whose handler returns an error because its ctx has ended is queued again, and the attempt
-// does not count. If a handler ignores its ctx for longer than 0.2 s after that, the attempt counts, and the command is delivered
-// again only after the ack wait.
+// If a handler returns an error because its ctx ended when Stop's time was up, the command is queued again, and the attempt does
+// not count. If a handler ignores its ctx for longer than 0.2 s, the attempt counts, and the command is delivered again only after
+// the ack wait.
 //
-// HandleCommand does not block before [Service.Start]. After Start, it also makes the consumers, for which it blocks for
-// [WithTimeout] at most.
+// HandleCommand does not block before [Service.Start]. After Start, it also makes the consumers, and blocks for [WithTimeout] at
+// most.
 //
 // Errors:
-//   - [ErrInvalid] if command or an option is out of range, or if the command has a handler already
-//   - the errors of [Subscribe], here for the streams AEGIS_COMMANDS and AEGIS_DEAD and the bucket aegis_commands
+//   - [ErrInvalid] if command or an option is invalid, if fn is nil, or if the command has a handler already
+//   - those of [Subscribe], for the streams AEGIS_COMMANDS and AEGIS_DEAD and the bucket aegis_commands instead of AEGIS_EVENTS
 func HandleCommand[T, R any](
 	s *Service, command string, fn func(context.Context, *Command[T]) (R, error), opts ...HandlerOption,
 ) error {
@@ -482,14 +484,14 @@ func (run *commandRun) check() bool {
 	return failure == nil
 }
 
-// Progress reports how far the command is. Those who follow the command see the report and, after a crash, the next attempt gets
-// it in Command.Last. percent is 0 to 100, and message is cut after 1,024 bytes. Progress does not block. Of the reports that
-// follow each other within 0.1 s only the last one is stored.
+// Progress reports the progress of the command. [Job.Updates] yields the report, and the next attempt gets it in Command.Last.
+// percent is 0 to 100, and message is cut off after 1,024 bytes. Progress does not block. If several reports come within 0.1 s,
+// only the last of them is stored.
 //
 // Errors:
 //   - [ErrCanceled] if the command was cancelled, so that the handler should return
-//   - [ErrFenced] if another instance has taken the command over, likewise
-//   - [ErrInvalid] if percent is out of range or the handler has returned
+//   - [ErrFenced] if another instance has taken over the command, so that the handler should return
+//   - [ErrInvalid] if percent is out of range, if the handler has returned, or if the command is not from HandleCommand
 func (c *Command[T]) Progress(percent float64, message string) error {
 	run := c.run
 	switch {

@@ -139,9 +139,10 @@ const (
 	headerSpec     = "Aegis-Spec"     // of a recurring schedule: its spec, as it was given
 )
 
-// CorrelationID returns the id of the request that ctx belongs to. It is the same in each service that the request passes
-// through, and meant for logs. In a handler there always is one. Elsewhere it is what [WithHeader] set as Aegis-Correlation-Id,
-// else "". If a call got no answer, Details["correlation_id"] of its error has the call's id, even if ctx had none.
+// CorrelationID returns the correlation id of the message to whose handler ctx belongs, for use in logs. The id is the same in
+// each service through which a request passes. The ctx of a handler always has one. Any other ctx has the id that [WithHeader] has
+// set as Aegis-Correlation-Id, or "" if there is none. If a call got no answer, Details["correlation_id"] of its error has the id
+// of the call, even if ctx had none.
 func CorrelationID(ctx context.Context) string {
 	return cmp.Or(addedHeaders(ctx).Get(headerCorrelation), requestOf(ctx).correlationID())
 }
@@ -152,15 +153,15 @@ func (r *request) correlationID() string {
 	return cmp.Or(r.msg.Header.Get(headerCorrelation), r.from.correlationID(), r.id+r.reply)
 }
 
-// Headers returns the headers of the message that ctx's handler was called for, nil if there are none. They must not be changed.
+// Headers returns the headers of the message to whose handler ctx belongs, or nil if there are none. They must not be changed.
 func Headers(ctx context.Context) nats.Header { return requestOf(ctx).msg.Header }
 
 type headersKey struct{}
 
-// WithHeader returns a ctx that adds a header to everything sent with it. A later header with the same key replaces it. Of the
-// headers that a handler received, only the trace context (traceparent, tracestate) and the correlation id are passed on without
-// WithHeader. A key that is not an HTTP token makes the call fail with [ErrInvalid]. A value arrives without the spaces at its
-// ends.
+// WithHeader returns a copy of ctx with a header that is added to everything that is sent with this ctx. Another WithHeader with
+// the same key replaces the value. A handler's ctx passes on only the trace context (traceparent, tracestate) and the correlation
+// id of the message; use WithHeader to pass on other headers. If key is not an HTTP token, what is sent with this ctx fails with
+// [ErrInvalid]. Spaces at the ends of value are removed.
 func WithHeader(ctx context.Context, key, value string) context.Context {
 	return context.WithValue(ctx, headersKey{}, withHeader(addedHeaders(ctx), key, value))
 }

@@ -25,19 +25,19 @@ const (
 	maxReason  = 512     // bytes
 )
 
-// A DeadLetter is an event or a command that could not be handled.
+// A DeadLetter is an event or a command that could not be handled, as [Service.DeadLetters] yields it.
 type DeadLetter struct {
 	Subject, Consumer, Reason string      // the original subject, the consumer that failed to handle it, and the last error
-	Attempts                  int         // how often the message was tried
-	Time                      time.Time   // when the dead letter was stored
-	Header                    nats.Header // the message's own, and Aegis-Id, Aegis-Subject and Aegis-Time
-	Data                      []byte      // nil if the message was too large to be copied; Reason then says where it is stored
+	Attempts                  int         // how many attempts there were
+	Time                      time.Time   // when the dead letter was stored, by the server's clock
+	Header                    nats.Header // the headers of the message, and Aegis-Id, Aegis-Subject and Aegis-Time
+	Data                      []byte      // the payload; nil if the message was too large to be copied: Reason then says where it is stored
 	Sequence                  uint64      // the dead letter's number in the stream AEGIS_DEAD
 
 	codec Codec // of the service that has listed it
 }
 
-// Decode decodes Data into what v points to, as [Raw.Decode] does.
+// Decode decodes Data into the value that v points to. Its rules and errors are those of [Raw.Decode].
 func (d DeadLetter) Decode(v any) error {
 	return Raw{d.Data, codecFor(d.Header, d.Data, cmp.Or(d.codec, MsgPack))}.Decode(v)
 }
@@ -48,12 +48,17 @@ func (s *Service) deadStream() jetstream.StreamConfig {
 
 // DeadLetters yields the dead letters of all services that are stored when it begins, the oldest first. It reads them one by one.
 // Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, DeadLetters yields the
-// error and ends. To see those of one subscription, compare Consumer, which is the service's name, a tilde, and the pattern with ~ for
-// the dots, + for * and # for >, or the name of [Durable]: "risk~payment~+". A loop may redrive or discard them as it goes.
+// error and ends. The loop may redrive or discard the dead letters.
+//
+// To find the dead letters of one handler, compare Consumer. For a subscription, Consumer is the name of the service, a tilde, and
+// the name of [Durable], or else the pattern with ~ for each dot, + for * and # for >. For example, it is risk~payment~+ for the
+// pattern payment.* of the service risk. For a command, Consumer is the name of the service, a tilde, the name of the command, and
+// ~critical, ~high or ~low unless the priority is Normal.
 //
 // Errors:
 //   - [ErrUnavailable] if there is no connection or no JetStream
-//   - [ErrTimeout] and [ErrCanceled] when ctx ends
+//   - [ErrTimeout] or [ErrCanceled] if ctx ends, or [ErrTimeout] if JetStream does not answer
+//   - [ErrOverloaded] if the server's max_subscriptions is reached
 //   - [ErrClosed] after Stop
 //   - [ErrDenied] if the server's permissions do not allow it
 func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] {
@@ -81,17 +86,17 @@ func (s *Service) letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 	return d
 }
 
-// Redrive sends the event or the command of a dead letter back to the consumer that failed to handle it, and to no other one. The
-// consumer may use all its [Attempts] again. A command that failed is queued again, and gets a new outcome, which replaces the old
-// one. Then Redrive removes the dead letter. The caller may have changed d.Header and
-// d.Data. An event keeps its id, time and subject, and has a new Sequence. Redrive blocks until ctx ends at most, or for several
-// times [WithTimeout] if ctx has no deadline. A Redrive that failed can be repeated.
+// Redrive sends the event or the command of a dead letter again to the consumer that failed to handle it, and to no other one, and
+// then removes the dead letter. The message has all its [Attempts] again. An event keeps its id, time and subject, and has a new
+// Sequence. A command is queued again, and its new outcome replaces the old one. The caller may change d.Header and d.Data before.
+// Redrive blocks until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline. A Redrive that has failed can
+// be repeated.
 //
 // Errors:
-//   - [ErrNotFound] if the dead letter was redriven already or its consumer does not exist any more
+//   - [ErrNotFound] if the dead letter was redriven or discarded already, or if its consumer no longer exists
 //   - [ErrInvalid] if d is not from [Service.DeadLetters], if the command has not failed, or if the consumer does not take
 //     redriven events
-//   - [ErrUnavailable] also if somebody else has just changed the command
+//   - [ErrUnavailable] if another process has just changed the command
 //   - those of [Publish]
 func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	failure := s.checkLetter(ctx, "Redrive", d)
@@ -111,8 +116,8 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	return nil
 }
 
-// Discard removes a dead letter for good, also one of a subscription or a command that does not exist any more. It blocks until
-// ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
+// Discard removes a dead letter for good. The subscription or the command handler that it came from need not exist. Discard blocks
+// until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
 //
 // Errors:
 //   - [ErrNotFound] if the dead letter was redriven or discarded already

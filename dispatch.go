@@ -20,12 +20,13 @@ import (
 // commands all go through it. Each of them has its own kind of source, which brings the messages to an endpoint and sends back
 // the results.
 
-// A HandlerFunc handles one message: it gets the payload and returns the payload of the answer.
+// A HandlerFunc handles or sends one message, and returns the payload of the answer. It is what a [Middleware] wraps.
 type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
 
-// A Middleware wraps a handler ([WithMiddleware]) or what is sent ([WithCallMiddleware]), to check, measure or change what goes in
-// and what comes out. It must pass on the ctx that it was given, or one derived from it, and must not return before next does. If
-// it returns an error without calling next, the caller's error has NotRun set.
+// A Middleware wraps a handler ([WithMiddleware]) or the sending of messages ([WithCallMiddleware]), for example to check, measure
+// or change messages and answers. The HandlerFunc that it returns must pass to next the ctx that it was given, or a ctx derived
+// from that one, and must not return before next does. If it returns an error without calling next, the caller's error has NotRun
+// set.
 type Middleware func(next HandlerFunc) HandlerFunc
 
 // The kinds of messages that are handled, and of those that are sent.
@@ -34,12 +35,12 @@ const (
 	kindCall, kindPublish, kindSend = "call", "publish", "send"
 )
 
-// A Message is what a handler is called for, or what is sent, as middleware sees it.
+// A Message is a message that is handled or sent, as a [Middleware] gets it.
 type Message struct {
-	Kind, Subject string      // Kind is "rpc", "event" or "command" in a handler; "call", "publish" or "send" if it is sent
+	Kind, Subject string      // Kind is "rpc", "event" or "command" if it is handled; "call", "publish" or "send" if it is sent
 	Source        string      // the service that sent it, as the sender claims (not authenticated); "" if unknown
 	Header        nats.Header // nil if there is none; it must not be changed
-	Data          []byte
+	Data          []byte      // the payload
 }
 
 // A source brings messages into an endpoint's queue.

@@ -35,23 +35,24 @@ import (
 // Leases are described in Gray and Cheriton, "Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
 // Consistency", SOSP 1989.
 
-// A FailoverPolicy sets how soon another instance replaces a leader that has crashed, hangs or is cut off. It must have
-// 24 h >= Lease > Valid > Renew > 0, and Timeout > 0. The other instances wait for Lease before they replace a leader of which
-// they hear nothing. A leader whose renewals fail stops by itself after Valid. The difference between the two has to make up for
-// clocks that run at different speeds.
+// A FailoverPolicy sets how soon another instance replaces a leader that has crashed, hangs or is cut off. It is valid if 24 h >=
+// Lease > Valid > Renew > 0 and Timeout > 0. The other instances replace a leader when they have seen no renewal for the time
+// Lease. A leader whose renewals fail gives up the leadership by itself after the time Valid. Lease must exceed Valid by more than
+// the error of clocks that run at different speeds.
 //
-// All instances of a service should have the same policy. If the key of the lease is deleted, by hand or with its bucket, an
-// instance that has not seen the leader's Lease waits for its own Lease instead.
+// All instances of a service should have the same policy. The reason is that the key of the lease may be deleted, by hand or with
+// its bucket. Then an instance that has not seen the Lease of the leader waits for its own Lease instead.
 type FailoverPolicy struct {
-	Lease   time.Duration // how long another instance waits, without any renewal, before it takes over
-	Valid   time.Duration // how long the leader may act, from the moment when it sent the last renewal that was confirmed
+	Lease   time.Duration // how long another instance must have seen no renewal before it takes over
+	Valid   time.Duration // how long the leader may act after it sent the last renewal that was confirmed
 	Renew   time.Duration // the interval between renewals
-	Timeout time.Duration // for the answer to one request to the server
+	Timeout time.Duration // how long to wait for the answer to one request to the server
 }
 
-// The predefined policies. From a crash of the leader until another instance leads it takes 0.9 to 1.4 s with Aggressive, 2.4 to
-// 3.1 s with Balanced, and 6 to 7.6 s with Conservative, while NATS accepts writes. A cluster that has lost the server which led
-// the bucket needs some seconds to elect another one first. During that time no instance leads.
+// Aggressive, Balanced and Conservative are the predefined policies. After a crash of the leader, another instance leads within
+// 0.9 to 1.4 s with Aggressive, within 2.4 to 3.1 s with Balanced, and within 6 to 7.6 s with Conservative, provided that NATS
+// accepts writes. A cluster that has lost the server which led the bucket accepts none for some seconds, until it has elected
+// another one. During that time no instance leads.
 var (
 	Aggressive   = FailoverPolicy{Lease: 1200 * ms, Valid: 800 * ms, Renew: 250 * ms, Timeout: 250 * ms}
 	Balanced     = FailoverPolicy{Lease: 3000 * ms, Valid: 2200 * ms, Renew: 600 * ms, Timeout: 500 * ms}
@@ -156,28 +157,27 @@ func (s *Service) newCandidate(group string, p FailoverPolicy) *candidate {
 	return &candidate{svc: s, group: group, key: key, policy: p, nonce: rand.Text(), healthChanged: changed}
 }
 
-// Lead campaigns for the leadership of a group among the instances of the service. The group's name is a letter, then letters,
-// digits, - and _, at most 64. Lead does not need Start. It blocks, and calls fn each time this instance wins the leadership,
-// with the term: a number that rises from leader to leader and never falls.
+// Lead campaigns for the leadership of a group among the instances of the service, and calls fn each time this instance wins it.
+// group is a letter, then letters, digits, - and _, at most 64 characters. term is a number that rises from leader to leader and
+// never falls. Lead does not need Start. It blocks until fn returns while this instance leads, until ctx ends, or until Stop
+// begins.
 //
-// While fn may act, no other instance leads the group: fn's ctx, which has the [Term] too, ends when the leadership does. A
-// process that was paused learns a moment late that it has lost the leadership. Then only the term is exact: a store that
-// remembers the highest term can reject the writes of earlier ones.
+// No other instance leads the group until fn's ctx ends, because that ctx ends with the leadership. [Term] returns the term for
+// that ctx. A process that was paused notices a moment late that it has lost the leadership. Only the term protects against this:
+// a store that remembers the highest term can reject the writes of earlier terms.
 //
 // If fn returns while this instance leads, Lead releases the leadership and returns fn's error. If the leadership is lost, or a
-// health check fails, Lead waits until fn has returned, and campaigns again. If ctx ends, fn's ctx ends too, and Lead releases
-// the leadership when fn has returned.
+// health check fails, fn's ctx ends, and Lead waits until fn has returned and campaigns again. If ctx ends, fn's ctx ends too, and
+// Lead releases the leadership when fn has returned. While the server can't be reached, Lead does not fail, but waits for it.
 //
 // Errors:
-//   - fn's
+//   - that of fn
 //   - [ErrCanceled] or [ErrTimeout] if ctx has ended
 //   - [ErrClosed] if the service was stopped
-//   - [ErrInvalid] for a group or a policy that is out of range, for the group "default" if the service has [Exclusive] handlers,
-//     which use that group, and if the bucket aegis_leaders exists but can't be used
+//   - [ErrInvalid] if group or p is invalid, if fn is nil, if group is "default" and the service has [Exclusive] handlers, which
+//     use that group, or if the bucket aegis_leaders exists but can't be used
 //   - [ErrUnavailable] if there is no JetStream
 //   - [ErrDenied] if the server's permissions do not allow it
-//
-// While the server can't be reached, Lead does not fail, but goes on trying.
 func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn func(ctx context.Context, term uint64) error) error {
 	switch {
 	case !isName(group, maxService):
@@ -226,28 +226,32 @@ func (s *Service) Lead(ctx context.Context, group string, p FailoverPolicy, fn f
 	return result
 }
 
-// IsLeader reports whether this instance leads the service, that is, its group "default", at this moment. It is exact, because it
-// compares the end of the lease with the clock. It does not block.
+// IsLeader reports whether this instance leads the service at this moment, which means the group "default" of the service. The
+// report is exact, because IsLeader compares the end of the lease with the clock. It does not block.
 func (s *Service) IsLeader() bool { return s.terms()[defaultGroup] != 0 }
 
-// Leader returns the id of the instance that leads the service, that is, its group "default", as far as this instance knows. The
-// first call asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls answer from a
-// local copy that is kept up to date, until it was not used for a minute.
+// Leader returns the id of the instance that leads the service, which means the group "default" of the service, as far as this
+// instance knows. The first call asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later
+// calls use a local copy, which is kept up to date until it has not been used for a minute.
 //
 // Errors:
 //   - [ErrNotFound] if no instance leads
 //   - [ErrUnavailable] if the first call finds no connection or no JetStream
-//   - [ErrTimeout] or [ErrCanceled] if the first call is not answered before ctx ends
+//   - [ErrOverloaded] if the server's max_subscriptions is reached
+//   - [ErrTimeout] or [ErrCanceled] if the first call is not answered before ctx ends or, if ctx has no deadline, within
+//     WithTimeout
 //   - [ErrDenied] if the server's permissions do not allow it
 //   - [ErrClosed] after Stop
 func (s *Service) Leader(ctx context.Context) (string, error) {
 	return s.LeaderOf(ctx, s.name)
 }
 
-// LeaderOf is [Service.Leader] for another service.
+// LeaderOf returns the id of the instance that leads another service, as [Service.Leader] does for this one.
 //
 // Errors:
-//   - [ErrInvalid] for a name that is out of range, and those of Leader
+//   - [ErrInvalid] if the name of the service is invalid
+//   - [ErrOverloaded] if more than 1,024 services are looked up at once
+//   - those of Leader
 func (s *Service) LeaderOf(ctx context.Context, service string) (string, error) {
 	switch {
 	case !isName(service, maxService):
@@ -265,14 +269,14 @@ func (s *Service) LeaderOf(ctx context.Context, service string) (string, error) 
 	return "", newError(ErrNotFound, "no instance leads %s", service)
 }
 
-// Resign gives up the leadership of the exclusive handlers. This instance takes no new exclusive work, and lets what runs finish. If
-// ctx ends first, the ctx of these handlers ends. Then another instance leads within milliseconds. This one campaigns again after
-// one Lease of its policy.
+// Resign gives up the leadership of the [Exclusive] handlers. This instance takes no new work for these handlers, and Resign waits
+// until those that run have returned. Then another instance leads within milliseconds. If ctx ends before that, the ctx of the
+// handlers ends too. This instance campaigns again after the time Lease of its policy.
 //
 // Errors:
 //   - [ErrNotActive] if this instance does not lead
-//   - [ErrTimeout] or [ErrCanceled] if ctx has ended before the handlers have: the leadership ends when they return, or with the
-//     lease
+//   - [ErrTimeout] or [ErrCanceled] if ctx has ended before the handlers have returned; the leadership then ends when they return,
+//     or with the lease
 func (s *Service) Resign(ctx context.Context) error {
 	c := s.exclusive.Load()
 	if c == nil || !c.term.Load().serves() {
@@ -290,8 +294,8 @@ func (s *Service) Resign(ctx context.Context) error {
 	}
 }
 
-// Term returns the term of the leadership in an [Exclusive] handler or in the function of [Service.Lead], given its ctx. It
-// returns 0 for any other ctx.
+// Term returns the term of the leadership to which ctx belongs, if ctx is that of an [Exclusive] handler or of a function of
+// [Service.Lead], or is derived from one. For any other ctx it returns 0.
 func Term(ctx context.Context) uint64 {
 	t, _ := ctx.Value(termKey{}).(*term)
 	return cmp.Or(t, &term{}).number

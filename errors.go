@@ -17,16 +17,18 @@ import (
 // This file has the Error, its form on the wire, and the codes of transient failures. At its end are the checks of names in
 // subjects, and lookup, a bounded map for names that come from outside.
 
-// An Error is returned by every function of aegis that fails, whether the failure is local or in a service that was called.
+// An Error is the error that the functions of aegis return, whether the failure is local or in a service that was called. Some
+// functions return several Errors that are joined as by [errors.Join], and some return the error of a function that they call.
 //
-// Code is in upper snake case: the code of one of the sentinels, or a handler's own. Source is the service that reports the
-// error, "" for this one. NotRun is set if the request certainly did not reach a handler, so that it can be sent again without
-// harm. Cause is the error that led to this one: what the service Source got from another service, and so on over all hops, or
-// what an earlier attempt failed with.
+// Code is the code of one of the sentinels, or a handler's own, by convention in upper snake case. Message is a text for people.
+// Source is the service that reports the error, or "" for this service. Details has further facts by name, such as the correlation
+// id of a call that got no answer, in Details["correlation_id"]. NotRun is set if the request certainly did not reach a handler,
+// so that it can be sent again without harm. Cause is the error that led to this one: the error that the service Source got from
+// another service, or the error of an earlier attempt. It is nil if there is none.
 //
-// [errors.Is] compares the codes along the whole chain: errors.Is(err, aegis.ErrNotFound) holds on both sides of the wire. An
-// error with the code DEADLINE_EXCEEDED also matches [context.DeadlineExceeded], and one with the code CANCELED
-// [context.Canceled].
+// [errors.Is] compares the codes of an Error and of all its Causes, so that errors.Is(err, aegis.ErrNotFound) holds both in the
+// service that returned the error and in its caller. An Error with the code DEADLINE_EXCEEDED also matches
+// [context.DeadlineExceeded], and an Error with the code CANCELED also matches [context.Canceled].
 type Error struct {
 	Code    string            `json:"code"`
 	Message string            `json:"message,omitempty"`
@@ -36,24 +38,24 @@ type Error struct {
 	Cause   *Error            `json:"cause,omitempty"`
 }
 
-// The errors that aegis itself returns, for [errors.Is].
+// The sentinels are the errors that aegis itself returns. Use [errors.Is] to compare an error with one of them.
 var (
 	ErrInvalid       = &Error{Code: "INVALID_ARGUMENT"}  // a name, an option or a payload is not valid
 	ErrNotFound      = &Error{Code: "NOT_FOUND"}         // the requested item does not exist
 	ErrNotActive     = &Error{Code: "NOT_ACTIVE"}        // the instance is not the leader
 	ErrFenced        = &Error{Code: "FENCED"}            // the instance lost its leadership while the handler ran
 	ErrUnavailable   = &Error{Code: "UNAVAILABLE"}       // no instance or no server can be reached
-	ErrTimeout       = &Error{Code: "DEADLINE_EXCEEDED"} // no answer came in time
+	ErrTimeout       = &Error{Code: "DEADLINE_EXCEEDED"} // no answer came in time, or a command expired
 	ErrOverloaded    = &Error{Code: "OVERLOADED"}        // the handler, or a connection of the caller, is at its limit
-	ErrUnimplemented = &Error{Code: "UNIMPLEMENTED"}     // the service has no such method or command
-	ErrInternal      = &Error{Code: "INTERNAL"}          // a handler returned another error, or panicked
-	ErrCircuitOpen   = &Error{Code: "CIRCUIT_OPEN"}      // the circuit breaker of the service is open
+	ErrUnimplemented = &Error{Code: "UNIMPLEMENTED"}     // the service has no such method, or no such command
+	ErrInternal      = &Error{Code: "INTERNAL"}          // a handler returned another error or panicked, or an answer can't be decoded
+	ErrCircuitOpen   = &Error{Code: "CIRCUIT_OPEN"}      // the circuit breaker of the called service is open
 	ErrCanceled      = &Error{Code: "CANCELED"}          // ctx, or the command, was cancelled
 	ErrClosed        = &Error{Code: "CLOSED"}            // the service was stopped
 	ErrDenied        = &Error{Code: "PERMISSION_DENIED"} // the server's permissions do not allow the operation
 )
 
-// Error returns the path that the error took through the services, with the code and the message of each that added one.
+// Error returns the text of the error: the Source, Code and Message of e and of its Causes, without repetitions.
 func (e *Error) Error() string {
 	var parts []string
 	for ; e != nil; e = e.Cause {
@@ -65,7 +67,7 @@ func (e *Error) Error() string {
 	return strings.Join(slices.DeleteFunc(parts, func(p string) bool { return p == "" }), ": ")
 }
 
-// Is reports whether target has the same code, or is the error of package context for it.
+// Is reports whether target is an *Error with the same code, or the error of package context that corresponds to this code.
 func (e *Error) Is(target error) bool {
 	t, ok := target.(*Error)
 	return ok && t != nil && t.Code == e.Code || e.Code == ErrTimeout.Code && target == context.DeadlineExceeded ||

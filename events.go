@@ -20,25 +20,28 @@ import (
 
 // This file has durable events: Publish and PublishBatch store them, and Subscribe handles them.
 
-// An Event is what a handler of [Subscribe] is called with.
+// An Event is an event as a handler of [Subscribe] gets it.
 type Event[T any] struct {
-	// ID is what [IdempotencyKey] set, else random. It stays the same however often the event is sent or delivered. An event from a
-	// publisher that does not use aegis has its Nats-Msg-Id as its ID or, without one, its Sequence.
+	// ID is the key of IdempotencyKey, or random if there is none. It is the same each time that the event is sent or delivered.
+	// The ID of an event from a publisher that does not use aegis is its Nats-Msg-Id or, if it has none, its Sequence.
 	ID string
 	// Domain and Type are the parts of the subject, events.<domain>.<type>. Type may have several tokens.
 	Domain, Type string
-	// Version is what [EventVersion] set, else "".
+	// Version is the version that EventVersion has set, or "".
 	Version string
-	// Source is the service that published the event, as the sender claims; not authenticated.
+	// Source is the service that published the event. The sender claims it; it is not authenticated.
 	Source string
-	// Time is when the server first stored the event; if it was published with [At] or [After], when it became due.
+	// Time is when the server first stored the event or, if it was published with At or After, when it became due. It is by the
+	// server's clock.
 	Time time.Time
-	// Sequence is the event's number in the stream. It rises from event to event, with gaps. A redriven event has a new one.
+	// Sequence is the event's number in the stream. It rises from event to event, with gaps. An event that was redriven, or
+	// delayed by RetryAfter, has a new one.
 	Sequence uint64
-	// Attempt counts the deliveries from 1. It is more than 1 after an error, a crash, a lost acknowledgement, or a Stop that cut
-	// the handler short.
+	// Attempt is the number of this delivery, from 1. It is more than 1 after an error, a crash, a lost acknowledgement, or a Stop
+	// whose time was up while the handler ran.
 	Attempt int
-	Data    T
+	// Data is the decoded payload.
+	Data T
 }
 
 const (
@@ -58,26 +61,27 @@ func (s *Service) eventStream() jetstream.StreamConfig {
 }
 
 // Publish stores an event in the stream AEGIS_EVENTS, with the subject events.<domain>.<eventType>, and returns when the server
-// has confirmed that. It makes the stream if there is none. domain is [A-Za-z][A-Za-z0-9_-]*, at most 128 characters, and
-// eventType one or more of those, separated by dots. Publish blocks until ctx ends at most, or for [WithTimeout] if ctx has no
-// deadline.
+// has confirmed that. It makes the stream if there is none. domain is a letter, then letters, digits, - and _, at most 128
+// characters. eventType is one or more such names, separated by dots. Publish blocks until ctx ends at most, or for [WithTimeout]
+// if ctx has no deadline.
 //
-// Every event has an id, so that an event that is sent twice is stored once. Therefore an event that was not confirmed is sent
-// again, as [Retry] does for an [Idempotent] call: by default up to 3 times in all, with [Sticky] until ctx ends.
+// Every event has an id, by which the server stores an event that is sent twice only once. Therefore Publish sends an event that
+// was not confirmed again, as [Retry] does for an [Idempotent] call: by default in up to 3 attempts, and with [Sticky] until ctx
+// ends.
 //
 // Errors:
-//   - [ErrInvalid] for a name or an option that is out of range, for an event that can't be encoded or is larger than the
-//     server's max_payload less 2 KiB (so that it fits a dead letter), and for a stream made by somebody else that can't do what
-//     an option wants
-//   - [ErrUnavailable] if there is no connection or no JetStream, or if the stream refuses the event for now, because it or its
-//     account is full for example
-//   - [ErrTimeout] and [ErrCanceled] when ctx ends
-//   - [ErrOverloaded] if the connections carry too many calls ([WithPool])
+//   - [ErrInvalid] if a name, an option or a header is invalid, if the event can't be encoded, if it is larger with its headers
+//     than the server's max_payload less 2 KiB (so that it fits into a dead letter), or if the stream exists but can't do what an
+//     option needs
+//   - [ErrUnavailable] if there is no connection or no JetStream, or if the stream can't store the event at present, for example
+//     because the stream or its account is full
+//   - [ErrTimeout] or [ErrCanceled] if ctx ends, or [ErrTimeout] if no confirmation came in time
+//   - [ErrOverloaded] if the connections carry too many calls ([WithPool]), or if the server's max_subscriptions is reached
 //   - [ErrClosed] after Stop
 //   - [ErrDenied] if the server's permissions do not allow it
+//   - another sentinel, by the status of the server's answer, if the stream refuses the event for another reason
 //
-// If the stream refuses the event for another reason, the code is the one for the server's status. Unless NotRun is set in the
-// error, the event may have been stored.
+// If NotRun is not set in the error, the event may have been stored.
 func Publish[T any](ctx context.Context, s *Service, domain, eventType string, data T, opts ...CallOption) error {
 	p, failure := s.newPublication(domain, eventType, opts)
 	if failure != nil {
@@ -196,12 +200,16 @@ func (s *Service) seal(header nats.Header, out Raw, what string) *Error {
 	return nil
 }
 
-// PublishBatch publishes data in order. It sends each event without waiting for the confirmation of the one before, and returns
-// when every event was confirmed or has failed. It blocks until ctx ends at most; if ctx has no deadline, it gives up when no
-// event was confirmed for [WithTimeout].
+// PublishBatch publishes several events of one domain and type, in the order of data. It sends an event without waiting for the
+// confirmation of the event before, and returns when every event was confirmed or has failed. It blocks until ctx ends at most. If
+// ctx has no deadline, it gives up when no event was confirmed for [WithTimeout].
 //
-// The error joins one [*Error] for each event that failed, with the position of the event in Details["index"]: its Unwrap method
-// returns all of them, as that of [errors.Join] does, and its text has the first ten. Options, resending and errors are those of [Publish]. Events that were sent again are stored out of order.
+// The options and the further attempts are those of [Publish]. Events that are sent again are stored out of order.
+//
+// Errors:
+//   - a single [*Error] if a name or an option is invalid, or from the middleware of [WithCallMiddleware]
+//   - otherwise, one *Error of Publish for each event that failed, joined as by [errors.Join]; Details["index"] of each is the
+//     index of the event in data, and the text has the first ten errors
 func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType string, data []T, opts ...CallOption) error {
 	p, failure := s.newPublication(domain, eventType, opts)
 	if failure != nil {
@@ -372,35 +380,37 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 }
 
 // Subscribe makes fn the handler of the events whose <domain>.<type> matches pattern. In a pattern, * stands for one token, and >
-// at the end for one or more: payment.captured, payment.*, *.created, order.>. The subscription is durable and belongs to the
-// service: its instances share the events, and the server keeps the position in the stream even while no instance runs.
+// at the end stands for one or more tokens. Examples are payment.captured, payment.*, *.created, order.> and >. The subscription
+// is durable and belongs to the service: the instances of the service share the events, and the server keeps the position in the
+// stream even while no instance runs.
 //
-// Each event is handled at least once. It is acknowledged when fn returns nil. After an error or a panic it is redelivered after
-// a pause ([Backoff]). An error at delivery number [Attempts] or later makes it a dead letter; see [Service.DeadLetters]. An
-// event that can't be decoded into T becomes one at once, and so does one for which fn returns [Permanent]. For [RetryAfter] it is
-// handled again later, which uses up no attempt.
+// Each event is handled at least once. It is acknowledged when fn returns nil. After an error or a panic it is redelivered after a
+// pause ([Backoff]). If fn fails at delivery number [Attempts] or later, the event becomes a dead letter; see
+// [Service.DeadLetters]. An event that can't be decoded into T, or for which fn returns [Permanent], becomes a dead letter at
+// once. An event for which fn returns [RetryAfter] is handled again later, which does not count as an attempt.
 //
-// An event whose handler died with its process is redelivered after 10 s, the ack wait. fn's ctx ends after [Deadline], or when
-// Stop's time is up, and an event whose handler Stop has cut short is redelivered. Such deliveries count as attempts, although
-// they ended without a result. Therefore an event may be delivered up to three times beyond Attempts. If none of these deliveries
-// has a result either, the event becomes a dead letter without another call of fn. While the connection is lost, handlers go on, and
-// what they have finished is acknowledged when it is back.
+// fn's ctx ends after [Deadline], or when Stop's time is up. If the process of a handler dies, the event is redelivered after 10
+// s, the ack wait of the consumer. If Stop's time is up before a handler has returned nil, the event is redelivered too. Such
+// deliveries count as attempts, although they have no result. Therefore an event may be delivered up to three times more than
+// Attempts says. If these deliveries have no result either, the event becomes a dead letter without another call of fn. While the
+// connection is lost, handlers continue, and their events are acknowledged when the connection is back.
 //
-// A subscription belongs to its pattern, or to the name that [Durable] gives it. Another pattern is another subscription, which
-// begins with the events that are published from then on, or with the oldest one that the stream still has ([FromStart]); the old
-// one stays until somebody removes its consumer (nats consumer rm AEGIS_EVENTS <name>).
+// A subscription is identified by its pattern, or by the name that [Durable] sets. If the pattern is changed, there is a new
+// subscription, which begins with the next event that is published, or with the oldest event that the stream still has
+// ([FromStart]). The old subscription stays until an operator removes its consumer (nats consumer rm AEGIS_EVENTS <name>).
 //
-// Events are handled concurrently, up to [Concurrency] at once in each instance, and in no order unless Concurrency is 1. With 1, if
-// fn goes on after its ctx has ended, another instance may begin the next event while it still runs.
-// Subscribe does not block before [Service.Start]. After Start, Subscribe also makes the consumer, for which it blocks for
-// [WithTimeout] at most.
+// Events are handled concurrently, up to [Concurrency] at once in each instance, and in no particular order unless Concurrency is
+// 1. With 1, if fn still runs after its ctx has ended, another instance may begin the next event meanwhile.
+//
+// Subscribe does not block before [Service.Start]. After Start, Subscribe also makes the consumer, and blocks for [WithTimeout] at
+// most.
 //
 // Errors:
-//   - [ErrInvalid] if pattern or an option is out of range, or if there is a subscription of that name
+//   - [ErrInvalid] if pattern or an option is invalid, if fn is nil, or if the service has a subscription of that name already
 //   - [ErrClosed] after Stop
 //
-// After Start, Subscribe also returns the errors of making the consumer, which otherwise Start returns:
-//   - [ErrUnavailable] without JetStream or a connection
+// Before Start, these errors are returned by Start too. After Start, there are also those of making the consumer:
+//   - [ErrUnavailable] if there is no connection or no JetStream
 //   - [ErrTimeout] if JetStream does not answer
 //   - [ErrInvalid] if the stream AEGIS_EVENTS or AEGIS_DEAD, or the consumer, exists but can't be used
 //   - [ErrDenied] if the server's permissions do not allow it

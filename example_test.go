@@ -1716,8 +1716,8 @@ func ExampleMermaid() {
 	//     s1 -->|"create: 12, 1 failed<br>cancel: 3"| s0
 }
 
-// This service stops when ctx is cancelled. Without that, it stops at SIGTERM or SIGINT. Run is Start, then wait, then Stop: what
-// runs may finish.
+// Run starts the service, waits until ctx ends, and stops it. What runs then may finish. In a program, ctx comes from
+// signal.NotifyContext, so that SIGTERM ends it.
 func ExampleService_Run() {
 	url, stop := embeddedServer()
 	defer stop()

@@ -22,7 +22,8 @@ import (
 // This file has the sender's side of commands: SendCommand, and the Job, which follows a command, waits for its outcome, or
 // cancels it.
 
-// A Priority says which of the waiting commands starts first. Critical is the most urgent one, then High, Normal and Low.
+// A Priority is how urgent a command is, which decides which of the waiting commands starts first. Critical is the most urgent,
+// followed by High, Normal and Low.
 type Priority int
 
 const (
@@ -35,19 +36,21 @@ const (
 // prioritySuffixes has what a priority adds to a command's subject.
 var prioritySuffixes = map[Priority]string{Critical: ".critical", High: ".high", Low: ".low"}
 
-// SendCommand sends a command, which one instance of the service executes. It returns when the server has stored the command. The
-// command is then queued until an instance takes it, even if none runs now.
+// SendCommand sends a command, which one instance of the service executes, and returns a [Job] that follows it. SendCommand
+// returns when the server has stored the command. The command waits in the queue until an instance takes it, even if no instance
+// runs now.
 //
-// With [IdempotencyKey], a command that is sent again, from anywhere, is executed once: the Job follows the existing execution,
-// or has its outcome, which is kept for a day. Until then the key is taken, also if the command failed or was cancelled: use another
-// one, or [Service.Redrive]. Without a key, each SendCommand is a command of its own. [AtPriority], [At], [After], [ExpireAfter],
-// [Retry] and [Sticky] apply. A command that is sent again because its confirmation is missing is still the same command. SendCommand blocks
-// until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
+// With [IdempotencyKey], a command that any process sends again with the same key is executed only once, and the Job follows the
+// first one. The outcome is kept for one day. During that time the key can't be used for a new command, even if the command failed
+// or was cancelled: use another key, or [Service.Redrive]. Without a key, each SendCommand sends a new command. The other options
+// are [AtPriority], [At], [After], [ExpireAfter], [Retry] and [Sticky]. An attempt that is repeated because its confirmation is
+// missing does not make a second command. SendCommand blocks until ctx ends at most, or for several times [WithTimeout] if ctx has
+// no deadline.
 //
 // Errors:
-//   - [ErrInvalid] for a name or an option that is out of range, for data that can't be encoded or is too large, and for a key
-//     that was used with other data
-//   - [ErrUnimplemented] if instances of the service run and none handles the command
+//   - [ErrInvalid] if a name, an option or a header is invalid, if data can't be encoded or is larger with its headers than the
+//     server's max_payload less 2 KiB, or if the key was used with other data
+//   - [ErrUnimplemented] if instances of the service run, but none of them handles the command
 //   - those of [Publish]
 func SendCommand[T, R any](ctx context.Context, s *Service, service, command string, data T, opts ...CallOption) (*Job[R], error) {
 	cfg, failure := newCallConfig(kindCommand, opts)
@@ -171,27 +174,33 @@ func digestPayload(h nats.Header, data []byte) string {
 	return hex.EncodeToString(sum[:16])
 }
 
-// A Job is a command from its sender's side. Its methods may be called from several goroutines, and in several processes.
+// A Job follows a command that was sent. [SendCommand] returns one, and [Attach] makes one in any process.
 type Job[R any] struct {
-	ID string
+	ID string // the id of the command
 
 	svc              *Service
 	service, command string
 }
 
-// Attach returns the Job of a command that was sent before, perhaps by another process. It does not check that the command
-// exists; the methods of the Job do, and fail with [ErrNotFound].
+// Attach returns the Job of a command that was sent before, perhaps by another process. Attach does not check its parameters. The
+// methods of the Job do, and fail with [ErrInvalid] if the name of the service or of the command is invalid, and with
+// [ErrNotFound] if the command does not exist.
 func Attach[R any](s *Service, service, command, id string) *Job[R] {
 	return &Job[R]{ID: id, svc: s, service: service, command: command}
 }
 
-// Updates yields the command's present state and then each change, and ends with the final state. Between changes it blocks. If
-// changes follow each other fast, some of them may be left out, but never the last one. While there is no connection, Updates
-// goes on trying.
+// Updates yields the present state of the command, then each change, and ends after the final state. Between changes it blocks. If
+// changes come in quick succession, some of them may be left out, but never the last one. While the server can't be reached,
+// Updates waits for it.
 //
-// An error ends Updates: [ErrTimeout] or [ErrCanceled] when ctx ends; [ErrNotFound] if the command does not exist or its outcome
-// is not kept any more; [ErrInvalid] if the name of the service or the command is out of range; [ErrDenied] if the server's
-// permissions do not allow it; [ErrClosed] after Stop.
+// If an error occurs, Updates yields it and ends.
+//
+// Errors:
+//   - [ErrTimeout] or [ErrCanceled] if ctx ends
+//   - [ErrNotFound] if the command does not exist, or if its outcome is no longer kept
+//   - [ErrInvalid] if the name of the service or of the command is invalid
+//   - [ErrDenied] if the server's permissions do not allow it
+//   - [ErrClosed] after Stop
 func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 	return func(yield func(Progress, error) bool) {
 		show := func(rec *record) bool { return yield(rec.progress(), nil) }
@@ -201,13 +210,14 @@ func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 	}
 }
 
-// Wait waits until the command has its outcome, and returns the result. It blocks until then, or until ctx ends. While there is
-// no connection, Wait goes on trying.
+// Wait waits until the command has its outcome, or until ctx ends, and returns the result. While the server can't be reached, Wait
+// waits for it.
 //
 // Errors:
-//   - the handler's if the command failed
-//   - [ErrCanceled] if it was cancelled
-//   - [ErrInternal] if the result can't be decoded into R
+//   - that of the handler if the command failed
+//   - [ErrTimeout] if the command expired ([ExpireAfter])
+//   - [ErrCanceled] if the command was cancelled
+//   - [ErrInternal] if the result can't be decoded into R, or if all attempts at the command crashed
 //   - those of [Job.Updates]
 func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	var last *record
@@ -230,13 +240,13 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	return result, nil
 }
 
-// Cancel cancels the command and returns when the server has stored that. A command that waits then never runs. If the command
-// runs, the ctx of its handler ends, and the handler's result is ignored. Cancelling a command again has no effect. Cancel blocks
-// until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
+// Cancel cancels the command, and returns when the server has stored that. A command that is waiting never runs. If the command is
+// running, the ctx of its handler ends, and the result of the handler is ignored. If the command was cancelled before, Cancel has
+// no effect and returns nil. Cancel blocks until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
 //
 // Errors:
-//   - [ErrInvalid] if the command has completed or failed
-//   - [ErrNotFound] if it does not exist or its outcome is not kept any more
+//   - [ErrInvalid] if the command has completed or failed, or if the name of the service or of the command is invalid
+//   - [ErrNotFound] if the command does not exist, or if its outcome is no longer kept
 //   - those of [Publish]
 func (j *Job[R]) Cancel(ctx context.Context) error {
 	s, service, command, id := j.svc, j.service, j.command, j.ID
@@ -346,22 +356,23 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 	}
 }
 
-// A CommandInfo is what [Service.Commands] shows of a command.
+// A CommandInfo describes a command in the list of [Service.Commands].
 type CommandInfo struct {
-	Service, Command string
-	ID, Source       string // its id, and the service that sent it
-	Priority         Priority
-	Progress         Progress
-	Error            *Error // of a command that failed, or of the last attempt
+	Service, Command string   // the service that handles it, and its name
+	ID, Source       string   // its id, and the service that sent it
+	Priority         Priority // how urgent it is
+	Progress         Progress // its present state
+	Error            *Error   // of a command that failed, or of the last attempt; nil if there is none
 }
 
-// Commands yields the commands of a service that are scheduled, queued, running, or kept with their outcome, in the order of
-// their last change. It reads them one by one, and is meant for an operator. One that changes meanwhile may appear in its former
-// state. Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, Commands yields
-// the error and ends.
+// Commands yields all commands of a service in the order of their last change: those that are scheduled, queued, running or
+// retrying, and those whose outcome is kept. It is meant for operators, because it reads the commands one by one. A command that
+// changes meanwhile may appear in its former state. Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no
+// deadline. If a read fails, Commands yields the error and ends.
 //
 // Errors:
-//   - [ErrInvalid] if the name is out of range, and those of [Service.DeadLetters]
+//   - [ErrInvalid] if the name of the service is invalid
+//   - those of [Service.DeadLetters]
 func (s *Service) Commands(ctx context.Context, service string) iter.Seq2[CommandInfo, error] {
 	return func(yield func(CommandInfo, error) bool) {
 		if failure := checkNames(service, kindCommand, "x"); failure != nil {

@@ -22,46 +22,47 @@ import (
 // This file has what can be observed of a running service: its counters (Stats), the same counters for Prometheus and the health
 // probes, both over HTTP (Handler), and the map of who calls whom (Dependencies, Mermaid).
 
-// Stats is what an instance has counted since [New], and its state, at one moment.
+// Stats are the statistics of an instance since [New], and its state, at one moment.
 type Stats struct {
-	Service, Instance, Version string
-	Uptime                     time.Duration     // since New
-	Connected, Reconnects      int               // connections of the pool that are up; how often one was lost and made again
-	Endpoints                  []EndpointStats   // by Kind, then Name
-	Breakers                   map[string]string // called service -> "closed", "open" or "half-open"; see [WithBreaker]
-	Leading                    map[string]uint64 // group -> term, for each group that this instance leads
+	Service, Instance, Version string            // the service's name, the instance's id, and the service's version
+	Uptime                     time.Duration     // the time since New
+	Connected, Reconnects      int               // how many connections of the pool are up; how often one was lost and made again
+	Endpoints                  []EndpointStats   // of all handlers, and of all methods that are called, sorted by Kind, then by Name
+	Breakers                   map[string]string // the state of each circuit breaker by called service: "closed", "open" or "half-open"
+	Leading                    map[string]uint64 // the term by group, for each group that this instance leads
 }
 
-// EndpointStats are the statistics of a handler, or of the calls from here to a method of another service.
+// EndpointStats are the statistics of a handler, or of the calls from this instance to a method of a service.
 type EndpointStats struct {
-	Kind string `json:"kind"` // "rpc", "event" or "command" for a handler; "call" for calls from here
-	Name string `json:"name"` // for calls, <service>.<method>
+	Kind string `json:"kind"` // "rpc", "event" or "command" for a handler; "call" for calls from this instance
+	Name string `json:"name"` // of the method, the command or the subscription; for calls, <service>.<method>
 
-	// Requests counts the requests and calls that ended, whether a handler ran or not. Each attempt at an event or a command
-	// counts.
+	// Requests counts the requests, events, commands and calls that have ended, whether a handler ran or not. Each attempt at an
+	// event or a command counts.
 	Requests uint64            `json:"requests"`
 	Errors   uint64            `json:"errors"`          // requests that did not succeed
-	Codes    map[string]uint64 `json:"codes,omitempty"` // error code -> errors; beyond 64 codes, the rest is counted as OTHERS
+	Codes    map[string]uint64 `json:"codes,omitempty"` // errors by code; beyond 64 codes, the rest is counted as OTHERS
 
 	InFlight    int64  `json:"in_flight"`    // handlers that are running, or calls that are waiting for their answer
-	Pending     int64  `json:"pending"`      // messages that wait for a handler, here or in the stream (retries there do not count)
+	Pending     int64  `json:"pending"`      // messages that wait for their first attempt, in the instance or in the stream
 	Shed        uint64 `json:"shed"`         // requests that were rejected as OVERLOADED
 	Expired     uint64 `json:"expired"`      // requests that were dropped without an answer because their caller had given up
 	DeadLetters uint64 `json:"dead_letters"` // events and commands that became dead letters
 
-	// How long handlers ran, or calls took. P50, P90 and P99 are estimates from buckets that are at most 25 % or 1 µs wide.
+	// P50, P90, P99 and Max are the percentiles and the maximum of how long handlers ran, or calls took. The percentiles are
+	// estimates from buckets that are at most 25 % or 1 µs wide.
 	P50 time.Duration `json:"p50_ns"`
 	P90 time.Duration `json:"p90_ns"`
 	P99 time.Duration `json:"p99_ns"`
 	Max time.Duration `json:"max_ns"`
 
-	// Callers counts requests by the calling or publishing service, if it gave a name (as the sender claims; not authenticated).
-	// Beyond 256 services, the rest is counted as OTHERS.
+	// Callers counts Requests by the service that sent them, if the message names it. The sender claims the name; it is not
+	// authenticated. Beyond 256 services, the rest is counted as OTHERS.
 	Callers map[string]uint64 `json:"callers,omitempty"`
 }
 
-// Stats returns the statistics of the instance. It asks the server how many events and commands wait, at most once a second, and
-// blocks for at most 0.25 s. If the server does not answer, the last known numbers are returned.
+// Stats returns the statistics of the instance. It asks the server at most once a second how many events and commands wait, and
+// blocks for at most 0.25 s. If the server does not answer, Stats returns the numbers that were known last.
 func (s *Service) Stats() Stats { return s.stats(s.readings()) }
 
 func (s *Service) stats(readings []*reading) Stats {
@@ -242,13 +243,14 @@ func (r *reading) quantile(q float64) time.Duration {
 
 // Handler returns an HTTP handler that serves three paths:
 //
-//   - /metrics has the metrics in the text format of Prometheus. It blocks as [Service.Stats] does.
-//   - /healthz is 200 until Stop has finished or a connection was closed for good, then 503.
-//   - /readyz is 200 if the service is ready. It is 503 while there is no connection, while a health check fails or has not run
-//     yet, and while the service does not serve its handlers, because Start has not finished or Stop has begun.
+//   - /metrics has the metrics in the text format of Prometheus. It blocks for at most 0.25 s, as [Service.Stats] does.
+//   - /healthz has the status 200 until Stop has finished or a connection was closed for good, and then 503.
+//   - /readyz has the status 200 while the service is ready, and otherwise 503. The service is not ready while there is no
+//     connection, while a health check fails or has not run yet, before Start has finished if there are handlers, and once Stop
+//     has begun.
 //
-// The probes answer with a JSON object. Its "status" is "ok" or "unavailable". Its "checks" has each check by name, with "ok" or
-// the text of its error.
+// /healthz and /readyz answer with a JSON object. Its "status" is "ok" or "unavailable". Its "checks" is an object that has, by
+// the name of each check, "ok" or the text of the error.
 func (s *Service) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", s.serveMetrics)
@@ -371,21 +373,21 @@ func (s *Service) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 	}
 }
 
-// A Dependency counts how often one service has called an endpoint of another, or sent an event or a command that this endpoint
-// handles.
+// A Dependency counts how often one service has called an endpoint of another service, or has sent an event or a command to it.
 type Dependency struct {
-	From, To, Endpoint string // the caller, the service called, and the name of its handler
-	Requests, Errors   uint64
+	From, To, Endpoint string // the caller, the called service, and the name of its handler
+	Requests, Errors   uint64 // how many requests there were, and how many of them failed
 }
 
-// Dependencies asks all running instances of all services who has called them since they were made, and returns the sums, ordered
-// by To, From and Endpoint. Each attempt at an event or a command counts as a call. Dependencies blocks until no further instance
-// has answered for 0.5 s. From is as the caller claims; it is not authenticated. Callers that do not use aegis have no name and
-// are left out.
+// Dependencies returns which services have called which others. It asks all running instances of all services for the calls that
+// they have had since New, and returns the sums, sorted by To, From and Endpoint. Each attempt at an event or a command counts as
+// a call. Dependencies blocks until no further answer has come for 0.5 s. The caller claims From; it is not authenticated. Callers
+// that do not use aegis have no name and are left out.
 //
 // Errors:
-//   - [ErrUnavailable] without a connection, or if it is lost
-//   - [ErrTimeout] or [ErrCanceled] if ctx ends first, or after [WithTimeout] if ctx has no deadline
+//   - [ErrUnavailable] if there is no connection, or if it is lost
+//   - [ErrOverloaded] if the connection carries too many calls ([WithPool]), or if the server's max_subscriptions is reached
+//   - [ErrTimeout] or [ErrCanceled] if ctx ends first, or [ErrTimeout] after [WithTimeout] if ctx has no deadline
 //   - [ErrDenied] if the server's permissions do not allow it
 //   - [ErrClosed] after Stop
 func (s *Service) Dependencies(ctx context.Context) ([]Dependency, error) {
@@ -450,8 +452,9 @@ func addCalls(sums map[Dependency]Dependency, answer []byte) {
 
 var mermaidSpecial = regexp.MustCompile("[\"<>#&;`|\x00-\x1f]") // the characters that Mermaid may take for syntax
 
-// Mermaid returns a flowchart of deps for a README or a wiki (https://mermaid.js.org/syntax/flowchart.html). It has an arrow from
-// each caller to each service that it calls, labelled with the endpoints, their requests, and how many of those failed.
+// Mermaid returns a flowchart of deps in the language of Mermaid (https://mermaid.js.org/syntax/flowchart.html), for example for a
+// README. The flowchart has an arrow from each caller to each service that it calls. Each arrow is labelled with the endpoints,
+// the numbers of their requests, and how many of those failed.
 func Mermaid(deps []Dependency) string {
 	escape := func(s string) string { // Mermaid's entities begin with #. The conversion makes s valid UTF-8.
 		return mermaidSpecial.ReplaceAllStringFunc(string([]rune(s)), func(c string) string { return fmt.Sprintf("#%d;", c[0]) })

@@ -23,7 +23,9 @@ import (
 
 // Settings of a service.
 
-// An Option configures a [Service] in [New].
+// An Option configures a [Service] in [New]. New fails with [ErrInvalid] if the value of an option is invalid. If an option is
+// given more than once, the last one counts, except that [WithNATS], [WithHealthCheck], [WithMiddleware] and [WithCallMiddleware]
+// add to the earlier ones.
 type Option func(*config)
 
 type config struct {
@@ -49,117 +51,127 @@ type config struct {
 	timeout, heartbeat, stopTimeout time.Duration
 }
 
-// WithURL sets the servers to connect to, which are tried in random order. If it is given more than once, the last one counts.
-// The default is $NATS_URL, in which several URLs are separated by commas, or nats://127.0.0.1:4222 if that is not set. An empty
-// list, or a URL that can't be parsed, is invalid.
+// WithURL sets the URLs of the servers to connect to, which are tried in random order. The default is $NATS_URL, in which commas
+// separate several URLs, or nats://127.0.0.1:4222 if $NATS_URL is empty. The scheme nats:// may be left out. An empty list is
+// invalid, and so is a URL that can't be parsed or has no host.
 func WithURL(urls ...string) Option { return func(c *config) { c.urls, c.urlsFrom = urls, "WithURL" } }
 
-// WithNATS adds options of nats.go to every connection: credentials, TLS, an in-process server, event handlers. They override the
-// options that aegis sets, with two exceptions: its own event handlers run too, before those given here, and no connection
-// buffers what is published while it is disconnected, because that would be sent after its caller had given up.
+// WithNATS adds options of nats.go to every connection, for example credentials, TLS, an in-process server, or event handlers.
+// They override the options that aegis sets, with two exceptions. The event handlers of aegis run too, before those given here.
+// And the connections of the pool do not buffer what is published while they are disconnected, because it would be sent after its
+// caller had given up. An option that returns an error makes New fail with [ErrInvalid].
 //
-// By default a service reconnects without end, but New fails if the servers can't be reached. With [nats.RetryOnFailedConnect], New
-// does not wait for them, and Start does. With [nats.MaxReconnects], a connection can be closed for good, which ends [Service.Run].
+// By default New fails if the servers can't be reached, and a connection that is lost is made again without a limit of attempts.
+// With [nats.RetryOnFailedConnect], New does not wait for the servers, but Start does. With [nats.MaxReconnects], a connection can
+// be closed for good, which ends [Service.Run].
 func WithNATS(opts ...nats.Option) Option {
 	return func(c *config) { c.nats = append(c.nats, opts...) }
 }
 
-// WithPool sets the number of connections, 1 to 64. The default is 2. Each connection carries up to 8,192 calls at a time; a call
-// beyond that fails at once with [ErrOverloaded].
+// WithPool sets the number of connections in the pool, 1 to 64. The default is 2. Each connection carries up to 8,192 calls at a
+// time, and a further call fails at once with [ErrOverloaded]. An instance that handles events or commands has one more
+// connection, for these.
 func WithPool(size int) Option { return func(c *config) { c.pool = size } }
 
 // WithID sets the instance's id, to which [ToInstance] can address calls: 1 to 128 letters, digits, - and _. It must be unique
 // among the instances of the service. The default is the service's name followed by 8 random hexadecimal digits.
 func WithID(id string) Option { return func(c *config) { c.id = &id } }
 
-// WithVersion sets the service's version, in the form x.y.z. The default is 0.0.0.
+// WithVersion sets the service's version: three numbers without leading zeros, in the form x.y.z. The default is 0.0.0.
 func WithVersion(version string) Option { return func(c *config) { c.version = version } }
 
-// WithMetadata sets the metadata that the instance advertises in the registry. The entry has to fit the server's max_payload.
+// WithMetadata sets the metadata that the instance advertises in the registry. The default is none. The registry entry must not be
+// larger than the server's max_payload less 1 KiB.
 func WithMetadata(md map[string]string) Option {
 	return func(c *config) { c.metadata = maps.Collect(maps.All(md)) }
 }
 
-// WithCodec sets the codec in which the service sends requests, events and commands. The default is [MsgPack]. A service
-// understands MessagePack and JSON in any case, and answers a request in the request's format.
+// WithCodec sets the codec in which the service sends requests, events and commands. The default is [MsgPack]. nil is invalid.
+// Whatever its codec is, a service also accepts MessagePack and JSON, and answers a request in the format of the request.
 func WithCodec(codec Codec) Option { return func(c *config) { c.codec = codec } }
 
-// WithLogger sets the logger. The default is [slog.Default]. nil is invalid; slog.New(slog.DiscardHandler) logs nothing.
+// WithLogger sets the logger. The default is [slog.Default]. nil is invalid; use slog.New(slog.DiscardHandler) to log nothing.
 func WithLogger(l *slog.Logger) Option { return func(c *config) { c.logger = l } }
 
-// WithTimeout sets how long a call may take if its ctx has no deadline, and how long a handler may run if its caller sent no
-// deadline (as a plain NATS client does without the header Aegis-Timeout). It must be positive. The default is 5 s.
+// WithTimeout sets how long a call, or another operation that waits for the server, may take if its ctx has no deadline. It also
+// sets how long a handler may run if the request has no deadline, as one from a plain NATS client without the header
+// Aegis-Timeout. It must be positive. The default is 5 s.
 func WithTimeout(d time.Duration) Option { return func(c *config) { c.timeout = d } }
 
-// WithStopTimeout sets how long [Service.Run] lets Stop take to finish what runs. It must be positive. The default is 25 s, which
-// is less than the grace period of Kubernetes (30 s).
+// WithStopTimeout sets how long [Service.Stop], when [Service.Run] calls it, lets running handlers finish. It must be positive.
+// The default is 25 s, which is less than the default grace period of Kubernetes (30 s).
 func WithStopTimeout(d time.Duration) Option { return func(c *config) { c.stopTimeout = d } }
 
-// WithConcurrency sets how many requests each method of this instance handles at once, unless the method has its own
+// WithConcurrency sets how many messages each handler of this instance works on at once, unless the handler has its own
 // [Concurrency]: 1 to 1,048,576. The default is 1,024.
 func WithConcurrency(n int) Option { return func(c *config) { c.concurrency = n } }
 
-// WithReplicas sets how many servers of a cluster keep each stream and bucket that the service makes, 1 to 5. The default is 1.
-// It has no effect on streams and buckets that exist.
+// WithReplicas sets how many servers of a cluster store each stream and bucket that the service makes, 1 to 5. The default is 1.
+// WithReplicas has no effect on streams and buckets that exist.
 func WithReplicas(n int) Option { return func(c *config) { c.replicas = n } }
 
-// WithRetention limits the stream of events that the service makes, AEGIS_EVENTS: an event is dropped at this age, and the oldest
-// ones are dropped when all together have that many bytes, whether they were handled or not. 0 is no limit, which is the default
-// for both: then the stream grows until the disk is full. The age is at least 1 s. WithRetention has no effect on a stream that
-// exists; set its max_age and max_bytes instead (nats stream edit AEGIS_EVENTS --max-age=24h).
+// WithRetention sets the limits of the stream of events, AEGIS_EVENTS, if the service makes it. An event is dropped when it has
+// this age, and the oldest events are dropped when the stream would have more than this number of bytes, whether they were handled
+// or not. 0 is no limit, and the default for both: the stream then grows until the disk is full. An age that is not 0 must be at
+// least 1 s. Negative values are invalid. WithRetention has no effect on a stream that exists; set its max_age and max_bytes
+// instead (nats stream edit AEGIS_EVENTS --max-age=24h).
 func WithRetention(age time.Duration, bytes int64) Option {
 	return func(c *config) { c.maxAge, c.maxBytes = age, bytes }
 }
 
-// WithHeartbeat sets the interval at which the instance refreshes its entry in the registry and runs its health checks: at least
-// 1 s. The default is 10 s. The entry of an instance that crashed expires after three heartbeats, rounded down to whole seconds.
+// WithHeartbeat sets the interval at which the instance refreshes its registry entry and runs its health checks, at least 1 s. The
+// default is 10 s. The entry of an instance that crashed expires after three heartbeats, rounded down to whole seconds.
 func WithHeartbeat(interval time.Duration) Option { return func(c *config) { c.heartbeat = interval } }
 
-// WithHealthCheck adds a health check. It runs at Start and with each heartbeat. It fails when fn returns an error, or does not
-// return within one heartbeat; fn's ctx ends then. While any check fails, the instance is UNHEALTHY: it gives up the leadership,
-// it takes only those calls that are addressed to it, no events and no commands, and [Balance] does not choose it. A name that is
-// empty or used twice is invalid.
+// WithHealthCheck adds a health check. The check runs at Start, or at the first [Service.Lead], and with each heartbeat
+// ([WithHeartbeat]). It fails when fn returns an error, panics, or does not return within one heartbeat, after which fn's ctx
+// ends. While any check fails, the instance is UNHEALTHY: it gives up the leadership, takes no events, no commands, and no calls
+// except those that are addressed to it, and [Balance] does not choose it. A nil fn is invalid, and so is a name that is empty or
+// used twice.
 func WithHealthCheck(name string, fn func(context.Context) error) Option {
 	return func(c *config) { c.healthChecks = append(c.healthChecks, &healthCheck{name: name, fn: fn}) }
 }
 
-// WithHealthTolerance sets how many results in a row of a health check, that differ from its present state, change that state: 1 or
-// more. The default is 1. The first result counts at once. With 3, a single failure and a single success change nothing.
+// WithHealthTolerance sets how many equal results in a row it takes to change the state of a health check from success to failure
+// or back, 1 or more. The default is 1. The first result of a check counts at once. With 3, a single failure or a single success
+// changes nothing.
 func WithHealthTolerance(n int) Option { return func(c *config) { c.tolerance = n } }
 
 // WithFailover sets how soon the leader of the service's [Exclusive] handlers is replaced when it fails. The default is
-// [Balanced].
+// [Balanced]. See [FailoverPolicy] for the values that are valid.
 func WithFailover(p FailoverPolicy) Option { return func(c *config) { c.failover = p } }
 
-// WithBreaker puts a circuit breaker in front of each service that is called, up to 1,024 services; calls to others are not held
-// up. By default there is none.
+// WithBreaker puts a circuit breaker in front of each service that this service calls. While it is open, calls to that service
+// fail with [ErrCircuitOpen]. The first 1,024 services that are called have a breaker; further ones have none. By default there
+// are no breakers.
 func WithBreaker(p BreakerPolicy) Option {
 	return func(c *config) { c.breaker = BreakerPolicy{cmp.Or(p.Failures, 5), cmp.Or(p.Cooldown, 5*time.Second)} }
 }
 
-// WithMiddleware wraps every handler of the service. The first one given is the outermost.
+// WithMiddleware wraps every handler of the service in the given middleware. The first one given is the outermost. nil is invalid.
 func WithMiddleware(mw ...Middleware) Option {
 	return func(c *config) { c.middleware = append(c.middleware, mw...) }
 }
 
-// WithCallMiddleware wraps everything that the service sends: each [Call], with all its attempts, each instance's part of a
-// [CallAll], each [Publish], [PublishBatch] and [SendCommand]. The first one given is the outermost.
+// WithCallMiddleware wraps everything that the service sends in the given middleware: each [Call] with all its attempts, the call
+// of each instance in a [CallAll], and each [Publish], [PublishBatch], [SendCommand] and [ScheduleCommand]. The first one given is
+// the outermost. nil is invalid.
 //
-// The Kind of the Message is "call", "publish" or "send". Subject is where it is sent, Source is this service, and Header has what
-// is sent besides what aegis adds; it must not be changed. [WithHeader] adds headers to the ctx that is passed to next. Data is
-// the encoded value, nil for a batch; what is passed to next is sent, except in a batch. next returns the payload of the answer to
-// a call, and nil otherwise.
+// The Kind of the [Message] is "call", "publish" or "send". Its Subject is the subject to which it is sent. Its Source is this
+// service. Its Header has the headers that are sent, without those that aegis adds, and must not be changed; to add a header, pass
+// a ctx from [WithHeader] to next. Its Data is the encoded value, or nil for a batch. The Data that the middleware passes to next
+// is sent, except for a batch. next returns the payload of the answer to a call, and nil for everything else.
 //
-// If the middleware returns without calling next, nothing is sent: its data is the answer of a call, a nil error counts as success,
-// and an error has NotRun set.
+// If the middleware returns without calling next, nothing is sent. The data that it returns is then the answer to a call, a nil
+// error counts as success, and an error has NotRun set.
 func WithCallMiddleware(mw ...Middleware) Option {
 	return func(c *config) { c.callMiddleware = append(c.callMiddleware, mw...) }
 }
 
-// WithWireHeaders makes the service send the deadline, its name and the correlation id of a call as headers (Aegis-Timeout,
-// Aegis-Source, Aegis-Correlation-Id). By default they travel in the reply subject, which is cheaper. Use it for calls to another
-// account, because the server replaces the reply subject between accounts (service imports). A cancellation does not reach a
-// handler in another account.
+// WithWireHeaders makes the service send the deadline of a call, its own name and the correlation id as headers (Aegis-Timeout,
+// Aegis-Source, Aegis-Correlation-Id). By default they are parts of the reply subject, which is cheaper. Use WithWireHeaders for
+// calls to another account (service imports), because the server replaces the reply subject between accounts. A cancellation does
+// not reach a handler in another account.
 func WithWireHeaders() Option { return func(c *config) { c.wireHeaders = true } }
 
 const (
@@ -223,19 +235,25 @@ func (c *checks) want(ok bool, format string, args ...any) {
 	}
 }
 
-// A BreakerPolicy says when a circuit breaker refuses calls to a service without sending them: after Failures failed calls in a
-// row, for the time of Cooldown. Then one call is let through as a probe, and its result decides whether others may follow. A
-// call counts as failed if no handler answered it: there was no instance, no answer in time, or the instance was overloaded or
-// stopping. An error that a handler returns is an answer, and counts as a success. NOT_ACTIVE, the caller's own cancellation and
-// a lost connection count neither as failures nor as successes. Fields that are 0 have their defaults; negative ones are invalid.
+// A BreakerPolicy sets when a circuit breaker refuses calls to a service without sending them. After Failures failed calls in a
+// row the breaker opens, and refuses all calls for the time of Cooldown. Then it lets one call through as a probe. If the probe
+// succeeds the breaker closes; if the probe fails it opens again. A field that is 0 has its default, and a negative one is
+// invalid.
+//
+// A call counts as failed if no handler answered it: because there was no instance, because no answer came in time, or because the
+// instance was overloaded or stopping. An error that a handler returns is an answer, and counts as a success. An [ErrNotActive], a
+// cancellation by the caller and a lost connection count neither as failures nor as successes.
 type BreakerPolicy struct {
-	Failures int           // default 5
-	Cooldown time.Duration // default 5 s
+	Failures int           // failed calls in a row; the default is 5
+	Cooldown time.Duration // how long calls are refused; the default is 5 s
 }
 
 // Settings of a handler.
 
-// A HandlerOption configures one handler, in [Handle], [Subscribe] or [HandleCommand].
+// A HandlerOption configures one handler in [Handle], [Subscribe] or [HandleCommand]. Each of them fails with [ErrInvalid] if the
+// value of an option is invalid, or if the option is not for this kind of handler. [Concurrency] and [Exclusive] are for all
+// handlers; [Attempts], [Backoff] and [Deadline] are for events and commands; [Broadcast], [Durable] and [FromStart] are for
+// events. If an option is given more than once, the last one counts.
 type HandlerOption func(*handlerConfig)
 
 type handlerConfig struct {
@@ -247,71 +265,74 @@ type handlerConfig struct {
 	misplaced                       string // the error text for an option that this kind of handler can't have; "" if there is none
 }
 
-// Concurrency sets how many messages the handler works on at once in each instance, 1 to 1,048,576. The default is the service's
-// [WithConcurrency], which suits handlers that wait for something. For a handler that computes, about the number of CPUs is best,
-// because then excess load is shed early. With 1, events are handled in the order in which they were stored, by all instances
-// together: an event waits until the one before it is finished, retries included.
+// Concurrency sets how many messages the handler works on at once in each instance, 1 to 1,048,576. The default is that of
+// [WithConcurrency], which suits handlers that mostly wait. For a handler that computes, about the number of CPUs is best, because
+// then excess requests are rejected early. With 1, all instances together handle one event at a time, in the order in which the
+// events were stored: an event waits until the one before it is finished, including its further attempts.
 func Concurrency(n int) HandlerOption { return func(c *handlerConfig) { c.concurrency = n } }
 
-// Attempts sets how often an event or a command is tried, 1 or more in all, before it becomes a dead letter. The default is 10 for
-// events, which with the default [Backoff] span up to 3 minutes, 1.5 on average. It is 3 for commands. At most 65,536 messages of a
-// subscription are being handled or wait for their next attempt; beyond that it gets no others.
+// Attempts sets how many attempts there are in all, 1 or more, before an event or a command becomes a dead letter. The default is
+// 10 for events and 3 for commands. With the default [Backoff], the pauses between 10 attempts take 1.5 minutes on average, and 3
+// minutes at most. While 65,536 messages of one subscription are being handled or wait for their next attempt, the server delivers
+// no others to it.
 func Attempts(n int) HandlerOption {
 	return onlyFor(storedKinds, fmt.Sprintf("Attempts(%d)", n), func(c *handlerConfig) { c.attempts = n })
 }
 
-// Backoff sets the pause after a failed attempt at an event or a command. The pause is random, between 0 and a bound. The bound
-// is first after the first attempt, and doubles with each further one, up to max. Both must be positive, and first at most max.
-// The default is Backoff(500*time.Millisecond, time.Minute).
+// Backoff sets the pause after a failed attempt at an event or a command. The pause is random between 0 and a bound. After the
+// first attempt the bound is the parameter first. It doubles after each further attempt, up to the parameter max. Both must be
+// positive, and first must not be more than max. The default is Backoff(500*time.Millisecond, time.Minute).
 func Backoff(first, max time.Duration) HandlerOption {
 	return onlyFor(storedKinds, fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) { c.backoff, c.maxBackoff = first, max })
 }
 
 // Deadline sets how long one attempt at an event or a command may take before its ctx ends. It must be positive. The default is 5
-// minutes. (A request has its caller's deadline.)
+// minutes. A request has the deadline of its caller instead.
 func Deadline(d time.Duration) HandlerOption {
 	return onlyFor(storedKinds, fmt.Sprintf("Deadline(%v)", d), func(c *handlerConfig) { c.deadline = d })
 }
 
-// Broadcast delivers each event to every instance; by default the instances share the events. An instance that crashed gets the
-// events that it missed if one with the same id ([WithID]) starts within an hour. Otherwise an instance gets the events from its
-// start until it stops.
+// Broadcast delivers each event to every instance. By default the instances share the events. An instance gets the events from its
+// start until it stops. If it has a fixed id ([WithID]) and starts again within an hour after it stopped or crashed, it also gets
+// the events that it missed. Broadcast can't be combined with [Exclusive].
 func Broadcast() HandlerOption {
 	return onlyFor("events", "Broadcast()", func(c *handlerConfig) { c.broadcast = true })
 }
 
-// Durable names a subscription: 1 to 64 letters, digits, - and _. The second subscription of a service to the same pattern needs
-// a name. A name belongs to its pattern and can't be used for another one later.
+// Durable sets the name of a subscription: 1 to 64 letters, digits, - and _. By default the pattern is its name, so a second
+// subscription of a service to the same pattern needs Durable. A name belongs to its pattern, and can't be used for another
+// pattern later.
 func Durable(name string) HandlerOption {
 	return onlyFor("events", fmt.Sprintf("Durable(%q)", name), func(c *handlerConfig) { c.durable = &name })
 }
 
-// FromStart begins a new subscription with the oldest event of the stream. By default it begins with the first event that is
-// published after the first Start. FromStart has no effect on a subscription that exists.
+// FromStart makes a new subscription begin with the oldest event of the stream. By default a new subscription begins with the
+// first event that is published after the first Start. FromStart has no effect on a subscription that exists.
 func FromStart() HandlerOption {
 	return onlyFor("events", "FromStart()", func(c *handlerConfig) { c.fromStart = true })
 }
 
-// Exclusive makes the handler run in one instance of the service only, the leader, which is the same for all exclusive handlers
-// of the service. The other instances stand by. An instance that gets a request without being the leader, because the request was
-// addressed to it or because it has just lost the leadership, answers [ErrNotActive], with the leader's id in Details["leader"]
-// if it is known.
+// Exclusive makes the handler run in one instance of the service only, the leader, which is the same for all exclusive handlers of
+// the service. The other instances stand by. An instance that does not lead answers a request with [ErrNotActive], and with the
+// leader's id in Details["leader"] if it knows the leader. It gets such a request if the request was addressed to it, or if it has
+// just lost the leadership.
 //
-// The handler's ctx ends when the leadership does. [Term] is its fencing token: a store that remembers the highest term can
-// reject the writes of a former leader that has not noticed yet. If the leadership was lost while the handler ran, the caller
-// gets [ErrFenced] instead of the answer: the handler ran, and its effect may or may not stand. An event or a command is given to
-// the next leader then.
+// The handler's ctx ends when the leadership does. [Term] returns its fencing token: a store that remembers the highest term can
+// reject the writes of a former leader that has not noticed yet. If the leadership was lost while the handler ran, the caller gets
+// [ErrFenced] instead of the answer, because the effect of the handler may or may not stand. In the same case, an event or a
+// command is handled again by the next leader.
 //
-// If nobody has led the service before, or the bucket aegis_leaders was lost, the first leader is elected only after the Lease of its
-// policy, 3 s by default, because an instance that is not known may still lead. A test need not wait that long:
+// If no instance has led the service before, or if the bucket aegis_leaders was lost, the first leader is elected only after the
+// Lease of its policy ([WithFailover]), 3 s by default, because an unknown instance may still lead. A test can use a shorter
+// policy:
 //
 //	aegis.WithFailover(aegis.FailoverPolicy{Lease: 400 * time.Millisecond, Valid: 300 * time.Millisecond,
 //		Renew: 100 * time.Millisecond, Timeout: 100 * time.Millisecond})
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
-// Permanent returns an error for a handler of events or commands to return: there is no other attempt, and the message becomes a
-// dead letter at once. It wraps err, so that [errors.Is] and [errors.As] see it, and has its text. It is nil if err is nil. In
-// answers to calls it has no effect.
+// Permanent wraps err in an error by which a handler of events or commands asks for no further attempt: the message becomes a dead
+// letter at once. The error has the text of err, and [errors.Is] and [errors.As] find err in it. If err is nil, Permanent returns
+// nil. Permanent has no effect in the handler of a call.
 func Permanent(err error) error {
 	if err == nil {
 		return nil
@@ -323,14 +344,14 @@ type permanentError struct{ error }
 
 func (e *permanentError) Unwrap() error { return e.error }
 
-// RetryAfter returns an error for a handler of events or commands to return: the message is handled again after d, and that uses
-// up no attempt, for example while a bank is closed. There is no limit to how often. A d that is not positive means at once. It
-// wraps err, so that [errors.Is] and [errors.As] see it, and has its text. It is nil if err is nil. Inside of [Permanent], and in
-// answers to calls, it has no effect.
+// RetryAfter wraps err in an error by which a handler of events or commands asks to be called again after d, for example while a
+// bank is closed. That does not count as an attempt, and may be repeated without a limit. If d is not positive, the message is
+// handled again at once. The error has the text of err, and [errors.Is] and [errors.As] find err in it. If err is nil, RetryAfter
+// returns nil. RetryAfter has no effect inside [Permanent] and in the handler of a call.
 //
-// An event is stored anew for that time, so that it has another Sequence, and others may be handled before it even if [Concurrency]
-// is 1. If the stream AEGIS_EVENTS was made by somebody else without allow_msg_schedules, or drops messages before that time, the
-// event is redelivered after d, which counts as an attempt.
+// An event is stored again, to be delivered when d is over. Therefore it has another Sequence, and other events may be handled
+// before it even if [Concurrency] is 1. If an operator has made the stream AEGIS_EVENTS without allow_msg_schedules, or if the
+// stream drops messages before d is over, the event is redelivered after d instead, which counts as an attempt.
 func RetryAfter(err error, d time.Duration) error {
 	if err == nil {
 		return nil
@@ -380,7 +401,10 @@ func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerC
 
 // Settings of a call.
 
-// A CallOption configures one [Call], [Publish], [PublishBatch] or [SendCommand].
+// A CallOption configures one [Call], [CallAll], [Publish], [PublishBatch], [SendCommand] or [ScheduleCommand]. Each of them fails
+// with [ErrInvalid] if the value of an option is invalid, or if the option is not for this function. [ToInstance] and [Balance]
+// are for Call, [EventVersion] is for events, [AtPriority] is for commands, and [IdempotencyKey], [At], [After] and [ExpireAfter]
+// are for events and commands. If an option is given more than once, the last one counts.
 type CallOption func(*callConfig)
 
 type callConfig struct {
@@ -397,78 +421,88 @@ type callConfig struct {
 	patience           time.Duration // the AttemptTimeout, unless Retry sets one; 0 for the default
 }
 
-// A RetryPolicy says how often, and after which pauses, a call is sent again. The pause before attempt n+1 is random between 0
-// and Backoff·2ⁿ⁻¹, at most MaxBackoff ("full jitter",
-// https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). Fields that are 0 have their defaults; negative
-// ones are invalid.
+// A RetryPolicy sets how often a call is sent, and the pauses between its attempts. The pause after attempt n is random between 0
+// and Backoff·2ⁿ⁻¹, and at most MaxBackoff ("full jitter",
+// https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). A field that is 0 has its default, and a negative
+// one is invalid.
 type RetryPolicy struct {
-	Attempts       int           // in all; default 3
-	Backoff        time.Duration // default 50 ms
-	MaxBackoff     time.Duration // default 1 s
-	AttemptTimeout time.Duration // of one attempt of an Idempotent call; default 1 s
+	Attempts       int           // how many attempts there are in all; the default is 3
+	Backoff        time.Duration // the bound of the first pause; the default is 50 ms
+	MaxBackoff     time.Duration // the bound of every pause; the default is 1 s
+	AttemptTimeout time.Duration // how long one Idempotent attempt waits; the default is 1 s, for PublishBatch that of WithTimeout
 }
 
-// Retry sends a call again if it certainly did not reach a handler (NotRun) because the service was unavailable, overloaded,
-// without an active instance, or behind an open circuit breaker.
+// Retry sends a call again if it certainly did not reach a handler, which NotRun in an [Error] says, and if its error is
+// [ErrUnavailable], [ErrOverloaded], [ErrNotActive] or [ErrCircuitOpen]. By default a call is sent once. Events and commands are
+// sent again by default, with the policy RetryPolicy{}, because a duplicate is recognized by its id; Retry then sets another
+// policy.
 func Retry(p RetryPolicy) CallOption { return func(c *callConfig) { c.retry = &p } }
 
 // Sticky addresses a call to the instance that leads a service with [Exclusive] handlers. A call that did not reach a handler is
-// sent again as with [Retry], but until ctx ends: through a failover or a restart of the service, for example. Backoff is 10 ms
-// and MaxBackoff 200 ms, unless Retry sets others. A call that may have run fails with [ErrUnavailable] as soon as another instance
-// leads, because its answer can't come any more. If it is [Idempotent] too, it is sent to the new leader.
+// sent again as with [Retry], but without a limit of attempts, until ctx ends, or for [WithTimeout] if ctx has no deadline. So the
+// call survives a failover or a restart of the service, for example. Backoff is 10 ms and MaxBackoff is 200 ms, unless Retry sets
+// them. A call that may have run fails with [ErrUnavailable] as soon as another instance leads, because its answer can no longer
+// come. If the call is also [Idempotent], it is sent to the new leader instead.
 func Sticky() CallOption { return func(c *callConfig) { c.sticky = true } }
 
-// Idempotent states that it does no harm if the handler runs twice. The call is then also sent again when its answer is missing:
-// after AttemptTimeout, or when the connection is lost. Without [Retry] or [Sticky], the defaults of Retry apply.
+// Idempotent states that it does no harm if the handler of a call runs twice. The call is then also sent again if no answer has
+// come within AttemptTimeout, or if the connection is lost. Without [Retry] or [Sticky], the defaults of [RetryPolicy] apply. For
+// events and commands Idempotent has no effect.
 func Idempotent() CallOption { return func(c *callConfig) { c.idempotent = true } }
 
-// ToInstance addresses a call to the instance with this id.
+// ToInstance addresses a call to the instance with this id: 1 to 128 letters, digits, - and _. The call fails with
+// [ErrUnavailable] if there is no such instance.
 func ToInstance(id string) CallOption { return func(c *callConfig) { c.instance = &id } }
 
-// A Strategy chooses the instance that a call goes to; see [Balance].
+// A Strategy is a way to choose the instance to which a call is sent; see [Balance].
 type Strategy int
 
 const (
 	RoundRobin  Strategy = iota // each instance in turn
-	Random                      // any instance
-	LeastLoaded                 // of two random instances the one with fewer running handlers and calls that are addressed to it from here
+	Random                      // a random instance
+	LeastLoaded                 // of two random instances the one with the smaller sum of its Load and this service's calls in flight to it
 )
 
-// Balance addresses a call to an instance that the strategy chooses; by default NATS chooses one at random. Instances that are
-// UNHEALTHY or STOPPING are not chosen, and one that does not listen any more is skipped at once. Calls to an [Exclusive] handler
-// go to the leader. The first such call to a service asks the registry, and fails as [Service.Discover] does.
+// Balance addresses a call to an instance that the strategy chooses. By default NATS chooses an instance at random. Instances that
+// are UNHEALTHY or STOPPING are not chosen, and an instance that no longer listens is skipped at once. A call to an [Exclusive]
+// handler goes to the leader, whatever the strategy. The call can also fail with the errors of [Service.Discover], because the
+// first call with Balance to a service asks the registry.
 func Balance(strategy Strategy) CallOption { return func(c *callConfig) { c.strategy = &strategy } }
 
-// EventVersion sets the version of an event in [Publish] and [PublishBatch], in the form x.y or x.y.z.
+// EventVersion sets the version of an event in [Publish] and [PublishBatch]: numbers without leading zeros, in the form x.y or
+// x.y.z. By default an event has no version.
 func EventVersion(v string) CallOption { return func(c *callConfig) { c.version = &v } }
 
-// IdempotencyKey sets the id of an event or a command: 1 to 256 printable ASCII characters, no spaces.
+// IdempotencyKey sets the id of an event or a command, so that it can be sent again without effect: 1 to 256 printable ASCII
+// characters, no spaces. By default the id is random.
 //
-// Of the commands of one service and name that are sent with the same key, only the first is executed for as long as its outcome
-// is kept; see [SendCommand]. Of the events of one domain and type that are published with the same key within the stream's
-// duplicate window (2 minutes by default), only the first is stored, and publishing another one succeeds without effect. The
+// If several commands of the same service and name are sent with the same key, only the first is executed, as long as its outcome
+// is kept; see [SendCommand]. If several events of the same domain and type are published with the same key within the duplicate
+// window of the stream (2 minutes by default), only the first is stored, and publishing the others succeeds without effect. The
 // events of a batch have the keys <k>-0, <k>-1 and so on.
 func IdempotencyKey(k string) CallOption { return func(c *callConfig) { c.key = &k } }
 
-// AtPriority sets a command's priority. The default is [Normal]. Of the commands that wait for an instance the more urgent ones
-// start first, except that one start in 16 goes to the least urgent, so that none waits forever.
+// AtPriority sets the priority of a command. The default is [Normal]. Of the commands that wait, the most urgent start first,
+// except that one start in 16 is given to the least urgent, so that no command waits forever.
 func AtPriority(p Priority) CallOption { return func(c *callConfig) { c.priority = &p } }
 
-// At has an event delivered, or a command executed, at the time t, or at once if t is in the past. The server keeps it until then, so
-// that this process may end. A command can be cancelled until then; its state is scheduled. Publish and SendCommand fail with
-// [ErrInvalid] if the stream drops its messages before that time, and if the stream was made by somebody else without
-// allow_msg_schedules. The time is that of the server's clock.
+// At sets the time t, by the server's clock, at which an event is delivered or a command is executed. If t is in the past, that is
+// at once. The server keeps the message until then, so that this process may end. Meanwhile the state of a command is scheduled,
+// and the command can be cancelled. Publish and SendCommand fail with [ErrInvalid] if the stream drops its messages before that
+// time, or if an operator has made the stream without allow_msg_schedules. At and [After] exclude each other.
 func At(t time.Time) CallOption { return func(c *callConfig) { c.at = &t } }
 
-// After is [At] with the time d from now.
+// After is [At] with the time that is d from now. If d is not positive, that is at once.
 func After(d time.Duration) CallOption { return func(c *callConfig) { c.after = &d } }
 
-// ExpireAfter keeps an event from being delivered, or delivered again, when d is over, and a command from being begun, or begun
-// again. It counts from the time of [At] or [After], or else from when it is sent. d is at least 1 s.
+// ExpireAfter sets the time d, at least 1 s, after which an event is no longer delivered, and no attempt at a command begins. d
+// counts from the time of [At] or [After], or from when the message is sent if there is none. For a command of [ScheduleCommand],
+// d counts from each firing. By default events and commands that are sent do not expire.
 //
-// For an event, d is rounded up to whole seconds. One that expired is no dead letter. Publish fails with [ErrInvalid] if the stream
-// was made by somebody else without allow_msg_ttl. A command that expired has failed with [ErrTimeout], whose Cause is the error
-// of its last attempt if there was one; it becomes no dead letter. Its time is that of the clocks of sender and worker.
+// For an event, d is rounded up to whole seconds. Publish fails with [ErrInvalid] if an operator has made the stream without
+// allow_msg_ttl. A command that has expired has failed with [ErrTimeout], whose Cause is the error of its last attempt if there
+// was one. For a command, the clocks of the sender and of the worker count. Events and commands that have expired do not become
+// dead letters.
 func ExpireAfter(d time.Duration) CallOption {
 	return func(c *callConfig) { c.expire = cmp.Or(d, -1) }
 }

@@ -27,22 +27,23 @@ import (
 // keeps a local copy of the other's entries (Discover, Watch), from which Balance chooses an instance. At the end of the file are
 // the heartbeats, and the answers on the $SRV subjects of NATS services.
 
-// An Instance is the registry entry of a running instance of a service, as the instance claims; not authenticated. Its maps and
-// slices are shared and must not be changed.
+// An Instance is the registry entry of a running instance of a service. The instance claims what the entry says; it is not
+// authenticated. The maps and slices of an Instance are shared and must not be changed.
 type Instance struct {
 	Service string `json:"service"`
 	ID      string `json:"id"`
 	Version string `json:"version"`
 
-	// Status is ACTIVE, STANDBY if the instance has exclusive handlers and does not lead, UNHEALTHY if a health check fails, or
-	// STOPPING. Of the instances with exclusive handlers Discover and Watch show one at most as ACTIVE, and only while its lease lasts.
+	// Status is STOPPING once Stop has begun, UNHEALTHY while a health check fails, STANDBY if the instance has exclusive handlers
+	// and does not lead, or else ACTIVE. Discover and Watch show at most one of the instances with exclusive handlers as ACTIVE,
+	// and only while its lease lasts.
 	Status   string            `json:"status"`
 	Metadata map[string]string `json:"metadata,omitempty"`
 
 	Endpoints []Endpoint `json:"endpoints,omitempty"` // sorted by Kind, then by Name
 	Load      int        `json:"load"`                // the number of running handlers when the entry was written
-	Started   time.Time  `json:"started"`
-	Seen      time.Time  `json:"-"` // when the server stored the entry, by its clock
+	Started   time.Time  `json:"started"`             // when New made the instance, by its own clock
+	Seen      time.Time  `json:"-"`                   // when the server stored the entry, by the server's clock
 }
 
 // exclusive reports whether the instance has exclusive handlers.
@@ -50,12 +51,12 @@ func (i *Instance) exclusive() bool {
 	return slices.ContainsFunc(i.Endpoints, func(e Endpoint) bool { return e.Exclusive })
 }
 
-// An Endpoint is a handler of an [Instance].
+// An Endpoint describes a handler of an [Instance].
 type Endpoint struct {
-	Kind      string `json:"kind"` // "rpc", "event" or "command"
-	Name      string `json:"name"`
-	Subject   string `json:"subject"`
-	Exclusive bool   `json:"exclusive,omitempty"`
+	Kind      string `json:"kind"`                // "rpc", "event" or "command"
+	Name      string `json:"name"`                // the method, the command, or the subscription
+	Subject   string `json:"subject"`             // the subject or the pattern of subjects that it handles
+	Exclusive bool   `json:"exclusive,omitempty"` // whether the handler has the option Exclusive
 }
 
 const (
@@ -135,18 +136,21 @@ func (t *tally) get(key string) int {
 	return t.counts[key]
 }
 
-// Discover returns the instances of a service, sorted by id. The list is empty if the service has no instances. The first call
-// for a service asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls answer from
-// a local copy that is kept up to date, until it was not used for a minute. While there is no connection, the copy stays as it is.
-// After that, or after the bucket aegis_registry was lost, an instance of which nothing is heard stays for another three heartbeats.
+// Discover returns the instances of a service, sorted by id. The list is empty if the service has no instances. The first call for
+// a service asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls use a local
+// copy, which is kept up to date until it has not been used for a minute. While there is no connection, the copy stays as it is.
+// When the connection is back, or when the bucket aegis_registry was lost, an instance that does not refresh its entry stays in
+// the copy for another three heartbeats.
 //
-// Discover lists what the entries say, which may be late: an instance that crashed stays until three heartbeats have passed.
+// The list may be out of date: an instance that has crashed stays in it until three heartbeats have passed.
 //
 // Errors:
-//   - [ErrInvalid] for a service name that is out of range
+//   - [ErrInvalid] if the name of the service is invalid
 //   - [ErrUnavailable] if the first call finds no connection or no JetStream
+//   - [ErrOverloaded] if the server's max_subscriptions is reached, or if more than 1,024 services are looked up at once
 //   - [ErrDenied] if the server's permissions do not allow it
-//   - [ErrTimeout] or [ErrCanceled] if the first call is not answered before ctx ends
+//   - [ErrTimeout] or [ErrCanceled] if the first call is not answered before ctx ends or, if ctx has no deadline, within
+//     WithTimeout
 //   - [ErrClosed] after Stop
 func (s *Service) Discover(ctx context.Context, service string) ([]Instance, error) {
 	d, failure := s.discover(ctx, service)
@@ -157,8 +161,12 @@ func (s *Service) Discover(ctx context.Context, service string) ([]Instance, err
 }
 
 // Watch yields the instances of a service as [Service.Discover] returns them. It yields them again whenever an instance comes or
-// goes, or when an instance's status, metadata or endpoints change. Between changes Watch blocks. The loop ends without an error
-// when ctx ends. It ends with one of the errors of Discover if the first list can't be had, or when this service is stopped.
+// goes, or when an instance's status, metadata or endpoints change. Between changes Watch blocks. When ctx ends, the loop ends
+// without an error. If an error occurs, Watch yields it and ends.
+//
+// Errors:
+//   - those of Discover if Watch can't get the first list
+//   - [ErrClosed] when this service is stopped
 func (s *Service) Watch(ctx context.Context, service string) iter.Seq2[[]Instance, error] {
 	return func(yield func([]Instance, error) bool) {
 		var last *snapshot // nil before the first list
@@ -490,11 +498,11 @@ func (s *Service) registryStream() jetstream.StreamConfig {
 	return config
 }
 
-// SetMetadata replaces the metadata that the instance advertises, which [WithMetadata] set first. The registry has it a moment
-// later; SetMetadata does not wait for that.
+// SetMetadata replaces the metadata that the instance advertises, which [WithMetadata] has set before. It does not wait until the
+// registry has the new metadata.
 //
 // Errors:
-//   - [ErrInvalid] if the entry would not fit the server's max_payload
+//   - [ErrInvalid] if the registry entry would be larger than the server's max_payload less 1 KiB
 //   - [ErrClosed] after Stop
 func (s *Service) SetMetadata(md map[string]string) error {
 	if s.quitting.Err() != nil {

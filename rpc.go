@@ -16,17 +16,23 @@ import (
 
 // This file has typed RPC: the handler's side (Handle), the caller's side (Call), and the circuit breaker.
 
-// Handle serves a method: fn is called with each request's value, on a goroutine of the library, several at once up to the
-// handler's [Concurrency]. method is a letter, then letters, digits and _, at most 128. Handle may be called before or after
-// Start; after Start, Handle returns once the servers know the method.
+// Handle makes fn the handler of a method of the service. fn is called with the value of each request, on a goroutine of the
+// library, up to [Concurrency] at once in each instance. method is a letter, then letters, digits and _, at most 128 characters.
+// Before [Service.Start], Handle does not block. After Start, Handle returns when the servers know the method, and blocks for
+// [WithTimeout] at most.
 //
-// An [*Error] that fn returns, also one wrapped by %w, arrives at the caller with its code. Any other error, and a panic, arrives
-// as [ErrInternal] with its message. A payload that can't be decoded into Req is answered with [ErrInvalid]. fn's ctx ends with
-// the caller's deadline, which a caller that does not use aegis can send in the header Aegis-Timeout, as a Go duration (1.5s) or
-// in milliseconds. A request whose caller has given up before a handler was free is dropped.
+// An [*Error] that fn returns, or that fn's error wraps, arrives at the caller with its code. [context.DeadlineExceeded] arrives
+// as [ErrTimeout], and [context.Canceled] as [ErrCanceled]. Any other error, and a panic, arrives as [ErrInternal] with its text.
+// A payload that can't be decoded into Req is answered with [ErrInvalid].
 //
-// Handle fails with [ErrInvalid] if the name or an option is out of range or the method has a handler already, and with
-// [ErrClosed] after Stop. Before Start, Start returns the error too. After Start, there are also the errors of Start.
+// fn's ctx ends at the caller's deadline, or after WithTimeout if the request has none, and when the caller cancels. A caller that
+// does not use aegis can send its time limit in the header Aegis-Timeout, as a Go duration (1.5s) or in milliseconds. A request
+// whose caller has given up before a handler was free is dropped.
+//
+// Errors, which Start returns too if Handle was called before it:
+//   - [ErrInvalid] if method or an option is invalid, if fn is nil, or if the method has a handler already
+//   - [ErrClosed] after Stop
+//   - after Start, those of [Service.Start]
 func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, Req) (Resp, error), opts ...HandlerOption) error {
 	if fn == nil {
 		return s.noteRegistration(newError(ErrInvalid, "method %q: its function is nil", method))
@@ -222,28 +228,33 @@ func isDisconnected(err error) bool {
 	return errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionClosed)
 }
 
-// Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The
-// time that is left is sent with the request and bounds the handler's ctx. When ctx is cancelled, so is the handler's.
+// Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The time
+// that is left is sent with the request, and limits the handler's ctx. When ctx is cancelled, the handler's ctx is cancelled too.
 //
-// The error is an [*Error]: the handler's, or one of these, which is returned as soon as it is known.
-//   - [ErrInvalid]: a name, an option or a header is out of range, or the request can't be encoded or is larger than the server's
-//     max_payload
-//   - [ErrUnavailable]: there is no connection or no instance, or the connection was lost while waiting
-//   - [ErrUnimplemented]: the service has no such method
-//   - [ErrNotActive], [ErrFenced]: see [Exclusive]
-//   - [ErrTimeout], [ErrCanceled]: ctx has ended
-//   - [ErrOverloaded]: the handler is at its limit, or this service has as many calls in flight as its connections can carry, or as
-//     the server's max_subscriptions allows
-//   - [ErrCircuitOpen]: see [WithBreaker]
-//   - [ErrInternal]: the handler failed, or its answer can't be decoded
-//   - [ErrDenied]: the server's permissions do not allow the call, or to hear its answer
-//   - [ErrClosed]: s was stopped
+// The error is an [*Error]. Call returns it as soon as it is known.
 //
-// Some things can't be known. The time that a request spends in the sockets of a process that is paused is not seen, so that a
-// handler may run late by that: put an expiry into the request if it must not. A caller does not see that the instance which handles
-// its call is killed, and waits until ctx ends: use short deadlines, or [Idempotent]. And if something else subscribes to the
-// method's subject and does not answer, such as a stream over rpc.> that keeps an audit log, a call to a service that does not run
-// fails only when ctx ends.
+// Errors:
+//   - that of the handler
+//   - [ErrInvalid] if a name, an option or a header is invalid, or if the request can't be encoded or decoded, or is larger than
+//     the server's max_payload
+//   - [ErrUnavailable] if there is no connection or no instance, or if the connection was lost while Call waited
+//   - [ErrUnimplemented] if the service has no such method
+//   - [ErrNotActive] if the handler is [Exclusive], and no instance leads or the instance that got the request does not lead
+//   - [ErrFenced] if the handler is Exclusive, and its instance lost the leadership while the handler ran
+//   - [ErrTimeout] or [ErrCanceled] if ctx has ended, or [ErrTimeout] if ctx has no deadline and WithTimeout is over
+//   - [ErrOverloaded] if the handler is at its limit, or if this service has as many calls in flight as its connections can carry
+//     ([WithPool]), or as the server's max_subscriptions allows
+//   - [ErrCircuitOpen] if the circuit breaker of the service is open ([WithBreaker])
+//   - [ErrInternal] if the handler returned an error that is not an *Error, or panicked, or if its answer can't be encoded or
+//     decoded
+//   - [ErrDenied] if the server's permissions do not allow sending the request or receiving its answer
+//   - [ErrClosed] if s was stopped
+//
+// Call has three limits. First, the time that a request spends in the sockets of a paused process is not counted, so that a
+// handler may run after the deadline by that time. If that must not happen, put an expiry time into the request. Second, a caller
+// does not learn that the instance which handles its call was killed, and waits until ctx ends. Use short deadlines, or
+// [Idempotent]. Third, if something else subscribes to the method's subject and does not answer, such as a stream over rpc.> that
+// keeps an audit log, a call to a service that does not run fails only when ctx ends.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
 	v := &struct { // one allocation for both
 		req  Req
@@ -256,19 +267,24 @@ func Call[Req, Resp any](ctx context.Context, s *Service, service, method string
 	return v.resp, nil
 }
 
-// An Answer is what one instance has answered to a [CallAll].
+// An Answer is the answer of one instance to a [CallAll].
 type Answer[T any] struct {
-	Instance string // the id of the instance that has answered, or has not
-	Data     T      // the zero value if the call of this instance has failed
+	Instance string // the id of the instance that was called
+	Data     T      // the answer, or the zero value if the call of this instance has failed
 }
 
-// CallAll calls a method of every instance of a service that the registry lists, except those that are STOPPING, all at once. It
-// yields each one's answer or error as it comes, so that whoever ranges over it knows which instances have answered and which
-// have not. Each of these calls has the time limit and the errors of [Call]; an instance that stands by ([Exclusive]) answers
-// [ErrNotActive]. If the loop is left, the calls that have no answer yet are cancelled. CallAll returns when all calls have ended.
+// CallAll calls a method of every instance of a service at once, and yields the answer or the error of each instance as it comes.
+// It calls all instances that the registry lists, except those that are STOPPING. Each of these calls has the time limit and the
+// errors of [Call]. If the handler is [Exclusive], an instance that does not lead answers [ErrNotActive]. If the loop is left
+// early, the calls that have no answer yet are cancelled. The iteration returns when all calls have ended.
 //
-// It yields a single error, with no Instance, if no call can be made: [ErrUnavailable] if the service has no instances; [ErrInvalid]
-// as Call does, and for [Sticky], [ToInstance] and [Balance]; and the errors of [Service.Discover].
+// If no call can be made, CallAll yields a single error, with the zero Answer.
+//
+// Errors if no call can be made:
+//   - [ErrUnavailable] if the service has no instances
+//   - [ErrInvalid] if a name or an option is invalid, if the request can't be encoded, or for the options [Sticky], [ToInstance]
+//     and [Balance]
+//   - those of [Service.Discover]
 func CallAll[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) iter.Seq2[Answer[Resp], error] {
 	return func(yield func(Answer[Resp], error) bool) {
 		each := func(ctx context.Context, instance string, out Raw, cfg *callConfig) func() bool {

@@ -53,29 +53,36 @@ func (s *Service) checkCommandSchedule(ctx context.Context, subject string, due 
 	return nil
 }
 
-// A Schedule is a command that recurs, as [Service.Schedules] shows it.
+// A Schedule describes a command that is sent repeatedly, in the list of [Service.Schedules].
 type Schedule struct {
-	Name, Spec       string // as they were given to [ScheduleCommand]
-	Service, Command string
-	Set              time.Time // when it was set last
+	Name, Spec       string    // the parameters of ScheduleCommand
+	Service, Command string    // the service that handles the command, and its name
+	Set              time.Time // when the schedule was set last, by the server's clock
 }
 
-// ScheduleCommand has a command sent again and again. The server keeps the schedule and does the sending, so that nobody has to run
-// for that. Of several workers one executes each firing, which is a command of its own: its id is <name>@<time>.
+// ScheduleCommand sets a schedule by which the server sends a command repeatedly. The server keeps the schedule and sends the
+// commands, so that this process need not run. Each firing is a new command with the id <name>@<time>, which one instance of the
+// service executes.
 //
-// spec is "@every 1m30s" (1 s at least, counted from when it is set), @hourly, @daily, @weekly, @monthly, @yearly, or six fields:
-// second, minute, hour, day of month, month, day of week (0 to 6 or SUN to SAT), as in "0 30 9 * * MON-FRI". The time zone is UTC,
-// unless spec begins with one: "TZ=Europe/London 0 0 9 * * *". name is 1 to 64 letters, digits, - and _. A schedule of the same name,
-// service and command is replaced; if nothing changes, it is left alone, so that all instances may set it when they start.
+// name is 1 to 64 letters, digits, - and _. ScheduleCommand replaces a schedule of the same name, service and command. If nothing
+// changes, it leaves the schedule as it is, so that all instances may set it when they start.
 //
-// While the server is down, nothing fires. After a clean restart one missed firing is made up for; after a crash @every begins to
-// count anew. A firing that no worker has begun within a day, or [ExpireAfter], is dropped. When the stream gets another leader, a
-// firing may, rarely, come twice. The options are [AtPriority] and ExpireAfter. ScheduleCommand blocks until ctx ends at most, or
-// for several times [WithTimeout] if ctx has no deadline.
+// spec is one of these:
+//   - @every and an interval of at least 1 s, which counts from when the schedule is set, as in "@every 1m30s"
+//   - @hourly, @daily, @midnight, @weekly, @monthly, @yearly or @annually
+//   - six fields for second, minute, hour, day of month, month, and day of week (0 to 6 or SUN to SAT), as in "0 30 9 * * MON-FRI"
+//
+// The time zone is UTC, unless spec begins with another one, as in "TZ=Europe/London 0 0 9 * * *". @every has no time zone.
+//
+// While the server is down, no schedule fires. After a clean restart of the server, one missed firing takes place late. After a
+// crash of the server, the interval of @every begins again. A firing that no instance has begun within a day, or within
+// [ExpireAfter], is dropped. In rare cases, when the stream gets another leader, a firing takes place twice. The options are
+// [AtPriority] and ExpireAfter; others are invalid. ScheduleCommand blocks until ctx ends at most, or for several times
+// [WithTimeout] if ctx has no deadline.
 //
 // Errors:
-//   - [ErrInvalid] for a spec, a name or an option that is out of range, and for a stream AEGIS_COMMANDS that was made by
-//     somebody else and can't do it
+//   - [ErrInvalid] if spec, a name, an option or a header is invalid, if data can't be encoded or is too large, or if the stream
+//     AEGIS_COMMANDS exists but does not support schedules
 //   - those of [Publish]
 func ScheduleCommand[T any](ctx context.Context, s *Service, name, spec, service, command string, data T, opts ...CallOption) error {
 	cfg, failure := newCallConfig(kindCommand, opts)
@@ -167,8 +174,11 @@ func (s *Service) readSchedule(ctx context.Context, subject string) (m *jetstrea
 	return m, failure
 }
 
-// Schedules yields the schedules of all services. Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no
-// deadline. If a read fails, Schedules yields the error and ends. Its errors are those of [Service.DeadLetters].
+// Schedules yields the schedules of all services that [ScheduleCommand] has set. It reads them one by one. Each read blocks until
+// ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, Schedules yields the error and ends.
+//
+// Errors:
+//   - those of [Service.DeadLetters]
 func (s *Service) Schedules(ctx context.Context) iter.Seq2[Schedule, error] {
 	return func(yield func(Schedule, error) bool) {
 		for m, failure := range s.storedMessages(ctx, commandStream, commandSchedulePrefix+">") {
@@ -188,11 +198,12 @@ func (s *Service) Schedules(ctx context.Context) iter.Seq2[Schedule, error] {
 	}
 }
 
-// Unschedule removes a schedule. What it has fired already stays.
+// Unschedule removes a schedule that [ScheduleCommand] has set. Commands that the schedule has sent already are not affected.
+// Unschedule blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline.
 //
 // Errors:
 //   - [ErrNotFound] if there is no such schedule
-//   - [ErrInvalid] for a name that is out of range
+//   - [ErrInvalid] if a name is invalid
 //   - those of [Service.DeadLetters]
 func (s *Service) Unschedule(ctx context.Context, service, command, name string) error {
 	if failure := checkNames(service, kindCommand, command); failure != nil {
