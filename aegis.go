@@ -36,7 +36,8 @@
 // crash. Once the outcome is stored, the handler is not called again; see [HandleCommand].
 //
 // An [Exclusive] handler runs only in the instance that leads the service. A service never has more than one leader. [Term]
-// returns the fencing token of the leader.
+// returns the fencing token of the leader, which protects a store against a process that was paused and notices late that it no
+// longer leads.
 //
 // # Concurrency
 //
@@ -66,7 +67,6 @@ package aegis
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -81,7 +81,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file has the Service, and its life: New, Start, Stop.
+// This file has the Service, and its life: New, Start, Run, Stop.
 //
 // A value travels one way, and its answer comes back the same way:
 //
@@ -89,12 +89,13 @@ import (
 //
 // The files form three layers, and each layer is built on the ones after it:
 //
-//   - The patterns: rpc.go, events.go, schedules.go (events for later), deadletters.go, jobs.go, commands.go, timetable.go (commands
-//     for later), election.go, registry.go, health.go, and metrics.go, which counts what they do.
+//   - The patterns: rpc.go, events.go, schedules.go (delayed events), deadletters.go, jobs.go (sending commands), commands.go
+//     (handling them), records.go (their records), timetable.go (delayed and recurring commands), election.go, registry.go,
+//     health.go, and metrics.go, which counts what they do.
 //   - The primitives that carry them: dispatch.go (from a message to its handler and back), context.go (what the handler knows
-//     about it), feed.go (from a consumer to the queue), jetstream.go (streams, keys and watches), exchange.go (request: a
-//     message out, its answer back), carrier.go (the connection of the feeds), conn.go (the connections).
-//   - The ground: options.go, codec.go, errors.go.
+//     about it), feed.go (from a consumer to the queue), jetstream.go (streams and keys), watch.go (local copies of keys),
+//     request.go (a message out, its answer back), carrier.go (the connection of the feeds), conn.go (the connections).
+//   - The ground: options.go, codec.go, msgpack.go, errors.go, names.go, time.go.
 
 // A Service is one instance of a named service: a pool of connections to NATS, the handlers, and the calls that it makes.
 type Service struct {
@@ -119,13 +120,13 @@ type Service struct {
 
 	since        time.Time     // when the service was made
 	unhealthy    atomic.Bool   // whether a health check fails
-	healthMu     sync.Mutex    // held by noteHealth
+	healthMu     sync.Mutex    // guards healthCheck.contrary; held while the endpoints and the entry follow a change, one after another
 	healthOnce   sync.Once     // starts the health checks
 	healthKnown  chan struct{} // closed when all checks have had a result
 	metadata     atomic.Pointer[map[string]string]
-	entryChanged chan struct{}   // tells heartbeats to write the registry entry now
-	heartbeatCtx context.Context // ends when heartbeats has to return
-	heartbeating sync.WaitGroup  // counts the goroutine of heartbeats
+	entryChanged chan struct{}   // receives a signal when sendHeartbeats is to write the registry entry now
+	heartbeatCtx context.Context // ends when sendHeartbeats has to return
+	heartbeating sync.WaitGroup  // counts the goroutine of sendHeartbeats
 
 	broken   context.Context // ends when a connection is closed for good, with an *Error as its cause
 	quitting context.Context // ends when Stop begins
@@ -135,13 +136,13 @@ type Service struct {
 	breakDown                          context.CancelCauseFunc // ends broken
 	endHeartbeats, quit, hurry, cancel context.CancelFunc      // end heartbeatCtx, quitting, hurried and base
 
-	inHandler sync.Map // has the numbers of the goroutines that call handlers or a function of Lead as its keys
+	inHandler sync.Map // the numbers of the goroutines that run handlers or a function of Lead, as keys; see goroutine
 
 	tasks      sync.WaitGroup // counts the goroutines that end when base does
 	ready      atomic.Bool    // whether Start has succeeded
-	timeUp     atomic.Bool    // set when Stop's time is up: messages that no handler has begun are refused or given back
+	timeUp     atomic.Bool    // set when Stop's time is up; from then on messages that no handler has begun are refused or given back
 	requeueing atomic.Int32   // commands that are being queued again
-	closed     atomic.Bool    // the connections are being closed, or were
+	closed     atomic.Bool    // set when the connections are about to be closed
 	done       chan struct{}  // closed at the end of Stop
 
 	exclusive       atomic.Pointer[candidate] // campaigns for the exclusive handlers; nil if there are none
@@ -248,10 +249,10 @@ func (s *Service) Start(ctx context.Context) error {
 		return newError(ErrInvalid, "Start: service %s was started already", s.name)
 	}
 	s.state = serviceStarted
-	unregistered := errors.Join(s.registrationErrors...)
+	err := joinErrors(s.registrationErrors...)
 	s.mu.Unlock()
-	if unregistered != nil {
-		return unregistered
+	if err != nil {
+		return err
 	}
 	if err := s.awaitConnections(ctx, s.conns...); err != nil {
 		return err
@@ -289,8 +290,8 @@ func (s *Service) openAll(ctx context.Context) error {
 	return cmp.Or(failures...)
 }
 
-// noteRegistration notes the failure of Handle, Subscribe or HandleCommand for Start, which returns it in case nobody has checked it.
-// It returns err.
+// noteRegistration returns err, the result of Handle, Subscribe or HandleCommand. Before Start it also keeps an error, so that Start
+// returns it even if the caller has not checked it. It keeps at most 100.
 func (s *Service) noteRegistration(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -316,7 +317,7 @@ func (s *Service) subscribeOwn(context.Context) error {
 			if err != nil {
 				return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
 			}
-			if subject != cancelSubject(s.name) { // that one stays, because Stop waits for handlers, which may be cancelled
+			if subject != cancelSubject(s.name) { // that one stays: Stop waits for handlers, and their callers may still cancel
 				s.internalSubs = append(s.internalSubs, sub)
 			}
 		}
@@ -346,11 +347,14 @@ func (s *Service) Run(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.stopTimeout)
 	defer cancel()
-	return errors.Join(err, s.Stop(ctx))
+	return joinErrors(err, s.Stop(ctx))
 }
 
-const cancelGrace = 200 * time.Millisecond // for the next handler to return after Stop has cancelled all; for Stop's last steps
-const returnTimeout = 5 * time.Second      // for all of them to return, and for their commands to be queued again
+// cancelGrace is how long Stop waits for another handler to return after it has cancelled them. Its last steps have as long.
+const cancelGrace = 200 * time.Millisecond
+
+// returnTimeout bounds the time in which cancelled handlers return and their commands are queued again.
+const returnTimeout = 5 * time.Second
 
 // Stop ends the service. It accepts no more work, waits until the requests, events and commands that have arrived are handled,
 // gives up the leadership, removes the instance from the registry, and closes the connections. Calls of this service that still
@@ -391,7 +395,7 @@ func (s *Service) Stop(ctx context.Context) error {
 	}
 	s.state = serviceStopping
 	endpoints := slices.Collect(maps.Values(s.endpoints))
-	own := s.internalSubs
+	internal := s.internalSubs
 	s.mu.Unlock()
 
 	begin := clock()
@@ -407,7 +411,7 @@ func (s *Service) Stop(ctx context.Context) error {
 	}()
 	s.quit()
 	signal(s.entryChanged) // the status in the registry entry is STOPPING now
-	for _, sub := range own {
+	for _, sub := range internal {
 		_ = sub.Unsubscribe() // fails only on a closed connection
 	}
 	finished := closedAfter(func() {
@@ -419,7 +423,7 @@ func (s *Service) Stop(ctx context.Context) error {
 		s.campaigns.Wait() // a candidate that leads releases its term when the exclusive handlers are finished
 	})
 	var late, lost error
-	leaving := ctx // a variable of its own, because finish may still use ctx
+	leaving := ctx // for the last steps
 	select {
 	case <-finished:
 	case <-ctx.Done():
@@ -429,25 +433,35 @@ func (s *Service) Stop(ctx context.Context) error {
 		}
 		s.timeUp.Store(true)
 		s.cancel()
-		// Handlers that heed their ctx have time as long as others of them return.
-		for end, before := clock()+returnTimeout, -1; clock() < end && (running != before || s.requeueing.Load() > 0); {
-			before = running
-			select {
-			case <-finished:
-				end = 0
-			case <-time.After(cancelGrace):
-				running = s.runningHandlers(endpoints)
-			}
-		}
+		s.awaitCancelled(endpoints, finished, running)
 		var cancel context.CancelFunc
 		leaving, cancel = context.WithTimeout(context.WithoutCancel(ctx), cancelGrace)
 		defer cancel()
 	}
 	s.deregister(leaving)
 	if failure := s.flush(leaving); failure != nil {
-		lost = newError(failure, "Stop: %s; answers may be lost, and the server ends the subscriptions with the connection", failure.Message)
+		lost = newError(ErrUnavailable, "Stop: %s; answers may be lost, and the server ends the subscriptions with the connection",
+			failure.Message)
 	}
-	return errors.Join(late, lost)
+	return joinErrors(late, lost)
+}
+
+// awaitCancelled gives handlers whose ctx has ended time to return. It waits until finished is closed, or until none has returned for
+// cancelGrace, and for returnTimeout at most. running is how many handlers run.
+func (s *Service) awaitCancelled(endpoints []*endpoint, finished <-chan struct{}, running int) {
+	end := clock() + returnTimeout
+	for before := -1; running != before || s.requeueing.Load() > 0; {
+		before = running
+		select {
+		case <-finished:
+			return
+		case <-time.After(cancelGrace):
+			running = s.runningHandlers(endpoints)
+		}
+		if clock() >= end {
+			return
+		}
+	}
 }
 
 // close ends every handler's ctx and all calls, and closes the connections. It waits for that no longer than cancelGrace,

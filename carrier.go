@@ -30,7 +30,7 @@ type sentAck struct {
 
 const (
 	maxAcks   = 8192            // that are remembered
-	ackMemory = 5 * time.Second // for this long before the connection was lost, acknowledgements may be lost, too
+	ackMemory = 5 * time.Second // acknowledgements that were sent less than this before the loss was noticed may be lost
 )
 
 // openCarrier makes the connection of the feeds, if f is the first of them, and waits until it is up.

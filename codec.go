@@ -52,10 +52,11 @@ type Codec interface {
 //	any                                                      as its value
 //	a value nested deeper than 128 levels                    JSON
 //
-// MsgPack.Unmarshal decodes MessagePack and JSON. It decodes a payload of a single digit as MessagePack. A value that it decodes
-// into an any becomes nil, a bool, a string, an int64 (or a uint64 if it is too large), a float64, a []byte, a [time.Time], a
-// []any or a map[string]any. If the message was sent as JSON, the value is as encoding/json decodes it: numbers are float64, and
-// []byte and time.Time are strings. A service answers a JSON request in JSON.
+// MsgPack.Unmarshal decodes MessagePack and JSON. It decodes a payload of a single digit as MessagePack, although the receiver of
+// a message takes such a payload for JSON. A value that it decodes into an any becomes nil, a bool, a string, an int64 (or a
+// uint64 if it is too large), a float64, a []byte, a [time.Time], a []any or a map[string]any. If the message was sent as JSON,
+// the value is as encoding/json decodes it: numbers are float64, and []byte and time.Time are strings. A service answers a JSON
+// request in JSON.
 //
 // MessagePack carries some values that JSON can't: NaN, infinities, strings that are not valid UTF-8, and maps whose keys are
 // floats or booleans. There are further differences. A time keeps its instant but not its zone. A float32 that is decoded into a

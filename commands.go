@@ -4,8 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"strings"
@@ -23,6 +21,10 @@ import (
 // The record of a command, in the bucket aegis_commands, is authoritative, and every change of it is a compare-and-swap. The
 // message in the work queue AEGIS_COMMANDS carries the data and makes a worker look at the record. The server republishes each
 // change of a record to those who follow the command.
+//
+// A worker calls serve for a message. claim writes a record that names this run, dispatch runs the handler, and done writes the
+// outcome or the next state to the record and then acknowledges the message. Because every write is a compare-and-swap, a run that
+// another instance has taken over fails at its next write.
 
 // A Command is a command as a handler of [HandleCommand] gets it.
 type Command[T any] struct {
@@ -67,8 +69,11 @@ const (
 )
 
 func (s *Service) commandStream() jetstream.StreamConfig {
-	return jetstream.StreamConfig{Name: commandStream, Subjects: []string{commandPrefix + "*.*", commandPrefix + "*.*.*", commandSchedulePrefix + "*.*.*"},
-		Retention: jetstream.WorkQueuePolicy, Replicas: s.cfg.replicas}
+	return jetstream.StreamConfig{
+		Name:      commandStream,
+		Subjects:  []string{commandPrefix + "*.*", commandPrefix + "*.*.*", commandSchedulePrefix + "*.*.*"},
+		Retention: jetstream.WorkQueuePolicy, Replicas: s.cfg.replicas,
+	}
 }
 
 // recordStream returns the configuration of the bucket's stream.
@@ -77,116 +82,6 @@ func (s *Service) recordStream() jetstream.StreamConfig {
 	config.AllowMsgTTL = true
 	config.RePublish = &jetstream.RePublish{Source: recordPrefix + ">", Destination: updatePrefix + ">"}
 	return config
-}
-
-// A record is everything that is known about a command except its data. It is stored as JSON, so that an operator can read it:
-// nats kv get aegis_commands <service>.<command>.<id>.
-type record struct {
-	State     string    `json:"state"`
-	Percent   float64   `json:"percent,omitempty"`
-	Message   string    `json:"message,omitempty"`
-	Attempt   int       `json:"attempt,omitempty"`
-	Time      time.Time `json:"time"`
-	Priority  Priority  `json:"priority,omitempty"`
-	Source    string    `json:"source,omitempty"`
-	Due       time.Time `json:"due,omitzero"`       // when it may begin
-	Expire    time.Time `json:"expire,omitzero"`    // when it may not begin any more
-	Digest    string    `json:"digest"`             // of the data; "" if that can't be compared
-	Failures  int       `json:"failures,omitempty"` // attempts that failed
-	Crashes   int       `json:"crashes,omitempty"`  // attempts that ended without a result
-	Owner     string    `json:"owner,omitempty"`    // the instance that has claimed it last
-	Run       string    `json:"run,omitempty"`      // identifies the run that has claimed it last
-	ClaimedAt int       `json:"delivery,omitempty"` // the number of the delivery of that message by which it was claimed last
-	ClaimedBy uint64    `json:"wake,omitempty"`     // the stream sequence of the message that led to the claim
-	Nonce     string    `json:"nonce"`              // makes each change unique, so that compareAndSwap recognizes its own
-	Result    []byte    `json:"result,omitempty"`
-	Type      string    `json:"type,omitempty"` // the content type of Result
-	Error     *Error    `json:"error,omitempty"`
-}
-
-func (r *record) final() bool {
-	return r.State == stateCompleted || r.State == stateFailed || r.State == stateCanceled
-}
-
-// expired reports whether the command may not begin any more, and does not run.
-func (r *record) expired() bool {
-	return !r.final() && r.State != stateRunning && !r.Expire.IsZero() && time.Until(r.Expire) <= 0
-}
-
-// expire makes r the record of a command that has expired.
-func (r *record) expire(service string) {
-	last := r.Error
-	r.Error = newError(ErrTimeout, "it had to begin by %s", r.Expire.Format(time.RFC3339))
-	r.Error.Source, r.Error.Cause, r.State = service, last, stateFailed
-}
-
-func (r *record) progress() Progress {
-	return Progress{State: r.State, Percent: r.Percent, Message: r.Message, Attempt: r.Attempt, Time: r.Time}
-}
-
-// recordKey returns the key of a record, <service>.<command>.<id>. An id that is not a token is encoded.
-func recordKey(service, command, id string) string {
-	if !isToken(id, maxIDLength) {
-		id = "=" + base64.RawURLEncoding.EncodeToString([]byte(id))
-	}
-	return service + "." + command + "." + id
-}
-
-// idOf returns the id in the last token of a record's key.
-func idOf(token string) string {
-	if encoded, ok := strings.CutPrefix(token, "="); ok {
-		if id, err := base64.RawURLEncoding.DecodeString(encoded); err == nil {
-			return string(id)
-		}
-	}
-	return token
-}
-
-// writeRecord replaces the record by rec if it still has the given revision; 0 means that there is no record yet. If somebody
-// else has changed the record, the failure is a conflict, and writeRecord returns the present record, nil if it was deleted, and
-// its revision.
-func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revision uint64, cfg *callConfig) (
-	now *record, at uint64, failure *Error,
-) {
-	rec.Nonce, rec.Time = rand.Text(), time.Now().UTC()
-	data, err := json.Marshal(rec)
-	if err != nil {
-		return nil, 0, asError(err)
-	}
-	x := &exchange{subject: recordPrefix + key, data: data}
-	if rec.final() {
-		x.header = nats.Header{jetstream.MsgTTLHeader: {resultTTL.String()}}
-	}
-	var value []byte
-	_, failure = s.withRetries(ctx, x, cfg, func() (_ *nats.Msg, failure *Error, again bool) {
-		value, at, failure = s.compareAndSwap(ctx, x, s.recordStream(), revision)
-		return nil, failure, retryable(failure)
-	})
-	if failure == nil {
-		return rec, at, nil
-	}
-	now, unreadable := parseRecord(key, value)
-	return now, at, cmp.Or(unreadable, failure)
-}
-
-// readRecord asks the bucket's leader for the latest record, which is nil if there is none. It uses the connection c if that is
-// not nil.
-func (s *Service) readRecord(ctx context.Context, c *conn, key string) (*record, uint64, *Error) {
-	data, revision, failure := s.readKey(ctx, c, recordBucket, key)
-	rec, unreadable := parseRecord(key, data)
-	return rec, revision, cmp.Or(failure, unreadable)
-}
-
-// parseRecord returns the record in data, or nil if data is empty.
-func parseRecord(key string, data []byte) (*record, *Error) {
-	if len(data) == 0 {
-		return nil, nil
-	}
-	rec := &record{}
-	if err := json.Unmarshal(data, rec); err != nil {
-		return nil, newError(ErrInternal, "the record of %s can't be read: %v", key, err)
-	}
-	return rec, nil
 }
 
 // HandleCommand makes fn the handler of a command of the service. command is a letter, then letters, digits and _, at most 128
@@ -236,7 +131,7 @@ func HandleCommand[T, R any](
 
 func (s *Service) handleCommand(command string, fn HandlerFunc, opts []HandlerOption) error {
 	cfg, failure := s.newHandlerConfig(kindCommand, opts)
-	if failure := cmp.Or(checkNames(s.name, kindCommand, command), failure); failure != nil {
+	if failure = cmp.Or(checkNames(s.name, kindCommand, command), failure); failure != nil {
 		return failure
 	}
 	e := &endpoint{kind: kindCommand, name: command, subject: commandPrefix + s.name + "." + command, handler: fn}
@@ -259,17 +154,17 @@ type commandSource struct {
 	runs     sync.Map    // string -> *commandRun, by the key of the record
 }
 
-// A commandRun is one attempt at a command.
+// A commandRun is one attempt at a command in this instance.
 type commandRun struct {
 	src      *commandSource
-	key      string // of the record
+	key      string // the key of the record
 	nonce    string // identifies this run in the record
 	r        *request
 	last     Progress                 // of the previous attempt
 	fence    atomic.Uint64            // the revision of the claim, 0 until the command is claimed
 	reported atomic.Pointer[Progress] // the latest report; nil if it was written, and then writeProgress does not run
 
-	reporting  context.Context // ends when the handler has returned, or with an *Error as its cause when the command is lost
+	reporting  context.Context // ends when the handler has returned or, with an *Error as its cause, when revoke was called
 	endReports context.CancelCauseFunc
 
 	writing  sync.Mutex // guards the next two; held while the record is written, so that there is one change at a time
@@ -312,10 +207,10 @@ func (src *commandSource) serve(m *nats.Msg, arrived time.Time) {
 	}
 }
 
-// claim claims the command for this run: it writes a record that names this run. If claim reports false, it has
-// acknowledged the message, or stored the outcome, and the handler must not be called.
+// claim claims the command for this run: it writes a record that names this run. If claim reports false, the handler must not be
+// called: the message was dealt with, or a later delivery of it has claimed the command.
 func (run *commandRun) claim() bool {
-	src, sequence := run.src, run.r.delivery.sequence
+	src := run.src
 	run.writing.Lock()
 	defer run.writing.Unlock()
 	ctx, cancel := context.WithTimeout(src.svc.base, recordTimeout)
@@ -327,47 +222,26 @@ func (run *commandRun) claim() bool {
 			run.fence.Store(revision)
 			return true
 		}
-		if rec == nil && run.r.delivery.firing {
+		if rec == nil && run.r.delivery.fromSchedule {
 			rec = run.recordOfFiring()
 		}
 		if rec == nil || rec.final() {
 			src.acknowledge(run.r.in, ack)
 			return false
 		}
-		if early := time.Until(rec.Due); rec.State == stateScheduled && early > clockSkew {
-			src.acknowledge(run.r.in, nakAfter(early))
-			return false
-		}
-		delivery := run.r.delivery.attempt
-		switch {
-		case rec.ClaimedBy == sequence && delivery <= rec.ClaimedAt:
-			return false // this delivery was held up, and a later one has claimed the command since
-		case rec.ClaimedBy != 0 && rec.ClaimedBy != sequence && rec.State != stateQueued && src.leaveToOther(ctx, rec, run.r):
+		if run.mustWait(ctx, rec) {
 			return false
 		}
 		run.rec, run.revision = *rec, revision
 		if rec.State == stateRunning { // the instance that has claimed it has crashed, or lost the connection
 			run.rec.Crashes++
 		}
-		if !rec.Expire.IsZero() && time.Until(rec.Expire) <= 0 {
-			run.rec.expire(src.svc.name)
-			src.meter.count(run.r.msg.Source, run.rec.Error)
-			run.writeAndAcknowledge(ack)
-			return false
-		}
-		if run.rec.Failures+run.rec.Crashes >= src.cfg.attempts {
-			last := run.rec.Error
-			if last == nil {
-				last = newError(ErrInternal, "its handler began %d times and never finished: "+
-					"it crashed or hung, or its instance lost the connection", run.rec.Crashes)
-				last.Source = src.svc.name
-				src.meter.count(run.r.msg.Source, last)
-			}
-			run.fail(last)
+		if run.failIfSpent() {
 			return false
 		}
 		run.last = rec.progress()
-		run.rec.State, run.rec.Owner, run.rec.Run, run.rec.ClaimedBy, run.rec.ClaimedAt = stateRunning, src.svc.id, run.nonce, sequence, delivery
+		run.rec.State, run.rec.Owner, run.rec.Run = stateRunning, src.svc.id, run.nonce
+		run.rec.ClaimedBy, run.rec.ClaimedAt = run.r.delivery.sequence, run.r.delivery.attempt
 		run.rec.Attempt++
 		rec, revision, failure = src.svc.writeRecord(ctx, run.key, &run.rec, revision, callConfigs[kindCommand])
 		if failure == nil {
@@ -381,6 +255,43 @@ func (run *commandRun) claim() bool {
 	return false
 }
 
+// mustWait reports whether this run must not claim the command now, because it is not due, or because it belongs to another delivery.
+// Then mustWait has acknowledged the message, unless it has to be left alone.
+func (run *commandRun) mustWait(ctx context.Context, rec *record) bool {
+	d := run.r.delivery
+	if early := time.Until(rec.Due); rec.State == stateScheduled && early > clockSkew {
+		run.src.acknowledge(run.r.in, nakAfter(early))
+		return true
+	}
+	if rec.ClaimedBy == d.sequence {
+		return d.attempt <= rec.ClaimedAt // a later delivery of the same message has claimed the command already
+	}
+	return rec.ClaimedBy != 0 && rec.State != stateQueued && run.src.leaveToOther(ctx, rec, run.r)
+}
+
+// failIfSpent writes the outcome of a command that has expired, or that has no more attempts. It reports whether it did.
+func (run *commandRun) failIfSpent() bool {
+	src, rec := run.src, &run.rec
+	switch {
+	case !rec.Expire.IsZero() && time.Until(rec.Expire) <= 0:
+		rec.expire(src.svc.name)
+		src.meter.count(run.r.msg.Source, rec.Error)
+		run.writeAndAcknowledge(ack)
+	case rec.Failures+rec.Crashes >= src.cfg.attempts:
+		last := rec.Error
+		if last == nil {
+			last = newError(ErrInternal, "its handler began %d times and never finished: "+
+				"it crashed or hung, or its instance lost the connection", rec.Crashes)
+			last.Source = src.svc.name
+			src.meter.count(run.r.msg.Source, last)
+		}
+		run.fail(last)
+	default:
+		return false
+	}
+	return true
+}
+
 // recordOfFiring returns the first record of a command that a schedule has sent.
 func (run *commandRun) recordOfFiring() *record {
 	rec := &record{State: stateQueued, Source: run.r.msg.Source}
@@ -389,15 +300,19 @@ func (run *commandRun) recordOfFiring() *record {
 			rec.Priority = level
 		}
 	}
-	if ttl := run.r.in.Header.Get(jetstream.MsgTTLHeader); ttl != "" {
-		rec.Expire = run.r.delivery.stored.Add(lifetime(ttl)).UTC()
+	if lifetime := parseTTL(run.r.in.Header.Get(jetstream.MsgTTLHeader)); lifetime > 0 {
+		rec.Expire = run.r.delivery.stored.Add(lifetime).UTC()
 	}
 	return rec
 }
 
-// leaveToOther reports whether another message than that of r led to the claim of a command and will lead to its next attempt, so that r's
-// need not. It has acknowledged r's message then. Somebody may have removed the other message from the queue. Then r's takes its
-// place: at once if the command waits, and if it runs as soon as its deadline is over.
+// A command may have several messages in the queue, because a sender that gets no confirmation, or that uses the key again, queues
+// it again. One of them is enough: the one with which the command was claimed.
+//
+// leaveToOther reports whether r's message can be left alone, because the one with which the command was claimed is still in the
+// queue and will lead to the next attempt. Then r's message is acknowledged. If the other message was removed from the queue, r's
+// takes its place: at once if the command waits, and after the deadline of the handler if the command runs. Until then r's message
+// is redelivered at intervals.
 func (src *commandSource) leaveToOther(ctx context.Context, rec *record, r *request) bool {
 	c := src.svc.pick()
 	if c == nil {
@@ -419,8 +334,8 @@ func (src *commandSource) leaveToOther(ctx context.Context, rec *record, r *requ
 	return true
 }
 
-// write writes the record with the latest report, and retries until ctx ends or the time is up. If the command is lost, it ends
-// the handler's ctx and returns the error that says why.
+// write writes the record with the latest report, and retries until ctx ends or the time is up. If the record says that the command
+// was cancelled or taken over, write returns the error of revoke.
 func (run *commandRun) write(ctx context.Context, within time.Duration) *Error {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
@@ -428,7 +343,7 @@ func (run *commandRun) write(ctx context.Context, within time.Duration) *Error {
 		run.rec.Percent, run.rec.Message = p.Percent, p.Message
 	}
 	cfg := *callConfigs[kindCommand]
-	cfg.sticky = true
+	cfg.sticky = true // makes writeRecord retry until ctx ends
 	for {
 		now, revision, failure := run.src.svc.writeRecord(ctx, run.key, &run.rec, run.revision, &cfg)
 		switch {
@@ -444,8 +359,8 @@ func (run *commandRun) write(ctx context.Context, within time.Duration) *Error {
 	}
 }
 
-// revoke ends the handler's ctx because the command was cancelled or belongs to another instance, as its record says now. It
-// returns the error that says so.
+// revoke ends the handler's ctx, because its record now says that the command was cancelled or that another instance has claimed it.
+// It returns the error for that.
 func (run *commandRun) revoke(now *record) *Error {
 	failure := newError(ErrFenced, "another instance has taken over the command %s", run.r.id)
 	if now != nil && now.State == stateCanceled {
@@ -456,7 +371,7 @@ func (run *commandRun) revoke(now *record) *Error {
 	return failure
 }
 
-// revocation returns the error that says why the command was lost while the handler ran, or nil if it was not.
+// revocation returns the error with which revoke has ended the handler's ctx, or nil.
 func (run *commandRun) revocation() *Error {
 	failure, _ := context.Cause(run.reporting).(*Error)
 	return failure
@@ -472,7 +387,8 @@ func (src *commandSource) checkRuns() {
 	}
 }
 
-// check reads the record and ends the handler's ctx if the command is lost. It reports false if the record can't be read.
+// check reads the record, and calls revoke if it says that the command was cancelled or taken over. It reports false if the record
+// can't be read.
 func (run *commandRun) check() bool {
 	ctx, cancel := context.WithTimeout(run.src.svc.base, recordTimeout)
 	defer cancel()
@@ -508,7 +424,7 @@ func (c *Command[T]) Progress(percent float64, message string) error {
 	return nil
 }
 
-// writeProgress writes the latest report, at intervals, until no other report has come in an interval or the handler has
+// writeProgress writes the latest report, at intervals, until an interval has passed without a new report, or the handler has
 // returned. In the latter case the report is written with the outcome.
 func (run *commandRun) writeProgress() {
 	for more := true; more; {
@@ -533,41 +449,56 @@ func (src *commandSource) done(r *request, data []byte, failure *Error) {
 	run.endReports(nil)
 	lost := run.revocation()
 	if lost == nil && failure != nil && failure.Code == ErrCanceled.Code && src.svc.base.Err() == nil {
-		own := newError(ErrInternal, "the handler returned an error as if the command had been cancelled, which it was not: %s", failure.Message)
-		own.Source, failure = failure.Source, own
+		// To the sender, CANCELED means that somebody has called Job.Cancel.
+		internal := newError(ErrInternal, "the handler returned an error as if the command had been cancelled, which it was not: %s",
+			failure.Message)
+		internal.Source, failure = failure.Source, internal
 	}
 	switch {
 	case lost != nil:
 		run.giveUp(lost)
 	case failure == nil:
-		codec := cmp.Or(r.codec, src.svc.cfg.codec) // r has none if middleware answered
-		if p := run.reported.Swap(nil); p != nil {
-			run.rec.Message = p.Message
-		}
-		run.rec.Percent = 100
-		run.rec.State, run.rec.Result, run.rec.Type, run.rec.Error = stateCompleted, data, codec.ContentType(), nil
-		run.writeAndAcknowledge(ack)
+		run.complete(data)
 	case src.svc.base.Err() != nil || r.fenced: // Stop has cancelled the handler, or another instance leads
 		run.requeue()
+	case r.retryAfter != nil:
+		run.retryLater(failure.cut(), r.retryAfter.pause)
 	default:
-		failure = failure.cut()
-		run.rec.Error = failure
-		if r.retryAfter != nil {
-			run.rec.State = stateRetrying
-			run.rec.Attempt--
-			src.logOften(r, slog.LevelInfo, "a command is handled again later", "error", failure, "pause", r.retryAfter.pause)
-			run.writeAndAcknowledge(nakAfter(r.retryAfter.pause))
-			return
-		}
-		if run.rec.Failures++; r.permanent || run.rec.Failures+run.rec.Crashes >= src.cfg.attempts {
-			run.fail(failure)
-			return
-		}
-		run.rec.State = stateRetrying
-		pause := backoff(run.rec.Failures, src.cfg.backoff, src.cfg.maxBackoff)
-		src.logOften(r, slog.LevelWarn, "an attempt failed", "error", failure, "attempt", run.rec.Attempt, "pause", pause)
-		run.writeAndAcknowledge(nakAfter(pause))
+		run.retryOrFail(failure.cut())
 	}
+}
+
+// complete writes the result.
+func (run *commandRun) complete(data []byte) {
+	codec := cmp.Or(run.r.codec, run.src.svc.cfg.codec) // r has none if middleware answered
+	if p := run.reported.Swap(nil); p != nil {
+		run.rec.Message = p.Message
+	}
+	run.rec.Percent = 100
+	run.rec.State, run.rec.Result, run.rec.Type, run.rec.Error = stateCompleted, data, codec.ContentType(), nil
+	run.writeAndAcknowledge(ack)
+}
+
+// retryLater has the command handled again after a pause, as the same attempt, because the handler has returned RetryAfter.
+func (run *commandRun) retryLater(failure *Error, pause time.Duration) {
+	run.rec.State, run.rec.Error = stateRetrying, failure
+	run.rec.Attempt--
+	run.src.logOften(run.r, slog.LevelInfo, "a command is handled again later", "error", failure, "pause", pause)
+	run.writeAndAcknowledge(nakAfter(pause))
+}
+
+// retryOrFail has the command handled again after a pause, unless this was the last attempt.
+func (run *commandRun) retryOrFail(failure *Error) {
+	cfg := run.src.cfg
+	run.rec.Error = failure
+	if run.rec.Failures++; run.r.permanent || run.rec.Failures+run.rec.Crashes >= cfg.attempts {
+		run.fail(failure)
+		return
+	}
+	run.rec.State = stateRetrying
+	pause := backoff(run.rec.Failures, cfg.backoff, cfg.maxBackoff)
+	run.src.logOften(run.r, slog.LevelWarn, "an attempt failed", "error", failure, "attempt", run.rec.Attempt, "pause", pause)
+	run.writeAndAcknowledge(nakAfter(pause))
 }
 
 // fail stores the command as a dead letter, and then its outcome. After a crash in between, the next run does both again.
@@ -580,8 +511,9 @@ func (run *commandRun) fail(failure *Error) {
 	run.writeAndAcknowledge(ack)
 }
 
-// writeAndAcknowledge writes the record and then acknowledges the message in the way that how says. It goes on trying, and keeps the message,
-// until the record is written, the command is lost, or Stop's time is up.
+// writeAndAcknowledge writes the record, and then acknowledges the message with how: ack after an outcome, or a nak with a pause
+// before the next attempt. It retries, and keeps the message, until the record is written, the command is lost, or Stop's time is
+// up.
 func (run *commandRun) writeAndAcknowledge(how string) {
 	for n := 1; ; n++ {
 		failure := run.write(context.Background(), outcomeTimeout)
@@ -600,7 +532,8 @@ func (run *commandRun) writeAndAcknowledge(how string) {
 	}
 }
 
-// requeue queues the command again. If it was claimed, the attempt does not count.
+// requeue writes the record as queued, and gives the message back, so that another instance begins at once. If the command was
+// claimed, the attempt does not count.
 func (run *commandRun) requeue() {
 	run.src.svc.requeueing.Add(1)
 	defer run.src.svc.requeueing.Add(-1)
@@ -615,15 +548,15 @@ func (run *commandRun) requeue() {
 	run.src.giveBack(run.r.in)
 }
 
-// giveUp gives up the command because of failure: another instance has taken it over, it was cancelled, or its record could not
-// be written. It acknowledges the message only if the command was cancelled. Otherwise the server redelivers the message after
-// the ack wait, unless the instance that has the command acknowledges it.
-func (run *commandRun) giveUp(failure *Error) {
-	if failure.Code == ErrCanceled.Code {
+// giveUp ends the run without an outcome: another instance has taken the command over, it was cancelled, or its record could not be
+// written. giveUp acknowledges the message only if the command was cancelled. Otherwise the server redelivers the message after the
+// ack wait, unless the instance that has the command acknowledges it.
+func (run *commandRun) giveUp(why *Error) {
+	if why.Code == ErrCanceled.Code {
 		run.src.acknowledge(run.r.in, ack)
 		return
 	}
-	run.src.logger(run.r).Warn("the outcome of a command was not stored", "error", failure)
+	run.src.logger(run.r).Warn("the outcome of a command was not stored", "error", why)
 }
 
 // redriveCommand queues the command of a dead letter again.

@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"log/slog"
-	mrand "math/rand/v2"
 	"net/url"
 	"regexp"
 	"runtime"
@@ -23,7 +22,7 @@ import (
 // This file has the pool of connections: how they are made, lost and made again, which one a message takes, and what the server
 // has refused. What is sent on a connection goes through publish, which batches it.
 
-// A conn is one connection of the pool and its reply slots.
+// A conn is one connection of the pool, or the carrier's, and its reply slots.
 type conn struct {
 	nc           *nats.Conn
 	js           jetstream.JetStream
@@ -42,7 +41,7 @@ type conn struct {
 	spare   []outgoing // the empty slice that pending becomes next, so that no new one is allocated
 
 	inboxCount atomic.Uint64 // how many newInbox has made
-	probing    atomic.Int32  // how often the server has refused a subscription since probeSlots began, and 1 while it runs
+	probing    atomic.Int32  // refusals of a subscription that probeSlots has not dealt with yet; it runs while there are any
 	slotsMu    sync.Mutex    // guards the rest
 	slots      map[*slot]bool
 	free       []*slot       // the slots without a call; the one used last is at the end
@@ -59,7 +58,7 @@ func (s *Service) connect(carrier bool) (_ *conn, err error) {
 	opts.Servers, opts.Name = s.cfg.urls, s.id
 	opts.MaxReconnect = -1 // no limit
 	opts.CustomReconnectDelayCB = func(rounds int) time.Duration { return backoff(rounds, 50*time.Millisecond, 5*time.Second) }
-	opts.IgnoreAuthErrorAbort = true // it goes on reconnecting, because the credentials may be renewed
+	opts.IgnoreAuthErrorAbort = true // go on reconnecting, because the credentials may be renewed
 	opts.PingInterval = 10 * time.Second
 	opts.FlusherTimeout = 2 * time.Second // a server that does not read any more counts as gone
 	opts.ReconnectOnFlusherError = true
@@ -313,7 +312,7 @@ func (s *Service) notify(subject string, data []byte) {
 func (s *Service) flush(ctx context.Context) (failure *Error) {
 	for _, c := range s.allConns() {
 		if err := c.flush(ctx); err != nil {
-			failure = newError(ErrUnavailable, "no answer from %s: %v", redacted(s.cfg.urls), err)
+			failure = newError(cmp.Or(asError(ctx.Err()), ErrUnavailable), "no answer from %s: %v", redacted(s.cfg.urls), err)
 		}
 	}
 	return failure
@@ -329,8 +328,8 @@ func (c *conn) flush(ctx context.Context) error {
 	return c.nc.FlushWithContext(ctx)
 }
 
-// denials remembers what the server's permissions have denied. The server does not answer a message that it denies. It reports
-// the denial with the subject, but without the message's reply subject, so that the caller has to look for it here.
+// denials remembers what the server has denied. The server does not answer a message that it denies. It reports the denial with the
+// subject, but without the message's reply subject, so that the caller has to look for it here.
 type denials struct {
 	mu     sync.Mutex               // guards latest
 	latest map[string]time.Duration // the time of the latest denial; the key is toPublish or toSubscribe and the subject, or tooMany
@@ -359,7 +358,8 @@ func (d *denials) note(err error) {
 }
 
 // since returns the error for a denial at the time begin or later, or nil if there was none. With patterns, it looks only for
-// denials of what one of them covers. A pattern begins with toPublish or toSubscribe.
+// denials of what one of them covers. A pattern is toPublish or toSubscribe and a pattern of subjects; the prefix is a part of the
+// first token, so that covers can compare them.
 func (d *denials) since(begin time.Duration, patterns ...string) *Error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -390,7 +390,7 @@ func (s *Service) checkDenials(ctx context.Context, begin time.Duration) error {
 	if failure := s.flush(ctx); failure != nil {
 		return failure
 	}
-	for _, c := range s.allConns() { // LastError knows an error a moment before AsyncErrorCB is called
+	for _, c := range s.allConns() { // wait until AsyncErrorCB was called for what LastError knows already
 		last, end := c.nc.LastError(), clock()+time.Second
 		for isRefusal(last) && *cmp.Or(c.lastReported.Load(), new(error)) != last && clock() < end {
 			time.Sleep(time.Millisecond)
@@ -402,35 +402,4 @@ func (s *Service) checkDenials(ctx context.Context, begin time.Duration) error {
 // isRefusal reports whether err is the server's refusal of a message or a subscription.
 func isRefusal(err error) bool {
 	return errors.Is(err, nats.ErrPermissionViolation) || errors.Is(err, nats.ErrMaxSubscriptionsExceeded)
-}
-
-// Time.
-
-// clock returns the monotonic time since the process began. "By the clock" in a comment means that a time is measured so.
-func clock() time.Duration { return time.Since(clockStart) }
-
-var clockStart = time.Now()
-
-// backoff returns the pause after attempt n, which is random between 0 and first·2ⁿ⁻¹, and at most longest.
-func backoff(n int, first, longest time.Duration) time.Duration {
-	d := longest
-	if n = max(n, 1); n < 64 && first <= longest>>(n-1) {
-		d = first << (n - 1)
-	}
-	return mrand.N(d + 1)
-}
-
-// sleep pauses for d. It reports false if ctx ends before d is over.
-func sleep(ctx context.Context, d time.Duration) bool {
-	select {
-	case <-time.After(d):
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
-// withDeadline returns ctx, with a timeout of d if it has no deadline.
-func withDeadline(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(ctx, timeLeft(ctx, d))
 }

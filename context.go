@@ -230,7 +230,8 @@ func callerOf(m *nats.Msg) (address, *Error) {
 		budget, err = time.Duration(ms)*time.Millisecond, nil
 	}
 	if err != nil || budget <= 0 {
-		return from, notRun(newError(ErrInvalid, "%s: %.40q: want a duration such as 1.5s, or milliseconds, more than 0", headerTimeout, text))
+		return from, notRun(newError(ErrInvalid, "%s: %.40q: want a duration such as 1.5s, or milliseconds, more than 0",
+			headerTimeout, text))
 	}
 	from.budget = min(cmp.Or(from.budget, budget), budget, maxBudget)
 	return from, nil
@@ -268,11 +269,12 @@ func (a address) correlationID() string {
 
 func cancelSubject(service string) string { return "rpc." + service + ".$cancel" }
 
-// cancels has the running handlers that use their ctx, and the latest cancellations of requests that no handler here has begun.
+// cancels has the CancelFuncs of running handlers that use their ctx. It also remembers the latest cancellations that came before a
+// handler here began, as keys with a nil CancelFunc.
 type cancels struct {
 	hadEarly atomic.Bool                   // whether a request was ever cancelled early
 	mu       sync.Mutex                    // guards the rest
-	funcs    map[string]context.CancelFunc // by reply subject, or "commands." and key; nil for a request that was cancelled early
+	funcs    map[string]context.CancelFunc // by the reply subject, or "commands." and the key of a command
 	early    []string                      // the reply subjects of the requests that were cancelled early, oldest first
 }
 

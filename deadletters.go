@@ -48,7 +48,8 @@ func (s *Service) deadStream() jetstream.StreamConfig {
 
 // DeadLetters yields the dead letters of all services that are stored when it begins, the oldest first. It reads them one by one.
 // Each read blocks until ctx ends at most, or for [WithTimeout] if ctx has no deadline. If a read fails, DeadLetters yields the
-// error and ends. The loop may redrive or discard the dead letters.
+// error and ends. The loop may redrive or discard the dead letters. The server keeps a dead letter until then: [WithRetention]
+// does not limit AEGIS_DEAD.
 //
 // To find the dead letters of one handler, compare Consumer. For a subscription, Consumer is the name of the service, a tilde, and
 // the name of [Durable], or else the pattern with ~ for each dot, + for * and # for >. For example, it is risk~payment~+ for the
@@ -86,9 +87,10 @@ func (s *Service) letterOf(m *jetstream.RawStreamMsg) DeadLetter {
 	return d
 }
 
-// Redrive sends the event or the command of a dead letter again to the consumer that failed to handle it, and to no other one, and
-// then removes the dead letter. The message has all its [Attempts] again. An event keeps its id, time and subject, and has a new
-// Sequence. A command is queued again, and its new outcome replaces the old one. The caller may change d.Header and d.Data before.
+// Redrive sends the event or the command of a dead letter again to the consumer that failed to handle it, and to no other one,
+// and then removes the dead letter. The message has all its [Attempts] again. An event keeps its id, time and subject, and has a
+// new Sequence. A command is queued again, and its new outcome replaces the old one. The caller may change d.Header and d.Data
+// before; the idempotency key of a command still belongs to the data that was sent first. Command.Attempt continues to count.
 // Redrive blocks until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline. A Redrive that has failed can
 // be repeated.
 //
@@ -175,7 +177,8 @@ func (s *Service) redriveEvent(ctx context.Context, d DeadLetter) *Error {
 	if failure != nil {
 		return failure
 	}
-	subject := fmt.Sprintf("%s%s.%d", redrivePrefix, d.Consumer, d.Sequence) // its own, so that no limit of a subject evicts another one
+	// The subject is its own, so that a limit of messages per subject evicts no other redriven event.
+	subject := fmt.Sprintf("%s%s.%d", redrivePrefix, d.Consumer, d.Sequence)
 	have := consumer.CachedInfo().Config
 	if !slices.ContainsFunc(append(have.FilterSubjects, have.FilterSubject), func(p string) bool { return covers(p, subject) }) {
 		return notRun(newError(ErrInvalid, "%s does not take %s: add that to its filter and to the stream's subjects", what, subject))
@@ -188,24 +191,24 @@ func (s *Service) redriveEvent(ctx context.Context, d DeadLetter) *Error {
 
 // storeDeadLetter stores the message of r as a dead letter. It retries until that succeeds. It reports false if Stop's time is up
 // before that. The message id keeps a retry from storing the dead letter twice.
-func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
+func (f *feed) storeDeadLetter(r *request, reason *Error, attempts int) bool {
 	d := r.delivery
-	reason := failure.Error()
-	own := nats.Header{
+	text := strings.Map(func(char rune) rune { return max(char, ' ') }, cutText(reason.Error(), maxReason))
+	added := nats.Header{
 		headerSubject:         {r.msg.Subject},
 		headerID:              {r.id},
 		headerTime:            {d.time.Format(time.RFC3339Nano)},
 		headerConsumer:        {d.consumer},
-		headerReason:          {strings.Map(func(r rune) rune { return max(r, ' ') }, cutText(reason, maxReason))},
+		headerReason:          {text},
 		headerAttempts:        {strconv.Itoa(attempts)},
 		jetstream.MsgIDHeader: {fmt.Sprintf("%s-%d-%s", d.consumer, d.sequence, strconv.FormatInt(d.time.UnixNano(), 36))},
 	}
 	x := exchange{subject: f.letters(), header: copyHeader(r.in.Header), data: r.in.Data}
-	maps.Copy(x.header, own)
+	maps.Copy(x.header, added)
 	if messageSize(x.header, x.data)+64 > f.svc.maxPayload() { // not from Publish or SendCommand, which leave room
-		x.header, x.data = own, nil
-		reason = fmt.Sprintf("(too large to be copied, see sequence %d of %s) %s", d.sequence, f.stream.Name, own[headerReason][0])
-		own[headerReason] = []string{reason}
+		x.header, x.data = added, nil
+		added[headerReason] = []string{fmt.Sprintf("(too large to be copied, see sequence %d of %s) %s",
+			d.sequence, f.stream.Name, text)}
 	}
 	ctx := context.Background() // so that Stop does not cut short what may have been sent
 	for n := 1; ; n++ {         // meanwhile keepAlive keeps the message with this instance
@@ -219,7 +222,7 @@ func (f *feed) storeDeadLetter(r *request, failure *Error, attempts int) bool {
 		}
 	}
 	f.meter.dead.Add(1)
-	f.logger(r).Error("stored a dead letter", "error", failure, "attempts", attempts)
+	f.logger(r).Error("stored a dead letter", "error", reason, "attempts", attempts)
 	return true
 }
 

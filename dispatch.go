@@ -63,8 +63,8 @@ type source interface {
 type endpoint struct {
 	svc                 *Service
 	source              source
-	candidate           *candidate // campaigns for an exclusive handler, else nil
-	sharing             sync.Mutex // held by share, so that the latest state is the last that the source is told
+	candidate           *candidate // the candidate whose term an exclusive handler needs; nil if the handler is not exclusive
+	sharing             sync.Mutex // held by share, so that the source learns the latest state last
 	kind, name, subject string
 	handler             HandlerFunc
 	limit, maxIdle      int // how many workers there may be, and how many idle ones stay
@@ -74,7 +74,7 @@ type endpoint struct {
 	reject     func(*nats.Msg)              // refuses a message beyond the limit; nil if the source never brings more than may run
 	stopping   chan struct{}                // closed when no more messages will come
 	finished   chan struct{}                // closed when all messages are handled
-	workerIdle chan struct{}                // tells shed that a worker is idle
+	workerIdle chan struct{}                // receives a signal for shed when a worker is idle
 	meter      *meter
 	quota      quota // of log lines
 
@@ -94,7 +94,8 @@ type worker struct {
 	since atomic.Int64             // when it took the latest message, by the clock
 }
 
-// A arrival is a message and the time at which it arrived, which is zero if a worker takes the message straight from the queue.
+// An arrival is a message and the time at which shed took it from the queue. The time is zero if a worker took the message from the
+// queue itself.
 type arrival struct {
 	msg     *nats.Msg
 	arrived time.Time
@@ -130,7 +131,7 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 	}
 	s.endpoints[key] = e
 	size := max(min(queueSize, queueTotal/len(s.endpoints)), leastQueueSize)
-	if e.reject == nil { // a feed brings only what can begin
+	if e.reject == nil { // a feed asks for no more than its limit
 		size = min(cfg.concurrency, pullSize)
 	}
 	e.queue = make(chan *nats.Msg, size)
@@ -146,7 +147,10 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 	err := e.open(ctx)
 	if err == nil {
 		signal(s.entryChanged)
-		return errors.Join(s.campaignForExclusive(ctx), s.checkDenials(ctx, begin))
+		if err = s.campaignForExclusive(ctx); err == nil {
+			err = s.checkDenials(ctx, begin)
+		}
+		return err
 	}
 	s.mu.Lock()
 	stopped := s.state == serviceStopping // then Stop finishes e
@@ -160,7 +164,7 @@ func (s *Service) addEndpoint(e *endpoint, cfg *handlerConfig) error {
 
 // open starts the first worker and then the source.
 func (e *endpoint) open(ctx context.Context) error {
-	if e.opened.Swap(true) { // by a Start that runs at the same time as addEndpoint, or by that
+	if e.opened.Swap(true) { // Start and addEndpoint may both open an endpoint that is added while Start runs
 		return nil
 	}
 	e.mu.Lock()
@@ -219,7 +223,7 @@ func (e *endpoint) startWorkerLocked() {
 	if len(e.workers) < e.limit {
 		w := &worker{}
 		e.workers[w] = true
-		if len(e.workers) == e.limit && e.waiting.Load() == nil { // before shed can run, so that take finds it when a worker needs it
+		if len(e.workers) == e.limit && e.waiting.Load() == nil { // made before shed starts, so that every worker sees it in time
 			e.waiting.Store(new(make(chan arrival, e.limit)))
 		}
 		e.idle.Add(1)
@@ -232,9 +236,9 @@ func (e *endpoint) startWorkerLocked() {
 
 // work handles messages until there are enough other idle workers, or no more messages will come.
 func (e *endpoint) work(w *worker) {
-	left := false
+	left := false // whether take says that w has left
 	defer func() {
-		if !left { // the handler has called runtime.Goexit
+		if !left { // the handler has called runtime.Goexit, which ends this goroutine: go on in another one
 			w.msg.Store(nil)
 			e.idle.Add(1)
 			e.workersDone.Go(func() { e.svc.asHandler(func() { e.work(w) }) })
@@ -294,8 +298,8 @@ var noArrivals chan arrival // from which nothing comes
 func (e *endpoint) waitingCount() int { return len(*cmp.Or(e.waiting.Load(), &noArrivals)) }
 
 // leave removes w if there are enough other idle workers, or if no more messages will come and none is left. It reports whether
-// it did. It holds mu, so that startWorkerLocked finds every worker either idle or gone, and shed finds one that takes what it
-// put down.
+// it did. It decides and removes while it holds mu: a worker that startWorkerLocked or shed still counts as idle will look into the
+// queue and at the waiting messages once more.
 func (e *endpoint) leave(w *worker, noMore bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -324,7 +328,7 @@ func (e *endpoint) shed() {
 		e.mu.Lock()
 		more = e.idle.Load() == 0 && !isClosed(e.stopping)
 		e.shedding = more
-		if !more && e.waitingCount() > 0 && len(e.workers) < e.limit { // workers may have left before shed put it there
+		if !more && e.waitingCount() > 0 && len(e.workers) < e.limit { // all workers may have left before shed put a message there
 			e.startWorkerLocked()
 		}
 		e.mu.Unlock()
@@ -427,14 +431,15 @@ func (e *endpoint) dispatch(r *request) {
 		case p != nil:
 			failure, panicked = newError(ErrInternal, "panic in %s: %v", e.name, p), true
 			e.logOften(r, slog.LevelError, "handler panicked", "error", p, "stack", string(debug.Stack()))
-		case failure == errNotReturned:
+		case failure == errNotReturned: // the handler has called runtime.Goexit
 			failure = newError(ErrInternal, "panic in %s: the handler called runtime.Goexit", e.name)
 		case failure == nil && r.run != nil:
 			failure = asError(r.run.revocation().orNil()) // a copy, because others have it too
 		}
 		if r.ran && r.termOver() {
 			r.fenced = true
-			f := newError(ErrFenced, "%s lost the leadership of term %d while %s ran: the effect may or may not stand", e.svc.id, r.term.number, e.name)
+			f := newError(ErrFenced, "%s lost the leadership of term %d while %s ran: the effect may or may not stand",
+				e.svc.id, r.term.number, e.name)
 			f.Cause = failure
 			failure = f
 		}
@@ -465,7 +470,8 @@ func (e *endpoint) dispatch(r *request) {
 	}
 }
 
-// A transmission is what transmit sends, in the ctx of the middleware of WithCallMiddleware.
+// A transmission travels in the ctx through the middleware of WithCallMiddleware, so that transmit, the innermost function, knows what
+// to send and how.
 type transmission struct {
 	send       func(ctx context.Context, data []byte) ([]byte, *Error)
 	mayHaveRun bool // whether it was sent and a handler may have run
@@ -499,15 +505,19 @@ func (s *Service) sendThrough(
 }
 
 // through calls send, through the middleware of WithCallMiddleware if there is any.
-func (s *Service) through(ctx context.Context, kind, subject string, out Raw, send func(ctx context.Context, data []byte) *Error) *Error {
+func (s *Service) through(
+	ctx context.Context, kind, subject string, out Raw, send func(ctx context.Context, data []byte) *Error,
+) *Error {
 	if s.callMiddleware == nil {
 		return send(ctx, out.data)
 	}
-	_, failure := s.sendThrough(ctx, kind, subject, out, func(ctx context.Context, data []byte) ([]byte, *Error) { return nil, send(ctx, data) })
+	_, failure := s.sendThrough(ctx, kind, subject, out, func(ctx context.Context, data []byte) ([]byte, *Error) {
+		return nil, send(ctx, data)
+	})
 	return failure
 }
 
-// transmit is the innermost of the HandlerFuncs that the middleware of WithCallMiddleware makes.
+// transmit is the HandlerFunc that the innermost middleware of WithCallMiddleware calls as next.
 func transmit(ctx context.Context, m *Message) ([]byte, error) {
 	t, _ := ctx.Value(transmissionKey{}).(*transmission)
 	if t == nil {
@@ -523,8 +533,8 @@ var errForeignCtx = newError(ErrInternal, "middleware must pass on the ctx that 
 var errNotReturned = &Error{} // stands for the result of a handler until it returns; compared by identity
 
 // typed returns the HandlerFunc that decodes the payload of a message into data, calls fn, and encodes what its result points to;
-// nil stands for no answer. In the text of an error, out is what the result is.
-func typed[T any](out string, fn func(ctx context.Context, r *request, m *Message, data T) (result any, err error)) HandlerFunc {
+// nil stands for no answer. Error texts call the result what.
+func typed[T any](what string, fn func(ctx context.Context, r *request, m *Message, data T) (result any, err error)) HandlerFunc {
 	return func(ctx context.Context, m *Message) ([]byte, error) {
 		r := requestOf(ctx)
 		if r == noRequest {
@@ -546,7 +556,7 @@ func typed[T any](out string, fn func(ctx context.Context, r *request, m *Messag
 		}
 		answer, err := marshal(c, result)
 		if err != nil {
-			return nil, newError(ErrInternal, "encoding %s: %v", out, err)
+			return nil, newError(ErrInternal, "encoding %s: %v", what, err)
 		}
 		r.codec = answer.codec
 		return answer.data, nil

@@ -32,6 +32,10 @@ import (
 // own. And on Linux the monotonic clock stands still while a machine is suspended: a leader that was suspended may go on as if no
 // time had passed, and then only the term, as a fencing token, shows that it is not the leader any more.
 //
+// A candidate alternates between two functions: win waits until the lease is free and takes it, and runTerm renews the lease on a
+// second goroutine while the leader acts. For the exclusive handlers, the leader acts in serveTerm: the endpoints begin to take
+// messages (endpoint.share), and admit checks for each message that the term still holds.
+//
 // Leases are described in Gray and Cheriton, "Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
 // Consistency", SOSP 1989.
 
@@ -75,13 +79,13 @@ func (p FailoverPolicy) valid() bool {
 	return p.Lease > p.Valid && p.Valid > p.Renew && p.Renew > 0 && p.Timeout > 0 && p.Lease <= maxLease
 }
 
-// A leaseValue is the value of a group's key. No two claims are equal, because their Nonce and Sent differ.
+// A leaseValue is the value of a group's key. No two are equal, because their Nonce and Sent differ.
 type leaseValue struct {
-	Holder   string        `json:"holder"` // the instance that leads; "" if the claim only starts a wait (see take)
-	Nonce    string        `json:"nonce"`  // the random one of the candidate that wrote the claim
+	Holder   string        `json:"holder"` // the instance that leads; "" if the value only starts a wait (see take)
+	Nonce    string        `json:"nonce"`  // the random one of the candidate that wrote the value
 	Term     uint64        `json:"term"`
 	Lease    time.Duration `json:"lease"` // in ns
-	Sent     time.Duration `json:"sent"`  // by the clock of the process that wrote the claim; meaningless to other processes
+	Sent     time.Duration `json:"sent"`  // by the clock of the process that wrote the value; meaningless to other processes
 	Released bool          `json:"released,omitempty"`
 }
 
@@ -93,24 +97,24 @@ func (c *leaseValue) valid() bool {
 	return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= maxLease
 }
 
-// A candidate takes part in the election of a group's leader. The fields from seen on belong to the goroutine that campaigns or,
-// while the candidate leads, to the goroutine that renews the lease.
+// A candidate takes part in the election of a group's leader. Its fields belong to the goroutine that campaigns, except those that
+// are atomic. While the candidate leads, the fields from seen on belong to the goroutine that renews the lease.
 type candidate struct {
 	svc           *Service
 	group, key    string
 	policy        FailoverPolicy
 	nonce         string
 	watch         *leaderWatch
-	healthChanged chan struct{}        // receives a signal when the service's unhealthy has changed
-	restUntil     time.Duration        // until when the candidate does not campaign, because it has resigned, by the clock
+	healthChanged chan struct{}        // receives a signal when the service has become healthy or unhealthy
+	restUntil     time.Duration        // when the candidate campaigns again after it has resigned, by the clock
 	campaigning   atomic.Bool          // whether campaignForExclusive has started the campaign
 	term          atomic.Pointer[term] // the latest
 
-	seen         leaseValue // the latest claim that is known
-	revision     uint64
-	since        time.Duration // when this claim was first seen, by the clock
-	highestTerm  uint64        // of all claims that were seen
-	longestLease time.Duration // of all claims that were seen
+	seen         leaseValue    // the latest value of the key that is known
+	revision     uint64        // of seen
+	since        time.Duration // when seen was first seen, by the clock
+	highestTerm  uint64        // of all values that were seen
+	longestLease time.Duration // of all values that were seen
 	lastConn     *conn         // the connection that was used last; see the method conn
 }
 
@@ -153,8 +157,9 @@ func (t *term) end() {
 }
 
 func (s *Service) newCandidate(group string, p FailoverPolicy) *candidate {
-	key, changed := s.name+"."+group, make(chan struct{}, 1)
-	return &candidate{svc: s, group: group, key: key, policy: p, nonce: rand.Text(), healthChanged: changed}
+	return &candidate{
+		svc: s, group: group, key: s.name + "." + group, policy: p, nonce: rand.Text(), healthChanged: make(chan struct{}, 1),
+	}
 }
 
 // Lead campaigns for the leadership of a group among the instances of the service, and calls fn each time this instance wins it.
@@ -255,7 +260,8 @@ func (s *Service) Leader(ctx context.Context) (string, error) {
 func (s *Service) LeaderOf(ctx context.Context, service string) (string, error) {
 	switch {
 	case !isName(service, maxService):
-		return "", notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
+		return "", notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d",
+			service, maxService))
 	case service == s.name && s.IsLeader():
 		return s.id, nil
 	}
@@ -347,7 +353,8 @@ func (w *leaderWatch) leaderNow() (id string, until time.Duration) {
 	return e.value.Holder, until
 }
 
-// lastLeader returns the id of the lastLeader, or "" if none is known.
+// lastLeader returns the id of the instance that was the last to take the lease, or that another instance has named since, or "" if
+// none is known. Unlike leaderNow it does not check whether the lease has ended: a call that is sent there finds out.
 func (w *leaderWatch) lastLeader() string {
 	e, _ := w.get(w.filter)
 	if c := w.correction.Load(); c != nil && c.revision == e.revision {
@@ -370,7 +377,8 @@ func (w *leaderWatch) correct(asked string, notActive *Error) {
 	}
 }
 
-// A expectedTerm is the term of the instance to which a call was sent as the leader. A nil one never ends.
+// An expectedTerm is the term in which a call was sent to the leader. superseded reports when another term has begun. A nil
+// expectedTerm never ends.
 type expectedTerm struct {
 	*leaderWatch
 	instance string
@@ -378,7 +386,7 @@ type expectedTerm struct {
 	ending   bool // whether another instance leads
 }
 
-// termOf returns the present term, in which the instance leads as far as is known here.
+// termOf returns the latest term, in which instance leads as far as is known here.
 func (w *leaderWatch) termOf(instance string) *expectedTerm {
 	e, _ := w.get(w.filter)
 	return &expectedTerm{leaderWatch: w, instance: instance, term: e.value.Term}
@@ -456,24 +464,26 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 		if e, ok := c.watch.get(c.key); ok && e.revision > c.revision {
 			c.observe(e.value, e.revision)
 		}
-		wait := c.untilFree()
-		if rest := c.restUntil - clock(); rest > 0 {
+		wait, rest := c.untilFree(), c.restUntil-clock()
+		switch {
+		case rest > 0:
 			wait = rest
-		} else if c.svc.unhealthy.Load() {
-			wait = c.policy.Lease // or until mayCampaign
-		} else if wait <= 0 {
+		case c.svc.unhealthy.Load():
+			wait = c.policy.Lease // a signal of healthChanged ends the wait
+		case wait <= 0:
 			t, failure := c.take(parent)
-			if t != nil {
-				c.svc.leaseLog.note(c, nil)
-				return t
+			if failure != nil && failure.Code == errConflict.Code {
+				failure = nil // another candidate was faster
 			}
-			wait = c.untilFree()
-			if failures++; failure == nil || failure.Code == errConflict.Code { // another candidate holds the lease, or a wait begins
-				failures = 0
-				c.svc.leaseLog.note(c, nil)
-			} else {
+			c.svc.leaseLog.note(c, failure)
+			switch {
+			case t != nil:
+				return t
+			case failure == nil: // the lease is not free, or a wait has begun
+				failures, wait = 0, c.untilFree()
+			default:
+				failures++
 				wait = backoff(failures, c.policy.Timeout/8, c.policy.Timeout)
-				c.svc.leaseLog.note(c, failure)
 			}
 		}
 		select {
@@ -486,7 +496,7 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 	}
 }
 
-// A leaseLog bounds the log lines about leases that can't be read or written: one when that begins, one in a minute, and one when it
+// A leaseLog writes the log lines about leases that can't be read or written: one when that begins, one each minute, and one when it
 // has ended for all candidates.
 type leaseLog struct {
 	mu      sync.Mutex          // guards the rest
@@ -511,7 +521,8 @@ func (t *leaseLog) note(c *candidate, failure *Error) {
 	}
 	t.failing[c] = true
 	if t.count++; before == 0 || clock() >= t.next {
-		c.svc.log.Warn("the leaders' leases can't be read or written", "group", c.group, "error", failure, "groups", len(t.failing), "failures", t.count)
+		c.svc.log.Warn("the leaders' leases can't be read or written",
+			"group", c.group, "error", failure, "groups", len(t.failing), "failures", t.count)
 		t.count, t.next = 0, clock()+time.Minute
 	}
 }
@@ -536,8 +547,8 @@ func (c *candidate) observe(now leaseValue, revision uint64) {
 	c.highestTerm, c.longestLease = max(c.highestTerm, now.Term), max(c.longestLease, now.Lease)
 }
 
-// take takes the lease if it is free. It reads the key first, because the claim that was seen last may be out of date. It returns
-// neither a term nor a failure if the lease turns out not to be free.
+// take takes the lease if it is free, and returns the term that begins. It reads the key first, because the value that was seen last
+// may be out of date. It returns neither a term nor a failure if the lease turns out not to be free.
 func (c *candidate) take(parent context.Context) (*term, *Error) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.policy.Timeout)
 	data, revision, failure := c.svc.readKey(ctx, c.conn(), leadersBucket, c.key)
@@ -547,8 +558,9 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 		return nil, failure
 	}
 	if data == nil {
-		// The key was deleted, or its bucket was lost, and the instance that held it may lead until its lease ends. So the wait
-		// begins with a claim that has no holder. If the key is lost once more, that claim can't be confused with a later one.
+		// The key was deleted, or its bucket was lost, and the instance that held it may lead until its lease ends. Therefore write a
+		// value without a holder, so that all candidates see a revision from which they wait for the longest lease that is known. If
+		// the key is lost once more, its next value has another revision.
 		c.revision = revision
 		_, failure := c.put(leaseValue{Term: c.highestTerm, Lease: max(c.longestLease, c.policy.Lease)})
 		return nil, failure
@@ -565,20 +577,24 @@ func (c *candidate) take(parent context.Context) (*term, *Error) {
 	if failure != nil {
 		return nil, failure
 	}
-	t := &term{number: number}
+	t := newTerm(parent, number, sent+c.policy.Valid)
+	c.term.Store(t)
+	return t, nil
+}
+
+// newTerm returns a term that ends at the time until, by the clock, unless it is extended. It is a child of parent.
+func newTerm(parent context.Context, number uint64, until time.Duration) *term {
+	t := &term{number: number, over: make(chan struct{})}
 	t.Context, t.cancel = context.WithCancel(context.WithValue(parent, termKey{}, t))
 	t.resigned, t.resign = context.WithCancel(context.Background())
-	t.over = make(chan struct{})
-	until := sent + c.policy.Valid
 	t.until.Store(int64(until))
-	t.lapse = time.AfterFunc(time.Hour, func() { // Reset starts it, because end needs lapse
+	t.lapse = time.AfterFunc(time.Hour, func() { // Reset sets the true time, when t.lapse is set, which end needs
 		if !t.holds() { // otherwise the lease was extended at the last moment
 			t.end()
 		}
 	})
 	t.lapse.Reset(until - clock())
-	c.term.Store(t)
-	return t, nil
+	return t
 }
 
 // runTerm calls lead and renews the lease until lead returns. If ctx has ended already, it does not call lead. Afterwards it
@@ -594,9 +610,9 @@ func (c *candidate) runTerm(ctx context.Context, t *term, lead func(*term)) {
 		t.end()
 		t.resign()
 		c.restUntil = clock() + time.Duration(t.restFor.Load())
-		c.svc.statusChanged()
+		c.svc.statusChanged() // before the release, so that the next leader does not take messages beside this instance
 		// If exclusive handlers still run, the next leader has to wait until the lease ends.
-		if released = released && !(c.campaigning.Load() && c.svc.exclusiveBusy()); released {
+		if released = released && !(c == c.svc.exclusive.Load() && c.svc.exclusiveBusy()); released {
 			c.release(t)
 		}
 		c.svc.log.Info("the leadership has ended", "group", c.group, "term", t.number, "released", released)
@@ -607,8 +623,8 @@ func (c *candidate) runTerm(ctx context.Context, t *term, lead func(*term)) {
 	}
 }
 
-// renew renews the lease until stop is closed, the lease is lost, or the instance is unhealthy. Then the lease ends by itself,
-// unless hold releases it.
+// renew renews the lease until stop is closed, the lease is lost, or the instance is unhealthy. When renew has returned, the lease
+// ends by itself, unless runTerm releases it before.
 func (c *candidate) renew(t *term, stop <-chan struct{}) {
 	due := c.seen.Sent + c.policy.Renew
 	for {
@@ -631,7 +647,7 @@ func (c *candidate) renew(t *term, stop <-chan struct{}) {
 		switch {
 		case failure == nil && t.extend(sent+c.policy.Valid):
 			due = sent + c.policy.Renew
-		case !t.holds(), failure.Code == errConflict.Code:
+		case !t.holds(), failure.Code == errConflict.Code: // if failure is nil, extend has found that t no longer holds
 			c.svc.log.Warn("the leadership was lost", "group", c.group, "term", t.number, "error", failure)
 			t.end()
 			return
@@ -651,9 +667,9 @@ func (c *candidate) release(t *term) {
 	}
 }
 
-// put replaces the claim that was seen last by next. It returns the time, by the clock, at which the claim that the key then
-// holds was sent. This time may be before the call of put, because an earlier put of the same claim may have been stored without
-// a confirmation. The failure is a conflict if the key holds another claim.
+// put replaces the value that was seen last by next. It returns the time, by the clock, at which the value that the key then
+// holds was sent. This time may be before the call of put, because an earlier put of the same value may have been stored without
+// a confirmation. The failure is a conflict if the key holds another value.
 func (c *candidate) put(next leaseValue) (sent time.Duration, failure *Error) {
 	next.Nonce, next.Sent = c.nonce, clock()
 	data, _ := json.Marshal(next)                                                // can't fail, because it is strings and numbers
@@ -667,14 +683,14 @@ func (c *candidate) put(next leaseValue) (sent time.Duration, failure *Error) {
 	}
 	now := parseLease(value)
 	c.observe(now, revision)
-	sent, now.Sent = now.Sent, next.Sent // an earlier put of the same claim differs in Sent only
+	sent, now.Sent = now.Sent, next.Sent // compare all but Sent: an earlier put of the same value may be the one that was stored
 	if now != next {
 		return 0, failure
 	}
 	return sent, nil
 }
 
-// conn returns the connection that was used last, as long as it is up. put and take replace it when a request on it fails,
+// conn returns the connection that was used last, as long as it is up. put and take set another one when a request on it fails,
 // because it takes nats.go some time to notice that a connection hangs.
 func (c *candidate) conn() *conn {
 	if c.lastConn == nil || !c.lastConn.up.Load() {
@@ -683,8 +699,7 @@ func (c *candidate) conn() *conn {
 	return c.lastConn
 }
 
-// parseLease returns the claim in the value of a key. For a value that is not from aegis it returns a claim of an unknown
-// candidate.
+// parseLease decodes the value of a key. For a value that is not from aegis it returns that of an unknown candidate.
 func parseLease(data []byte) (c leaseValue) {
 	if len(data) > 0 && (json.Unmarshal(data, &c) != nil || !c.valid()) {
 		c = leaseValue{Nonce: "?"}
@@ -710,8 +725,8 @@ func (s *Service) campaignForExclusive(ctx context.Context) error {
 	return nil
 }
 
-// serveTerm serves the exclusive handlers for a term. It returns when the lease ends. If the service stops or is unhealthy, it returns
-// when the messages that have arrived are handled.
+// serveTerm serves the exclusive handlers for a term. It returns when the lease ends. If the service stops or is unhealthy, or Resign
+// was called, it returns when the messages that have arrived or were asked for are handled.
 func (s *Service) serveTerm(t *term) {
 	s.statusChanged()
 	select {
@@ -729,6 +744,7 @@ func (s *Service) serveTerm(t *term) {
 // exclusiveBusy reports whether exclusive handlers are running or may still be started.
 func (s *Service) exclusiveBusy() bool {
 	return slices.ContainsFunc(s.allEndpoints(), func(e *endpoint) bool {
+		// Once Stop has begun, only finished says that no other handler will start.
 		return e.candidate != nil && !isClosed(e.finished) && (s.quitting.Err() != nil || e.source.busy())
 	})
 }

@@ -19,6 +19,13 @@ import (
 )
 
 // This file has durable events: Publish and PublishBatch store them, and Subscribe handles them.
+//
+// An event goes through publish, through (the middleware), prepare (headers and size), withRetries and store, which waits until the
+// stream has confirmed it. schedules.go adds what At, After and ExpireAfter need.
+//
+// On the other side, the feed (feed.go) brings the event to a worker, which calls serve. dispatch runs the handler and calls done,
+// which acknowledges the event, has it redelivered after a pause, stores it again for later (RetryAfter), or stores it as a dead
+// letter.
 
 // An Event is an event as a handler of [Subscribe] gets it.
 type Event[T any] struct {
@@ -97,9 +104,9 @@ type publication struct {
 	name    string // <domain>.<type>
 	subject string
 	header  nats.Header
-	id      string    // seal adds a suffix to it
-	due     time.Time // when it is to be delivered; zero for at once
-	checked bool      // whether the stream can do what the options want
+	id      string    // of the event; in a batch, prepare adds the position
+	due     time.Time // when to deliver it, the same for all events of a batch; zero for at once
+	checked bool      // whether checkStream has found that the stream can do what the options want
 }
 
 func (s *Service) newPublication(domain, eventType string, opts []CallOption) (*publication, *Error) {
@@ -142,7 +149,7 @@ func (p *publication) storeWithRetries(ctx context.Context, x *exchange) *Error 
 		if failure == nil {
 			_, failure = p.s.store(ctx, x, p.s.eventStream())
 		}
-		return nil, failure, retryable(failure)
+		return nil, failure, p.s.storeAgain(ctx, failure, p.s.eventStream(), x.subject)
 	})
 	return failure
 }
@@ -226,7 +233,7 @@ func PublishBatch[T any](ctx context.Context, s *Service, domain, eventType stri
 		sent = asError(all)
 		return sent
 	})
-	if failure != nil && failure == sent {
+	if failure != nil && failure == sent { // the middleware has passed the error on: return those of all events
 		return all
 	}
 	return failure.orNil()
@@ -316,7 +323,8 @@ func (b *batch) setResult(i int, failure *Error) {
 var notConfirmed = &Error{}
 
 // pipeline publishes the events todo on one connection, without waiting for each confirmation. It returns those that may be sent
-// again. Without a connection these are all of todo: publish finds out why when it stores the first of them.
+// again. Without a connection or a free slot it sends nothing and returns todo. Then publish stores the first of them by itself, and
+// reports why that fails.
 func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	c := b.s.pick()
 	if len(todo) == 0 || c == nil {
@@ -427,7 +435,7 @@ func Subscribe[T any](s *Service, pattern string, fn func(context.Context, Event
 	}), opts))
 }
 
-func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOption) error {
+func (s *Service) subscribe(pattern string, handler HandlerFunc, opts []HandlerOption) error {
 	tokens := strings.Split(pattern, ".")
 	for i, token := range tokens {
 		last := i == len(tokens)-1
@@ -439,7 +447,7 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 	if failure != nil {
 		return failure
 	}
-	e := &endpoint{kind: kindEvent, name: cmp.Or(deref(cfg.durable), pattern), subject: eventPrefix + pattern, handler: run}
+	e := &endpoint{kind: kindEvent, name: cmp.Or(deref(cfg.durable), pattern), subject: eventPrefix + pattern, handler: handler}
 	allowed := strings.NewReplacer(".", "~", "*", "+", ">", "#") // a consumer's name can't contain . * and >
 	l := newLane(s.name+"~"+allowed.Replace(e.name), e.subject)
 	if cfg.broadcast {
@@ -457,7 +465,7 @@ func (s *Service) subscribe(pattern string, run HandlerFunc, opts []HandlerOptio
 	return s.addEndpoint(e, cfg)
 }
 
-// A eventSource is the source of an endpoint's events.
+// An eventSource is the source of an endpoint's events.
 type eventSource struct {
 	*feed
 
@@ -498,7 +506,8 @@ func (f *eventSource) noteFailure(sequence uint64, failure *Error) {
 	f.failures[sequence] = failure
 }
 
-// reasonUnfinished returns the error for an event that was delivered that often without a result.
+// reasonUnfinished returns the reason for the dead letter of an event whose last deliveries ended without a result. It is the last
+// error that this instance has seen, if there is one.
 func (f *eventSource) reasonUnfinished(r *request, deliveries int) *Error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -522,10 +531,8 @@ func (f *eventSource) serve(m *nats.Msg, arrived time.Time) {
 		failure := f.reasonUnfinished(r, attempts)
 		f.meter.count(r.msg.Source, failure)
 		f.deadLetter(r, failure, attempts)
-	default:
-		if f.markRunning(r.delivery.sequence) {
-			f.dispatch(r)
-		}
+	case f.markRunning(r.delivery.sequence): // otherwise another worker is handling the event, and will acknowledge it
+		f.dispatch(r)
 	}
 }
 
@@ -559,11 +566,11 @@ func (f *eventSource) done(r *request, _ []byte, failure *Error) {
 
 // deadLetter stores an event as a dead letter, and only then acknowledges it. If Stop's time is up before the dead letter is
 // stored, the event is redelivered.
-func (f *eventSource) deadLetter(r *request, failure *Error, attempts int) {
-	how := nak
-	if f.storeDeadLetter(r, failure, attempts) {
-		how = ack
-		f.noteFailure(r.delivery.sequence, nil)
+func (f *eventSource) deadLetter(r *request, reason *Error, attempts int) {
+	if !f.storeDeadLetter(r, reason, attempts) {
+		f.acknowledge(r.in, nak)
+		return
 	}
-	f.acknowledge(r.in, how)
+	f.noteFailure(r.delivery.sequence, nil)
+	f.acknowledge(r.in, ack)
 }

@@ -26,7 +26,7 @@ const (
 	pullSize      = 512                    // messages that are asked for at once
 	pullBytes     = 8 << 20                // bytes that all feeds of a service ask for at once; the server cuts a connection at 64 MB
 	pullExpiry    = 30 * time.Second       // after which a pull request is made anew
-	pullHeartbeat = 5 * time.Second        // between the server's signs of life; after twice that without one, the request counts as lost
+	pullHeartbeat = 5 * time.Second        // between the server's signs of life; a request without one for twice as long is lost
 	drainTime     = 2 * time.Second        // for messages under way to arrive when a request is given up
 	checkInterval = 15 * time.Second       // after which fetch checks the consumers again
 	retryPause    = 250 * time.Millisecond // the shortest bound of a pause after a failure
@@ -53,7 +53,7 @@ type feed struct {
 	cfg          *handlerConfig
 	stream       jetstream.StreamConfig // used to make the stream if it does not exist
 	lanes        []*lane                // the most urgent first
-	reserved     atomic.Int64           // how much of the limit is taken: messages that were asked for, wait in the queue, or are being handled
+	reserved     atomic.Int64           // how many messages of the limit were asked for, wait in the queue, or are being handled
 	pulls        atomic.Int32           // pull requests that are in flight, or may be about to be made
 	sinceReverse int                    // messages brought since the lanes were asked in reverse order, or were all empty
 	ackWait      atomic.Int64           // the shortest ack wait of the consumers
@@ -81,7 +81,7 @@ type feed struct {
 // the same time.
 type lane struct {
 	config   jetstream.ConsumerConfig
-	again    string // a second subject of the consumer: a pattern for events that are redriven, or come back by RetryAfter; "" for commands
+	again    string // a second pattern of subjects, of events that are redriven or come back by RetryAfter; "" for commands
 	consumer jetstream.Consumer
 	ackWait  time.Duration // of the consumer
 	created  time.Time     // when the stream was made
@@ -199,7 +199,8 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 			if created := stream.CachedInfo().Created; !created.Equal(l.created) {
 				l.ackFloor = 0 // the stream is a new one
 			}
-			f.svc.log.Warn("the consumer was deleted and is made again", "endpoint", f.name, "consumer", config.Durable, "after", l.ackFloor)
+			f.svc.log.Warn("the consumer was deleted and is made again",
+				"endpoint", f.name, "consumer", config.Durable, "after", l.ackFloor)
 			if f.stream.Retention == jetstream.LimitsPolicy {
 				config.DeliverPolicy, config.OptStartSeq = jetstream.DeliverByStartSequencePolicy, l.ackFloor+1
 			}
@@ -349,7 +350,7 @@ func (f *feed) askByPriority(ctx context.Context, free int64) bool {
 			continue
 		}
 		n := f.reserve(min(free, max(f.svc.pullBytes()/f.svc.maxPayload(), 1))) // because FetchNoWait has no limit of bytes
-		if n == 0 {                                                 // a command from a parked lane has taken the place
+		if n == 0 {                                                             // a command from a parked lane has taken the place
 			return false
 		}
 		came := f.fetchNow(l, n)
@@ -407,7 +408,9 @@ func (f *feed) reserve(n int64) int64 {
 // await asks a consumer for messages, in the way that opts say, and passes them to take as they come, until all that were asked for
 // have come, take reports false, ctx ends, or the request fails. When ctx ends, messages that are under way are still taken, for
 // drainTime at most.
-func (f *feed) await(ctx context.Context, consumer jetstream.Consumer, take func(jetstream.Msg) bool, opts ...jetstream.PullMessagesOpt) {
+func (f *feed) await(
+	ctx context.Context, consumer jetstream.Consumer, take func(jetstream.Msg) bool, opts ...jetstream.PullMessagesOpt,
+) {
 	c := f.svc.carrier.conn.Load()
 	it, err := consumer.Messages(append(opts, jetstream.PullExpiry(pullExpiry), jetstream.PullHeartbeat(pullHeartbeat))...)
 	if err != nil {
@@ -561,12 +564,12 @@ func (f *feed) pending() (n int64) {
 
 // A delivery is what is known about a stored message besides its id and its payload.
 type delivery struct {
-	consumer string
-	time     time.Time // when the message was first stored
-	stored   time.Time // when it was stored as it is
-	firing   bool      // whether a schedule has sent it, so that a command has no record yet
-	sequence uint64    // in the stream
-	attempt  int       // 1 for the first delivery
+	consumer     string
+	time         time.Time // when the message was first stored
+	stored       time.Time // when it was stored as it is
+	fromSchedule bool      // whether a schedule has sent it, so that a command has no record yet
+	sequence     uint64    // in the stream
+	attempt      int       // 1 for the first delivery
 }
 
 // newRequest returns the request for a message that has arrived, or nil if the message is not one for this feed.
@@ -590,7 +593,7 @@ func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 	}{}
 	r, d := &both.request, &both.delivery
 	*d = delivery{consumer: meta.Consumer, stored: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
-	d.time, d.firing = d.stored, firing
+	d.time, d.fromSchedule = d.stored, firing
 	r.svc, r.in, r.deadline, r.delivery = f.svc, m, arrived.Add(f.cfg.deadline), d
 	r.msg = Message{Kind: f.kind, Subject: m.Subject, Header: m.Header, Data: m.Data}
 	if strings.HasPrefix(m.Subject, redrivePrefix) { // the headers say where the message came from

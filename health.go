@@ -17,7 +17,7 @@ type healthCheck struct {
 	late     atomic.Bool           // whether the present run has taken too long, so that its result does not count
 	known    atomic.Bool           // whether there was a result
 	failure  atomic.Pointer[Error] // nil while the check succeeds
-	contrary int                   // results in a row that differ from failure; guarded by Service.healthMu
+	contrary int                   // how many results in a row have differed from the present state; guarded by Service.healthMu
 }
 
 // status returns the error of the check, nil if it succeeds.
@@ -42,22 +42,19 @@ func (s *Service) startHealth() <-chan struct{} {
 func (s *Service) runHealthChecks() {
 	tick := time.NewTicker(s.cfg.heartbeat)
 	defer tick.Stop()
+	announce := sync.OnceFunc(func() { close(s.healthKnown) })
+	defer announce()
 	first := s.checkHealth()
-	for known := false; ; {
+	for {
 		select {
 		case <-first:
 		case <-tick.C:
 			s.checkHealth() // a check that still runs has failed
 		case <-s.quitting.Done():
-			if !known {
-				close(s.healthKnown)
-			}
 			return
 		}
-		if !known {
-			close(s.healthKnown)
-		}
-		known, first = true, nil
+		announce()
+		first = nil
 	}
 }
 

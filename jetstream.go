@@ -19,9 +19,11 @@ import (
 // This file has what aegis does with JetStream besides the feed and the watch: it makes and checks streams and buckets, stores
 // messages, reads keys and writes them by compare-and-swap.
 
-// openStream returns the stream for some subjects. It makes the stream if there is none. A stream that exists belongs to its
-// operator: it is used as it is, or refused.
-func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (stream jetstream.Stream, failure *Error) {
+// openStream returns the stream that want describes, when it has checked that the stream can be used and takes all of subjects. It
+// makes the stream if there is none. A stream that exists belongs to its operator: it is used as it is, or refused.
+func (s *Service) openStream(
+	ctx context.Context, want jetstream.StreamConfig, subjects ...string,
+) (stream jetstream.Stream, failure *Error) {
 	failure = s.retryTimeouts(ctx, func(ctx context.Context) (failure *Error) {
 		stream, failure = s.openStreamOnce(ctx, want, subjects...)
 		return failure
@@ -29,7 +31,7 @@ func (s *Service) openStream(ctx context.Context, want jetstream.StreamConfig, s
 	return stream, failure
 }
 
-// openStreamOnce asks each of the questions that this takes once, until ctx ends.
+// openStreamOnce is openStream without retries: it sends each request to the server once, and gives up when ctx ends.
 func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (jetstream.Stream, *Error) {
 	begin, c := clock(), s.pick()
 	if c == nil {
@@ -94,14 +96,14 @@ func takes(stream jetstream.Stream, subject string) bool {
 
 const apiTimeout = 2 * time.Second // for an answer from JetStream, before it is asked again
 
-// retryTimeouts calls ask until that fails with anything but ErrTimeout or succeeds, because a cluster that is electing a leader does
-// not answer for a while. It gives up when ctx ends or, if ctx has no deadline, after WithTimeout.
+// retryTimeouts calls ask until it succeeds or fails with another error than ErrTimeout, because a cluster that is electing a leader
+// does not answer for a while. It gives up when ctx ends or, if ctx has no deadline, after WithTimeout.
 func (s *Service) retryTimeouts(ctx context.Context, ask func(ctx context.Context) *Error) *Error {
 	ctx, cancel := withDeadline(ctx, s.cfg.timeout)
 	defer cancel()
 	for n := 1; ; n++ {
-		within, cancel := context.WithTimeout(ctx, apiTimeout)
-		failure := ask(within)
+		attemptCtx, cancel := context.WithTimeout(ctx, apiTimeout)
+		failure := ask(attemptCtx)
 		cancel()
 		if failure == nil || failure.Code != ErrTimeout.Code || !sleep(ctx, backoff(n, 50*time.Millisecond, time.Second)) {
 			return failure
@@ -109,7 +111,8 @@ func (s *Service) retryTimeouts(ctx context.Context, ask func(ctx context.Contex
 	}
 }
 
-// askJetStream calls ask like patiently, for a function that uses the jetstream package. what is the subject of the error text.
+// askJetStream is retryTimeouts for a function that uses the jetstream package. It converts the function's error into an Error, whose
+// text begins with what.
 func (s *Service) askJetStream(ctx context.Context, what string, ask func(context.Context, jetstream.JetStream) error) *Error {
 	return s.retryTimeouts(ctx, func(ctx context.Context) *Error {
 		begin, c := clock(), s.pick()
@@ -123,8 +126,8 @@ func (s *Service) askJetStream(ctx context.Context, what string, ask func(contex
 	})
 }
 
-// storedMessages yields the messages of a stream that match subject and are storedMessages when it begins, the oldest first. It reads them one by
-// one. If a read fails, it yields the error and ends.
+// storedMessages yields the messages of a stream that match subject and are stored when it begins, the oldest first. It reads them
+// one by one. If a read fails, it yields the error and ends.
 func (s *Service) storedMessages(ctx context.Context, name, subject string) iter.Seq2[*jetstream.RawStreamMsg, *Error] {
 	return func(yield func(*jetstream.RawStreamMsg, *Error) bool) {
 		var stream jetstream.Stream
@@ -170,8 +173,8 @@ const (
 	reconfiguring           = 10226
 )
 
-// kindOfAPIError returns the sentinel for an error of JetStream by what it means, because the server's status does not always say
-// that. What may pass, and what only an operator can change, is unavailable. Only what the caller has to change is invalid.
+// kindOfAPIError returns the sentinel for an error of JetStream. The status that the server gives does not always fit: a failure that
+// may pass, or that only an operator can mend, is ErrUnavailable; only what the caller has to change is ErrInvalid.
 func kindOfAPIError(e *jetstream.APIError) *Error {
 	switch e.ErrorCode {
 	case accountResources, maxConsumers, maxStreams, streamSealed, noAccountLimits, moveInProgress, memberChangeInProgress, reconfiguring:
@@ -185,21 +188,23 @@ func kindOfAPIError(e *jetstream.APIError) *Error {
 	return kindOf(strconv.Itoa(e.Code))
 }
 
-// jetStreamError returns the Error for an error of the jetstream package, about a question that was asked at the time begin. It
-// is an ErrTimeout if patiently has to ask again.
+// jetStreamError returns the Error for an error of the jetstream package about a request that was sent at the time begin. The code is
+// that of ErrTimeout if the request may be repeated.
 func (s *Service) jetStreamError(begin time.Duration, err error, what string) *Error {
 	var api *jetstream.APIError
 	switch {
-	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount), errors.Is(err, nats.ErrNoResponders):
+	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount),
+		errors.Is(err, nats.ErrNoResponders):
 		return noJetStreamError(what)
 	case errors.As(err, &api) && (api.ErrorCode == temporarilyUnavailable || api.ErrorCode == noSuitablePeers):
 		return newError(ErrTimeout, "%s: %s (%d)", what, api.Description, api.ErrorCode)
 	case errors.As(err, &api) && api.ErrorCode == maxConsumers:
-		return notRun(newError(ErrUnavailable, "%s: %s (%d): raise max_consumers of the stream or the account", what, api.Description, api.ErrorCode))
+		return notRun(newError(ErrUnavailable, "%s: %s (%d): raise max_consumers of the stream or the account",
+			what, api.Description, api.ErrorCode))
 	case errors.As(err, &api):
 		return notRun(newError(kindOfAPIError(api), "%s: %s (%d)", what, api.Description, api.ErrorCode))
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout):
-		// The cause may be permissions that deny the question or its answer, because the server does not answer then.
+		// The cause may be permissions that deny the request or its answer, because the server does not answer then.
 		denied := s.denials.since(begin, toPublish+"$JS.>", toSubscribe+s.conns[0].nc.Opts.InboxPrefix+".>", tooMany)
 		return cmp.Or(denied, newError(ErrTimeout, "%s: no answer from JetStream: %v", what, err))
 	case errors.Is(err, context.Canceled):
@@ -217,7 +222,7 @@ func noJetStreamError(what string) *Error {
 func (s *Service) storeWithRetries(ctx context.Context, x *exchange, stream jetstream.StreamConfig, cfg *callConfig) *Error {
 	_, failure := s.withRetries(ctx, x, cfg, func() (*nats.Msg, *Error, bool) {
 		_, failure := s.store(ctx, x, stream)
-		return nil, failure, retryable(failure)
+		return nil, failure, s.storeAgain(ctx, failure, stream, x.subject)
 	})
 	return failure
 }
@@ -238,19 +243,25 @@ func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.Strea
 		}
 		answer, failure = s.request(ctx, x)
 	}
-	switch {
-	case failure == nil:
+	switch failure {
+	case nil:
 		return parsePubAck(answer, x.subject)
-	case failure == errNoResponders:
+	case errNoResponders:
 		return 0, noStreamError(x.subject)
-	case failure.Code == ErrTimeout.Code && ctx.Err() == nil:
-		// There may be no stream: the server does not say so if somebody subscribes to the subject, as nats sub '>' does. Then this makes
-		// the stream for the next attempt.
-		within, cancel := context.WithTimeout(ctx, time.Second)
-		defer cancel()
-		_, _ = s.openStreamOnce(within, stream, x.subject)
 	}
 	return 0, failure
+}
+
+// storeAgain reports whether another attempt to store a message for subject may succeed after failure, which may be nil. If there was
+// no answer, it makes the stream if there is none: the server does not say so if anybody subscribes to the subject, as nats sub '>'
+// does.
+func (s *Service) storeAgain(ctx context.Context, failure *Error, stream jetstream.StreamConfig, subject string) bool {
+	if failure != nil && failure.Code == ErrTimeout.Code && ctx.Err() == nil {
+		attemptCtx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		_, _ = s.openStreamOnce(attemptCtx, stream, subject)
+	}
+	return retryable(failure)
 }
 
 // noStreamError returns the error for a message that got no responders, because no stream has its subject.
@@ -278,7 +289,8 @@ func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 	case refused == nil:
 		return ack.Sequence, nil
 	case refused.ErrorCode == inProcess:
-		return 0, newError(ErrUnavailable, "%s was sent before and is not stored yet: %s (%d)", subject, refused.Description, refused.ErrorCode)
+		return 0, newError(ErrUnavailable, "%s was sent before and is not stored yet: %s (%d)",
+			subject, refused.Description, refused.ErrorCode)
 	case refused.ErrorCode == wrongSequence || refused.ErrorCode == wrongSequenceReplicated:
 		return 0, notRun(newError(errConflict, "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
 	default:
@@ -351,8 +363,10 @@ var errConflict = &Error{Code: "CONFLICT"}
 // compareAndSwap stores x, the new value of a bucket's key, if revision is the key's latest; revision 0 means that the key has
 // none. If that is not confirmed, it reads the key back: the value of x there means success. It returns the value and the
 // revision that the key has in the end, as far as they are known. The failure is a conflict if another instance has changed the
-// key. If x is for a certain connection and got no answer there, x.on is replaced by another connection.
-func (s *Service) compareAndSwap(ctx context.Context, x *exchange, bucket jetstream.StreamConfig, revision uint64) (now []byte, at uint64, failure *Error) {
+// key. If x.on is set and there was no answer on it, compareAndSwap sets x.on to another connection, for the caller to use next.
+func (s *Service) compareAndSwap(
+	ctx context.Context, x *exchange, bucket jetstream.StreamConfig, revision uint64,
+) (now []byte, at uint64, failure *Error) {
 	x.header = withHeader(x.header, jetstream.ExpectedLastSubjSeqHeader, strconv.FormatUint(revision, 10))
 	switch at, failure = s.store(ctx, x, bucket); {
 	case failure == nil:

@@ -19,8 +19,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has the sender's side of commands: SendCommand, and the Job, which follows a command, waits for its outcome, or
-// cancels it.
+// This file has the sender's side of commands: SendCommand; the Job, which follows a command, waits for its outcome, or cancels it;
+// and Commands, which lists them.
 
 // A Priority is how urgent a command is, which decides which of the waiting commands starts first. Critical is the most urgent,
 // followed by High, Normal and Low.
@@ -54,7 +54,7 @@ var prioritySuffixes = map[Priority]string{Critical: ".critical", High: ".high",
 //   - those of [Publish]
 func SendCommand[T, R any](ctx context.Context, s *Service, service, command string, data T, opts ...CallOption) (*Job[R], error) {
 	cfg, failure := newCallConfig(kindCommand, opts)
-	if failure := cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
+	if failure = cmp.Or(checkNames(service, kindCommand, command), failure); failure != nil {
 		return nil, failure
 	}
 	id := cmp.Or(deref(cfg.key), rand.Text())
@@ -108,28 +108,28 @@ func (s *Service) createCommand(ctx context.Context, service, command, id string
 	if cfg.expire > 0 {
 		rec.Expire = later(due, time.Now()).Add(cfg.expire).UTC()
 	}
-	now, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
-	if failure != nil && failure.Code == errConflict.Code && now == nil && revision > 0 { // the record was deleted
-		now, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
+	stored, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
+	if failure != nil && failure.Code == errConflict.Code && stored == nil && revision > 0 { // the record was deleted
+		stored, revision, failure = s.writeRecord(ctx, key, rec, revision, cfg)
 	}
 	switch {
-	case failure != nil && (failure.Code != errConflict.Code || now == nil):
+	case failure != nil && (failure.Code != errConflict.Code || stored == nil):
 		return failure
-	case now.Digest != rec.Digest && now.Digest != "" && rec.Digest != "":
+	case stored.Digest != rec.Digest && stored.Digest != "" && rec.Digest != "":
 		return notRun(newError(ErrInvalid, "IdempotencyKey(%q): %s.%s was sent with that key and other data", id, service, command))
-	case now.final():
+	case stored.final():
 		return nil
 	}
 	// The record is new, or its sender may have stopped before it queued the command, or somebody may have emptied the queue. A
 	// message too many does no harm.
-	x := &exchange{subject: commandPrefix + service + "." + command + prioritySuffixes[now.Priority], header: header, data: data}
-	if now.State == stateScheduled && time.Until(now.Due) > 0 {
+	x := &exchange{subject: commandPrefix + service + "." + command + prioritySuffixes[stored.Priority], header: header, data: data}
+	if stored.State == stateScheduled && time.Until(stored.Due) > 0 {
 		x.header = maps.Clone(header)
-		setSchedule(x.header, now.Due, x.subject, "")
+		setSchedule(x.header, stored.Due, x.subject, "")
 		x.subject = scheduleOf(key)
 	}
 	failure = s.queueCommand(ctx, x, cfg)
-	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again, so make the record final, which expires
+	if failure != nil && failure.NotRun && cfg.key == nil { // nobody can send it again: cancel the record, so that it expires
 		rec.State = stateCanceled
 		_, _, _ = s.writeRecord(ctx, key, rec, revision, callConfigs[kindCommand])
 	}
@@ -155,7 +155,7 @@ func digestValue(value any) string {
 	return digestPayload(nats.Header{headerContentType: {JSON.ContentType()}}, data.data)
 }
 
-// digestPayload is digestOf for an encoded value.
+// digestPayload is digestValue for an encoded value.
 func digestPayload(h nats.Header, data []byte) string {
 	var v any
 	var err error
@@ -199,6 +199,7 @@ func Attach[R any](s *Service, service, command, id string) *Job[R] {
 //   - [ErrTimeout] or [ErrCanceled] if ctx ends
 //   - [ErrNotFound] if the command does not exist, or if its outcome is no longer kept
 //   - [ErrInvalid] if the name of the service or of the command is invalid
+//   - [ErrInternal] if the record of the command can't be read
 //   - [ErrDenied] if the server's permissions do not allow it
 //   - [ErrClosed] after Stop
 func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
@@ -300,7 +301,7 @@ func (s *Service) follow(ctx context.Context, service, command, id string, each 
 	}
 }
 
-// followOnce is follow for one connection: it fails when that is lost. latest is the revision of the record that each got last.
+// followOnce is follow on one connection: it fails when that is lost. latest is the revision of the record that each got last.
 func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, each func(*record) bool) *Error {
 	c := s.pick()
 	if c == nil {
@@ -311,7 +312,10 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 		return failure
 	}
 	defer c.endSlot(sl)
-	m, interval := &nats.Msg{}, time.Second // m is the latest update; without one, and at intervals, the record is read
+	m := &nats.Msg{} // the latest update; if it is empty, the record is read
+	// The record is read again soon, because the first updates may be lost: in a cluster, the server that republishes them may not know
+	// of the subscription yet.
+	interval := time.Second
 	for {
 		revision, err := strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64)
 		rec, failure := parseRecord(key, m.Data)
@@ -335,7 +339,7 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 			next.expire(strings.SplitN(key, ".", 2)[0])
 			_, _, failure := s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand])
 			if failure == nil || failure.Code == errConflict.Code {
-				m = &nats.Msg{} // reads the record
+				m = &nats.Msg{}
 				continue
 			}
 		case !rec.Expire.IsZero() && rec.State != stateRunning: // one that runs has no time limit here
@@ -351,7 +355,7 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 			if failure := s.whyNoAnswer(c, sl, sl.sub.Subject); failure != nil && failure.Code != ErrTimeout.Code {
 				return failure
 			}
-			m, interval = &nats.Msg{}, followInterval // reads the record, in case an update was lost
+			m, interval = &nats.Msg{}, followInterval
 		}
 	}
 }

@@ -119,7 +119,7 @@ func newMeter() *meter {
 	return &meter{codes: lookup[*atomic.Uint64]{most: 64}, callers: lookup[*caller]{most: 256}}
 }
 
-// begin counts a handler or a call as in flight and returns the time. A call of handled has to follow.
+// begin counts a handler or a call as in flight and returns the time. A call of finish has to follow.
 func (m *meter) begin() time.Duration {
 	m.inFlight.Add(1)
 	return clock()
@@ -139,8 +139,8 @@ func (m *meter) finish(from string, begin time.Duration, failure *Error) {
 	m.count(from, failure)
 }
 
-// count counts a request that has count, and its failure if it has one, both in all and for the service that sent it, from. The
-// method handled calls it; others call it only if no handler ran.
+// count counts a request that has ended, and its failure if it has one, both in all and for the service that sent it, from. finish
+// calls it; others call it only for a request that no handler ran.
 func (m *meter) count(from string, failure *Error) {
 	if failure == nil {
 		m.succeeded.Add(1)

@@ -283,7 +283,9 @@ func Attempts(n int) HandlerOption {
 // first attempt the bound is the parameter first. It doubles after each further attempt, up to the parameter max. Both must be
 // positive, and first must not be more than max. The default is Backoff(500*time.Millisecond, time.Minute).
 func Backoff(first, max time.Duration) HandlerOption {
-	return onlyFor(storedKinds, fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) { c.backoff, c.maxBackoff = first, max })
+	return onlyFor(storedKinds, fmt.Sprintf("Backoff(%v, %v)", first, max), func(c *handlerConfig) {
+		c.backoff, c.maxBackoff = first, max
+	})
 }
 
 // Deadline sets how long one attempt at an event or a command may take before its ctx ends. It must be positive. The default is 5
@@ -296,20 +298,20 @@ func Deadline(d time.Duration) HandlerOption {
 // start until it stops. If it has a fixed id ([WithID]) and starts again within an hour after it stopped or crashed, it also gets
 // the events that it missed. Broadcast can't be combined with [Exclusive].
 func Broadcast() HandlerOption {
-	return onlyFor("events", "Broadcast()", func(c *handlerConfig) { c.broadcast = true })
+	return onlyFor([]string{kindEvent}, "Broadcast()", func(c *handlerConfig) { c.broadcast = true })
 }
 
 // Durable sets the name of a subscription: 1 to 64 letters, digits, - and _. By default the pattern is its name, so a second
 // subscription of a service to the same pattern needs Durable. A name belongs to its pattern, and can't be used for another
 // pattern later.
 func Durable(name string) HandlerOption {
-	return onlyFor("events", fmt.Sprintf("Durable(%q)", name), func(c *handlerConfig) { c.durable = &name })
+	return onlyFor([]string{kindEvent}, fmt.Sprintf("Durable(%q)", name), func(c *handlerConfig) { c.durable = &name })
 }
 
 // FromStart makes a new subscription begin with the oldest event of the stream. By default a new subscription begins with the
 // first event that is published after the first Start. FromStart has no effect on a subscription that exists.
 func FromStart() HandlerOption {
-	return onlyFor("events", "FromStart()", func(c *handlerConfig) { c.fromStart = true })
+	return onlyFor([]string{kindEvent}, "FromStart()", func(c *handlerConfig) { c.fromStart = true })
 }
 
 // Exclusive makes the handler run in one instance of the service only, the leader, which is the same for all exclusive handlers of
@@ -366,19 +368,19 @@ type retryError struct {
 
 func (e *retryError) Unwrap() error { return e.error }
 
-// onlyFor returns an option that only handlers of some kinds of messages can have; for others it sets misplaced. kinds names them
-// in words that contain their constants, as "events and commands" contains kindEvent. option is the option's text.
-func onlyFor(kinds, option string, set func(*handlerConfig)) HandlerOption {
+// onlyFor returns an option that only handlers of some kinds of messages can have; for others it sets misplaced. option is the
+// option's text.
+func onlyFor(kinds []string, option string, set func(*handlerConfig)) HandlerOption {
 	return func(c *handlerConfig) {
-		if set(c); !strings.Contains(kinds, c.kind) {
-			c.misplaced = option + ": this is an option for handlers of " + kinds
+		if set(c); !slices.Contains(kinds, c.kind) {
+			c.misplaced = option + ": this is an option for handlers of " + strings.Join(kinds, "s and ") + "s"
 		}
 	}
 }
 
-// storedKinds names the kinds of messages that a stream keeps, so that they have Attempts and a Deadline. A request has its
-// caller's deadline.
-const storedKinds = "events and commands"
+// storedKinds has the kinds of messages that a stream keeps, so that they have Attempts and a Deadline. A request has the deadline of
+// its caller.
+var storedKinds = []string{kindEvent, kindCommand}
 
 func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerConfig, *Error) {
 	c := &handlerConfig{
@@ -554,12 +556,14 @@ func newCallConfig(kind string, opts []CallOption) (*callConfig, *Error) {
 	}
 	if v := c.version; v != nil {
 		ok.want(c.kind == kindEvent, "EventVersion(%q): only events have a version", *v)
-		ok.want(versionPattern.MatchString(*v) || versionPattern.MatchString(*v+".0"), "EventVersion(%q): want x.y or x.y.z, such as 1.0", *v)
+		ok.want(versionPattern.MatchString(*v) || versionPattern.MatchString(*v+".0"), "EventVersion(%q): want x.y or x.y.z, such as 1.0",
+			*v)
 	}
 	if k := c.key; k != nil {
 		printable := !strings.ContainsFunc(*k, func(r rune) bool { return r <= ' ' || r > '~' })
 		ok.want(c.kind != kindRPC, "IdempotencyKey(%q): calls have no key; see Idempotent", *k)
-		ok.want(printable && *k != "" && len(*k) <= maxIDLength, "IdempotencyKey(%q): want 1 to %d printable ASCII characters, no spaces", *k, maxIDLength)
+		ok.want(printable && *k != "" && len(*k) <= maxIDLength, "IdempotencyKey(%q): want 1 to %d printable ASCII characters, no spaces",
+			*k, maxIDLength)
 	}
 	if c.at != nil || c.after != nil {
 		ok.want(c.kind != kindRPC, "At and After: only events and commands are sent for later")

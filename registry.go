@@ -249,14 +249,15 @@ func (d *directory) instances(now *snapshot) []Instance {
 // discover returns the directory of a service after it has been filled.
 func (s *Service) discover(ctx context.Context, service string) (*directory, *Error) {
 	if !isName(service, maxService) {
-		return nil, notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d", service, maxService))
+		return nil, notRun(newError(ErrInvalid, "service %q: want a letter, then letters, digits, - and _, at most %d",
+			service, maxService))
 	}
 	d := s.directories.get(service)
 	if failure := d.wait(ctx); failure != nil {
 		return d, failure
 	}
 	if d.latest.Load() == nil {
-		d.snapshot() // sets leaders
+		d.snapshot() // the first one follows the leader if there are exclusive handlers, and so sets d.leaders
 	}
 	if w := d.leaders.Load(); w != nil && !w.ready.Load() {
 		ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
@@ -283,7 +284,7 @@ func (d *directory) nextChanges() (changed, leaderChanged <-chan struct{}, lapse
 	return d.nextChange(), leaderChanged, lapsed
 }
 
-const unknownLeader = "?" // which no instance is called
+const unknownLeader = "?" // stands for the leader if the leaders' bucket can't be read; no instance has this id
 
 // snapshot returns the latest snapshot. It makes a new one if the directory, or the leader, has changed.
 func (d *directory) snapshot() *snapshot {
@@ -298,7 +299,7 @@ func (d *directory) snapshot() *snapshot {
 	now := &snapshot{version: version, leader: leader, routes: map[string]*route{}}
 	entries := d.all()
 	slices.SortFunc(entries, func(a, b entry[member]) int { return cmp.Compare(a.value.ID, b.value.ID) })
-	if leader == unknownLeader { // then it is who was the last to say so
+	if leader == unknownLeader { // take the instance with exclusive handlers whose entry was the last to say ACTIVE
 		latest := uint64(0)
 		for _, e := range entries {
 			if e.value.Status == statusActive && e.value.exclusive() && e.revision > latest {
@@ -393,12 +394,15 @@ func (s *Service) choose(r *route, targets []*member, strategy Strategy) int {
 func (s *Service) explainNoResponders(ctx context.Context, x *exchange, service, instance string) *Error {
 	who, asked, subject := service, service, x.subject
 	if instance != "" {
-		who, asked, subject = "instance "+instance+" of "+service, service+"."+instance, x.subject+"."+instance
+		who = "instance " + instance + " of " + service
+		asked += "." + instance
+		subject += "." + instance
 	}
 	kind, reason := ErrUnavailable, who+" is starting or stopping, or has crashed"
 	info, failure := s.info(ctx, asked)
 	if ago := s.sinceReconnect(); failure == errNoResponders && ago < reconnectTime {
-		reason = fmt.Sprintf("%s is not running, or has not reconnected yet: this instance did so %v ago", who, ago.Round(time.Millisecond))
+		reason = fmt.Sprintf("%s is not running, or has not reconnected yet: this instance did so %v ago",
+			who, ago.Round(time.Millisecond))
 	} else if failure == errNoResponders {
 		reason = who + " is not running"
 	} else if failure != nil {
@@ -517,7 +521,8 @@ func (s *Service) setMetadata(verb string, md map[string]string) error {
 	next.Metadata = md
 	data, _ := json.Marshal(next) // can't fail, because it is strings and numbers
 	if most := s.maxPayload() - entryRoom; int64(len(data)) > most {
-		return newError(ErrInvalid, "%s: the registry entry would have %d bytes, more than the %d that the server's max_payload leaves", verb, len(data), most)
+		return newError(ErrInvalid, "%s: the registry entry would have %d bytes, more than the %d that the server's max_payload leaves",
+			verb, len(data), most)
 	}
 	s.metadata.Store(&md)
 	signal(s.entryChanged)
@@ -575,7 +580,8 @@ func (s *Service) sendHeartbeats(failure *Error) {
 	defer tick.Stop()
 	for failing := false; ; failure = s.writeEntry(s.base, "heartbeat") {
 		if failure != nil && !failing {
-			s.log.Warn("the registry entry can't be written: other services see an old state of this instance, or none", "error", failure)
+			s.log.Warn("the registry entry can't be written: other services see an old state of this instance, or none",
+				"error", failure)
 		}
 		failing = failure != nil
 		var retry <-chan time.Time

@@ -14,7 +14,18 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// This file has typed RPC: the handler's side (Handle), the caller's side (Call), and the circuit breaker.
+// This file has typed RPC: Handle, Call, CallAll, and the circuit breaker.
+//
+// A call goes through these functions:
+//
+//	Call → call → newCall (encodes the request, checks the options)
+//	     → callWith (counts the call, decodes the answer)
+//	     → exchangeCall, through the middleware of WithCallMiddleware if there is any (callThrough)
+//	     → withRetries → attempt (asks the circuit breaker, interprets the failure)
+//	     → sendCall (chooses the subject) → request, in request.go
+//
+// On the other side, the read loop of a connection puts the request into the endpoint's queue, and a worker (dispatch.go) calls
+// serve, which refuses the request or calls dispatch. dispatch runs the handler and calls done, which sends the answer.
 
 // Handle makes fn the handler of a method of the service. fn is called with the value of each request, on a goroutine of the
 // library, up to [Concurrency] at once in each instance. method is a letter, then letters, digits and _, at most 128 characters.
@@ -37,67 +48,71 @@ func Handle[Req, Resp any](s *Service, method string, fn func(context.Context, R
 	if fn == nil {
 		return s.noteRegistration(newError(ErrInvalid, "method %q: its function is nil", method))
 	}
-	return s.noteRegistration(s.handle(method, typed("the answer of "+method, func(ctx context.Context, _ *request, _ *Message, in Req) (any, error) {
+	handler := typed("the answer of "+method, func(ctx context.Context, _ *request, _ *Message, in Req) (any, error) {
 		resp, err := fn(ctx, in)
 		return &resp, err
-	}), opts))
+	})
+	return s.noteRegistration(s.handle(method, handler, opts))
 }
 
-func (s *Service) handle(method string, run HandlerFunc, opts []HandlerOption) error {
+func (s *Service) handle(method string, handler HandlerFunc, opts []HandlerOption) error {
 	cfg, failure := s.newHandlerConfig(kindRPC, opts)
-	if failure := cmp.Or(checkNames(s.name, "method", method), failure); failure != nil {
+	if failure = cmp.Or(checkNames(s.name, "method", method), failure); failure != nil {
 		return failure
 	}
-	e := &endpoint{kind: kindRPC, name: method, subject: "rpc." + s.name + "." + method, handler: run}
-	q := &rpcSource{endpoint: e, own: map[*conn]*nats.Subscription{}, shared: map[*conn]*nats.Subscription{}}
-	e.source = q
+	e := &endpoint{kind: kindRPC, name: method, subject: "rpc." + s.name + "." + method, handler: handler}
+	src := &rpcSource{endpoint: e, direct: map[*conn]*nats.Subscription{}, shared: map[*conn]*nats.Subscription{}}
+	e.source = src
 	overloaded := notRun(newError(ErrOverloaded, "%s runs %d requests, its limit, and as many wait", e.subject, cfg.concurrency))
 	overloaded.Source = s.name
 	e.reject = func(m *nats.Msg) {
 		e.meter.shed.Add(1)
-		q.refuse(m, parseAddress(m.Reply).service, overloaded)
+		src.refuse(m, parseAddress(m.Reply).service, overloaded)
 	}
 	return s.addEndpoint(e, cfg)
 }
 
-// rpcSource is the source of an endpoint's RPC rpcSource. They come by two subjects: the method's, which the instances of the
-// service share, and the method's subject for this instance.
+var errExpiredEarly = newError(ErrTimeout, "its caller gave up before a handler was free")
+var errCanceledEarly = newError(ErrCanceled, "its caller cancelled before a handler was free")
+
+// An rpcSource is the source of an endpoint's requests. They come on two subjects: the method's, which the instances of the service
+// share, and the method's subject for this instance.
 type rpcSource struct {
 	*endpoint
 
-	mu          sync.Mutex                   // guards the rest
-	own, shared map[*conn]*nats.Subscription // by connection
-	drained     bool
+	mu             sync.Mutex                   // guards the rest
+	direct, shared map[*conn]*nats.Subscription // to the subject for this instance, and to the shared one, by connection
+	drained        bool
 }
 
 // open subscribes to the subject for this instance.
-func (q *rpcSource) open(context.Context) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return q.subscribeLocked(q.own, q.subject+"."+q.svc.id)
+func (src *rpcSource) open(context.Context) error {
+	src.mu.Lock()
+	defer src.mu.Unlock()
+	return src.subscribeLocked(src.direct, src.subject+"."+src.svc.id)
 }
 
 // share subscribes to the shared subject, or ends these subscriptions.
-func (q *rpcSource) share(on bool) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
+func (src *rpcSource) share(on bool) error {
+	src.mu.Lock()
+	defer src.mu.Unlock()
 	switch {
-	case len(q.own) == 0: // open was not called yet
-	case on && len(q.shared) == 0 && !q.drained:
-		return q.subscribeLocked(q.shared, q.subject)
+	case len(src.direct) == 0: // open was not called yet
+	case on && len(src.shared) == 0 && !src.drained:
+		return src.subscribeLocked(src.shared, src.subject)
 	case !on:
-		q.endLocked(q.shared)
-		q.shared = map[*conn]*nats.Subscription{} // a new one, because drain may still use the other
+		src.endLocked(src.shared)
+		src.shared = map[*conn]*nats.Subscription{} // a new map, because drain may be reading the old one
 	}
 	return nil
 }
 
-func (q *rpcSource) subscribeLocked(subs map[*conn]*nats.Subscription, subject string) error {
-	for _, c := range q.svc.conns {
-		if q.drained {
-			return q.svc.closedError()
+func (src *rpcSource) subscribeLocked(subs map[*conn]*nats.Subscription, subject string) error {
+	for _, c := range src.svc.conns {
+		if src.drained {
+			return src.svc.closedError()
 		}
-		sub, err := c.nc.ChanQueueSubscribe(subject, q.svc.name, q.queue)
+		sub, err := c.nc.ChanQueueSubscribe(subject, src.svc.name, src.queue)
 		if err != nil {
 			return newError(ErrUnavailable, "subscribing to %s: %v", subject, err)
 		}
@@ -108,7 +123,7 @@ func (q *rpcSource) subscribeLocked(subs map[*conn]*nats.Subscription, subject s
 
 // endLocked ends subscriptions. Messages that the server has sent already still reach the queue. If a connection is down, there
 // are none, and its subscription ends at once, because otherwise it would come back with the connection.
-func (q *rpcSource) endLocked(subs map[*conn]*nats.Subscription) {
+func (src *rpcSource) endLocked(subs map[*conn]*nats.Subscription) {
 	for c, sub := range subs {
 		if c.up.Load() {
 			_ = sub.Drain() // fails only on a closed connection
@@ -119,69 +134,69 @@ func (q *rpcSource) endLocked(subs map[*conn]*nats.Subscription) {
 }
 
 // drain ends all subscriptions and waits until everything that the server sent before is in the queue.
-func (q *rpcSource) drain(ctx context.Context) {
-	q.mu.Lock()
-	q.drained = true
-	q.endLocked(q.own)
-	q.endLocked(q.shared)
-	own, shared := q.own, q.shared
-	q.mu.Unlock()
-	for _, c := range q.svc.conns {
+func (src *rpcSource) drain(ctx context.Context) {
+	src.mu.Lock()
+	src.drained = true
+	src.endLocked(src.direct)
+	src.endLocked(src.shared)
+	direct, shared := src.direct, src.shared
+	src.mu.Unlock()
+	for _, c := range src.svc.conns {
 		// The answer to a flush comes after all that the server sent before it ended the subscriptions.
 		if c.flush(ctx) != nil {
-			_ = own[c].Unsubscribe()    // otherwise it would come back with the connection; this fails only on a closed one,
-			_ = shared[c].Unsubscribe() // or if there is no such subscription
+			// Otherwise they would come back with the connection. This fails only on a closed connection, or if there is none.
+			_ = direct[c].Unsubscribe()
+			_ = shared[c].Unsubscribe()
 		}
 	}
 }
 
 // pending returns 0, because the server keeps no requests.
-func (q *rpcSource) pending() int64 { return 0 }
+func (src *rpcSource) pending() int64 { return 0 }
 
 // serve handles one request and answers it.
-func (q *rpcSource) serve(m *nats.Msg, arrived time.Time) {
+func (src *rpcSource) serve(m *nats.Msg, arrived time.Time) {
 	from, malformed := callerOf(m)
-	msg := Message{Kind: q.kind, Subject: m.Subject, Source: from.service, Header: m.Header, Data: m.Data}
-	r := &request{svc: q.svc, msg: msg, in: m, reply: m.Reply, from: from}
-	r.deadline = arrived.Add(cmp.Or(from.budget, q.svc.cfg.timeout))
+	msg := Message{Kind: src.kind, Subject: m.Subject, Source: from.service, Header: m.Header, Data: m.Data}
+	r := &request{svc: src.svc, msg: msg, in: m, reply: m.Reply, from: from}
+	r.deadline = arrived.Add(cmp.Or(from.budget, src.svc.cfg.timeout))
 	if m.Reply == "" {
 		r.id = rand.Text()
 	}
 	switch {
 	case malformed != nil:
-		q.refuse(m, r.msg.Source, malformed)
+		src.refuse(m, r.msg.Source, malformed)
 	case time.Until(r.deadline) <= 0:
-		q.meter.expired.Add(1)
-		q.meter.count(r.msg.Source, errExpiredEarly)
-	case q.svc.cancels.has(m.Reply):
-		q.meter.expired.Add(1)
-		q.meter.count(r.msg.Source, errCanceledEarly)
-	case q.svc.timeUp.Load():
-		q.refuse(m, r.msg.Source, &Error{Code: ErrUnavailable.Code, Message: "instance " + q.svc.id + " is stopping", Source: q.svc.name, NotRun: true})
-	case !q.admit(r):
-		q.refuse(m, r.msg.Source, q.candidate.notActive())
+		src.meter.expired.Add(1)
+		src.meter.count(r.msg.Source, errExpiredEarly)
+	case src.svc.cancels.has(m.Reply):
+		src.meter.expired.Add(1)
+		src.meter.count(r.msg.Source, errCanceledEarly)
+	case src.svc.timeUp.Load():
+		stopping := notRun(newError(ErrUnavailable, "instance %s is stopping", src.svc.id))
+		stopping.Source = src.svc.name
+		src.refuse(m, r.msg.Source, stopping)
+	case !src.admit(r):
+		src.refuse(m, r.msg.Source, src.candidate.notActive())
 	default:
-		q.dispatch(r)
+		src.dispatch(r)
 	}
 }
 
-var errExpiredEarly = newError(ErrTimeout, "its caller gave up before a handler was free")
-var errCanceledEarly = newError(ErrCanceled, "its caller cancelled before a handler was free")
-
 // refuse answers a request that no handler has seen.
-func (q *rpcSource) refuse(m *nats.Msg, from string, failure *Error) {
-	q.meter.count(from, failure)
-	q.answer(m, nil, nil, failure)
+func (src *rpcSource) refuse(m *nats.Msg, from string, failure *Error) {
+	src.meter.count(from, failure)
+	src.answer(m, nil, nil, failure)
 }
 
 // done answers a request that a handler has handled.
-func (q *rpcSource) done(r *request, data []byte, failure *Error) {
-	q.answer(r.in, r.codec, data, failure)
+func (src *rpcSource) done(r *request, data []byte, failure *Error) {
+	src.answer(r.in, r.codec, data, failure)
 }
 
 // answer answers m with data, or with a failure, in the codec c. If c is nil, because the request was not decoded, a failure is
 // encoded in the format that the request seems to have.
-func (q *rpcSource) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
+func (src *rpcSource) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 	if m.Reply == "" {
 		return
 	}
@@ -191,32 +206,32 @@ func (q *rpcSource) answer(m *nats.Msg, c Codec, data []byte, failure *Error) {
 		out.Header, out.Data = failure.encode(c)
 	} else if label := labelOf(c); label != "" {
 		out.Header = nats.Header{headerContentType: {label}}
-	} else if isPubAck(out) { // the label tells the caller that it is an answer
+	} else if isPubAck(out) { // without a label, the caller would take it for the acknowledgement of a stream, and go on waiting
 		out.Header = nats.Header{headerContentType: {c.ContentType()}}
 	}
-	err := q.send(m, out)
+	err := src.send(m, out)
 	if errors.Is(err, nats.ErrMaxPayload) {
 		tooLarge := newError(cmp.Or(failure, ErrInternal), "the answer of %s has %d bytes, more than the server's max_payload of %d: "+
-			"split it, or raise that limit", q.name, len(out.Data), q.svc.Conn().MaxPayload())
-		tooLarge.Source, tooLarge.NotRun = q.svc.name, failure != nil && failure.NotRun
+			"split it, or raise that limit", src.name, len(out.Data), src.svc.Conn().MaxPayload())
+		tooLarge.Source, tooLarge.NotRun = src.svc.name, failure != nil && failure.NotRun
 		out.Header, out.Data = tooLarge.encode(c)
-		err = q.send(m, out)
+		err = src.send(m, out)
 	}
 	if isDisconnected(err) {
 		err = errors.New("the connection to the server is lost")
 	}
 	if err != nil {
 		r := &request{msg: Message{Header: m.Header}, from: parseAddress(m.Reply), reply: m.Reply}
-		q.logOften(r, slog.LevelWarn, "an answer was lost", "error", err)
+		src.logOften(r, slog.LevelWarn, "an answer was lost", "error", err)
 	}
 }
 
 // send publishes the answer to m on the connection that m came by, because the servers of others may not know the caller's inbox
 // yet. If that connection is lost, send uses any other.
-func (q *rpcSource) send(m, out *nats.Msg) error {
+func (src *rpcSource) send(m, out *nats.Msg) error {
 	err := m.RespondMsg(out)
 	if isDisconnected(err) {
-		if c := q.svc.pick(); c != nil {
+		if c := src.svc.pick(); c != nil {
 			err = c.nc.PublishMsg(out)
 		}
 	}
@@ -225,7 +240,8 @@ func (q *rpcSource) send(m, out *nats.Msg) error {
 
 // isDisconnected reports whether nats.go has not sent a message because its connection is down.
 func isDisconnected(err error) bool {
-	return errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) || errors.Is(err, nats.ErrConnectionClosed)
+	return errors.Is(err, nats.ErrReconnectBufExceeded) || errors.Is(err, nats.ErrDisconnected) ||
+		errors.Is(err, nats.ErrConnectionClosed)
 }
 
 // Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The time
@@ -256,7 +272,7 @@ func isDisconnected(err error) bool {
 // [Idempotent]. Third, if something else subscribes to the method's subject and does not answer, such as a stream over rpc.> that
 // keeps an audit log, a call to a service that does not run fails only when ctx ends.
 func Call[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) (Resp, error) {
-	v := &struct { // one allocation for both
+	v := &struct { // so that both are one allocation
 		req  Req
 		resp Resp
 	}{req: req}
@@ -285,7 +301,9 @@ type Answer[T any] struct {
 //   - [ErrInvalid] if a name or an option is invalid, if the request can't be encoded, or for the options [Sticky], [ToInstance]
 //     and [Balance]
 //   - those of [Service.Discover]
-func CallAll[Req, Resp any](ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption) iter.Seq2[Answer[Resp], error] {
+func CallAll[Req, Resp any](
+	ctx context.Context, s *Service, service, method string, req Req, opts ...CallOption,
+) iter.Seq2[Answer[Resp], error] {
 	return func(yield func(Answer[Resp], error) bool) {
 		each := func(ctx context.Context, instance string, out Raw, cfg *callConfig) func() bool {
 			a := Answer[Resp]{Instance: instance}
@@ -312,7 +330,8 @@ func (s *Service) callAll(
 		return failure
 	}
 	if cfg.sticky || cfg.instance != nil || cfg.strategy != nil {
-		return notRun(newError(ErrInvalid, "CallAll of %s.%s: it calls all instances: Sticky, ToInstance and Balance are for Call", service, method))
+		return notRun(newError(ErrInvalid, "CallAll of %s.%s: it calls all instances: Sticky, ToInstance and Balance are for Call",
+			service, method))
 	}
 	d, failure := s.discover(ctx, service)
 	if failure != nil {
@@ -329,9 +348,9 @@ func (s *Service) callAll(
 	defer calls.Wait()
 	defer cancel()
 	for _, i := range instances {
-		own := *cfg
-		own.instance = &i.ID
-		calls.Go(func() { results <- each(ctx, i.ID, out, &own) })
+		cfg := *cfg
+		cfg.instance = &i.ID
+		calls.Go(func() { results <- each(ctx, i.ID, out, &cfg) })
 	}
 	for range instances {
 		if !(<-results)() {
@@ -419,10 +438,13 @@ func (s *Service) exchangeCall(ctx context.Context, subject, service string, out
 
 // attempt sends the call once, if the circuit breaker lets it through. again reports whether the caller's options allow another
 // attempt after this failure.
-func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service string, cfg *callConfig) (answer *nats.Msg, failure *Error, again bool) {
-	probe, left := b.admit()
-	if left > 0 {
-		return nil, notRun(newError(ErrCircuitOpen, "%s failed %d times in a row; next attempt in %v", service, b.policy.Failures, left)), true
+func (s *Service) attempt(
+	ctx context.Context, x *exchange, b *breaker, service string, cfg *callConfig,
+) (answer *nats.Msg, failure *Error, again bool) {
+	probe, wait := b.admit()
+	if wait > 0 {
+		return nil, notRun(newError(ErrCircuitOpen, "%s failed %d times in a row; next attempt in %v",
+			service, b.policy.Failures, wait)), true
 	}
 	answer, instance, failure := s.sendCall(ctx, x, service, cfg)
 	answered := failure == nil || failure == errNoResponders // which is the server's answer
@@ -442,23 +464,31 @@ func (s *Service) attempt(ctx context.Context, x *exchange, b *breaker, service 
 	if failure.Code == ErrCanceled.Code && !answered && !failure.NotRun {
 		s.notify(cancelSubject(service), []byte(x.reply))
 	}
-	unreached := failure.NotRun && slices.Contains(transientCodes, failure.Code)
-	missing := !answered && isUnanswered(failure)
-	v := inconclusive // the failure says nothing about the service
+	b.report(probe, verdictOn(failure, answered))
+	return nil, failure, safeToResend(failure) || cfg.idempotent && !answered && isUnanswered(failure)
+}
+
+// verdictOn returns what a failure says about the service that was called. answered is whether an answer came, be it the server's that
+// there are no responders.
+func verdictOn(failure *Error, answered bool) verdict {
 	switch {
-	case failure.Code == ErrNotActive.Code:
-	case unreached && answered, missing && failure.Code == ErrTimeout.Code:
-		v = bad
-	case answered:
-		v = good
+	case failure.Code == ErrNotActive.Code: // the service runs, but another instance leads
+		return inconclusive
+	case answered && safeToResend(failure): // there is no instance, or it is overloaded or stopping
+		return bad
+	case answered: // the handler has answered with an error
+		return good
+	case failure.Code == ErrTimeout.Code && !failure.NotRun: // no answer came in time
+		return bad
 	}
-	b.report(probe, v)
-	return nil, failure, unreached || missing && cfg.idempotent
+	return inconclusive // the caller has cancelled, or its own connection has failed
 }
 
 // sendCall sends the call once, to the subject that the options ask for. If that is the subject of the instance of ToInstance or,
 // for Sticky, of the leader, it returns that instance's id, else "".
-func (s *Service) sendCall(ctx context.Context, x *exchange, service string, cfg *callConfig) (answer *nats.Msg, instance string, failure *Error) {
+func (s *Service) sendCall(
+	ctx context.Context, x *exchange, service string, cfg *callConfig,
+) (answer *nats.Msg, instance string, failure *Error) {
 	instance = deref(cfg.instance)
 	if instance == "" && cfg.sticky {
 		instance = s.leaderOf(ctx, service)
@@ -471,7 +501,7 @@ func (s *Service) sendCall(ctx context.Context, x *exchange, service string, cfg
 			x.term = w.termOf(instance)
 		}
 		answer, failure = s.requestFrom(ctx, x, service, instance)
-		x.term = nil
+		x.term = nil                                           // what is sent next may go to another instance
 		if failure == errNoResponders && cfg.instance == nil { // the leader is gone, and another instance may lead now
 			answer, failure = s.request(ctx, x)
 			instance = ""

@@ -14,8 +14,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has what the server delivers later, and what it drops in time: At, After and ExpireAfter of events, and RetryAfter.
-// The server stores a message that is a schedule, and stores it again for its target when it is due:
+// This file has delayed and expiring events: At, After and ExpireAfter of Publish, and RetryAfter of a handler. A delayed event is a
+// schedule: a message that the server keeps on a subject of its own, and stores again for the event's subject when it is due:
 // https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-51.md
 
 const eventSchedulePrefix = "aegis.schedules.events." // followed by a hash, so that each schedule has a subject of its own
@@ -34,11 +34,6 @@ func setSchedule(h nats.Header, due time.Time, target, ttl string) {
 	if ttl != "" {
 		h[jetstream.ScheduleTTLHeader] = []string{ttl}
 	}
-}
-
-// seconds returns a duration in the form of the server's headers, rounded up to whole seconds.
-func seconds(d time.Duration) string {
-	return strconv.FormatInt(int64((d+time.Second-1)/time.Second), 10) + "s"
 }
 
 // scheduleLimit returns for how long a stream of events can keep a message for later. It is 0 if it can't.
@@ -91,18 +86,20 @@ func (p *publication) checkStream(ctx context.Context, x *exchange) *Error {
 	case p.cfg.expire > 0 && !have.AllowMsgTTL:
 		return notRun(newError(ErrInvalid, lacks+"for ExpireAfter set allow_msg_ttl"))
 	case have.MaxAge > 0 && wait > have.MaxAge:
-		return notRun(newError(ErrInvalid, lacks+"it drops messages after %v (max_age), before %v", have.MaxAge, p.due.Format(time.RFC3339)))
+		return notRun(newError(ErrInvalid, lacks+"it drops messages after %v (max_age), before %v",
+			have.MaxAge, p.due.Format(time.RFC3339)))
 	}
 	p.checked = true
 	return nil
 }
 
-// storeForLater has an event delivered to this subscription once more after a pause, as the same attempt: it stores the event anew, with a
-// schedule, and acknowledges the delivery. It reports false if the stream can't do that.
+// storeForLater stores an event again, to be delivered to this subscription after a pause, and acknowledges the present delivery. The
+// later delivery counts as the same attempt. If the event would expire before that, it is only acknowledged. storeForLater reports
+// false, and acknowledges nothing, if the stream can't keep the event for that long or does not confirm it.
 func (f *eventSource) storeForLater(r *request, pause time.Duration) bool {
 	d, h, ttl := r.delivery, copyHeader(r.in.Header), ""
-	if t := r.in.Header.Get(jetstream.MsgTTLHeader); t != "" {
-		left := time.Until(d.stored.Add(lifetime(t))) - pause
+	if lifetime := parseTTL(r.in.Header.Get(jetstream.MsgTTLHeader)); lifetime > 0 {
+		left := time.Until(d.stored.Add(lifetime)) - pause
 		if left < time.Second { // it expires before
 			f.acknowledge(r.in, ack)
 			return true
@@ -112,7 +109,8 @@ func (f *eventSource) storeForLater(r *request, pause time.Duration) bool {
 	if int64(pause) >= f.maxDelay.Load() {
 		return false
 	}
-	name := strconv.FormatUint(d.sequence, 10) // if the acknowledgement is lost, the same again replaces what was stored
+	// If the acknowledgement is lost, the event is redelivered, and storing it again replaces the schedule on the same subject.
+	name := strconv.FormatUint(d.sequence, 10)
 	h[headerSubject], h[headerID] = []string{r.msg.Subject}, []string{r.id}
 	h[headerTime], h[headerAttempt] = []string{d.time.Format(time.RFC3339Nano)}, []string{strconv.Itoa(d.attempt)}
 	h[jetstream.MsgIDHeader] = []string{"again-" + d.consumer + "-" + name}
@@ -127,15 +125,4 @@ func (f *eventSource) storeForLater(r *request, pause time.Duration) bool {
 	f.acknowledge(r.in, ack)
 	f.noteFailure(d.sequence, nil)
 	return true
-}
-
-// lifetime returns what a Nats-TTL header says: a duration, or a number of seconds. The server has checked it.
-func lifetime(ttl string) time.Duration {
-	if d, err := time.ParseDuration(ttl); err == nil {
-		return d
-	}
-	if n, err := strconv.ParseInt(ttl, 10, 32); err == nil {
-		return time.Duration(n) * time.Second
-	}
-	return maxBudget // "never"
 }

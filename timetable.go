@@ -13,8 +13,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has commands for later: At and After of SendCommand, and the schedules of commands that recur. The server keeps the
-// time, and stores the message of a command in the work queue when it is due; see schedules.go.
+// This file has delayed and recurring commands: At and After of SendCommand, and ScheduleCommand. The server keeps the time, and
+// stores the message of a command in the work queue when it is due; see schedules.go.
 
 const (
 	commandSchedulePrefix = "aegis.schedules.commands." // followed by <service>.<command>.<name of a schedule, or = and a hash>
@@ -28,16 +28,8 @@ func scheduleOf(key string) string {
 	return commandSchedulePrefix + service + "." + command + ".=" + strings.TrimPrefix(scheduleSubject(key), eventSchedulePrefix)
 }
 
-// later returns the later one of two times.
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
-}
-
-// checkCommandSchedule returns an error if the stream can't keep a message with this subject until the time due, which is zero if it need
-// not. It makes the stream if there is none.
+// checkCommandSchedule returns an error if the stream can't keep a schedule with this subject until the time due. A zero due asks only
+// whether it can keep schedules. checkCommandSchedule makes the stream if there is none.
 func (s *Service) checkCommandSchedule(ctx context.Context, subject string, due time.Time) *Error {
 	stream, failure := s.openStream(ctx, s.commandStream(), subject)
 	if failure != nil {
@@ -48,7 +40,8 @@ func (s *Service) checkCommandSchedule(ctx context.Context, subject string, due 
 	case !have.AllowMsgSchedules:
 		return notRun(newError(ErrInvalid, lacks+"for commands at a time set allow_msg_schedules"))
 	case have.MaxAge > 0 && time.Until(due) > have.MaxAge:
-		return notRun(newError(ErrInvalid, lacks+"it drops messages after %v (max_age), before %v", have.MaxAge, due.Format(time.RFC3339)))
+		return notRun(newError(ErrInvalid, lacks+"it drops messages after %v (max_age), before %v",
+			have.MaxAge, due.Format(time.RFC3339)))
 	}
 	return nil
 }
@@ -162,7 +155,7 @@ func parseSpec(spec string) (pattern, zone string, failure *Error) {
 		"or six fields that begin with the seconds", spec))
 }
 
-// readSchedule returns the message that is stored under a readSchedule's subject.
+// readSchedule returns the message that is stored under a schedule's subject.
 func (s *Service) readSchedule(ctx context.Context, subject string) (m *jetstream.RawStreamMsg, failure *Error) {
 	failure = s.askJetStream(ctx, "the schedule "+subject, func(ctx context.Context, js jetstream.JetStream) error {
 		stream, err := js.Stream(ctx, commandStream)
@@ -226,8 +219,8 @@ func (s *Service) Unschedule(ctx context.Context, service, command, name string)
 	}).orNil()
 }
 
-// firingID returns the id of a command that a schedule has fired, or "" if m is none. Duplicates of one firing share the time of the
-// next one.
+// firingID returns the id of a command that a schedule has sent, or "" if m is none. Duplicates of one firing have the same
+// Nats-Schedule-Next, so they get the same id.
 func firingID(m *nats.Msg, stored time.Time) string {
 	name := m.Header.Get(headerSchedule)
 	if !isToken(name, 64) {

@@ -32,8 +32,8 @@ type watch[T any] struct {
 	bucket, filter string
 	valid          func(key string, v *T) bool // entries for which it reports false are left out
 
-	// adopt takes over what now, a new revision of an entry, shares with old, which is nil if there was none. It reports whether
-	// the two are the same to those who wait for a change. If adopt is nil, each revision is a change.
+	// adopt is called with a new revision of an entry and the old one, which is nil if there was none. It may let both share parts. It
+	// reports whether those who wait for a change need not be woken. If adopt is nil, every revision wakes them.
 	adopt func(old, now *entry[T]) bool
 
 	version atomic.Uint64 // counts changes
@@ -53,10 +53,10 @@ type entry[T any] struct {
 	created  time.Time     // by the server's clock
 	seen     time.Duration // when this watch first got the revision, by the clock
 	ttl      time.Duration // 0 if the entry does not expire
-	until    time.Duration // when the entry expires unless it is written again, by the clock; 0 if it does not expire
-	kept     bool          // whether it stays until then, even if the server says that it has expired
-	gone     bool          // the server does not have it any more
-	expired  bool          // it is gone because its TTL was over
+	until    time.Duration // when the entry is dropped unless there is a new revision, by the clock; 0 if it does not expire
+	kept     bool          // whether it stays until then although the server has reported its expiry, because the servers were away
+	gone     bool          // whether the server no longer has it
+	expired  bool          // whether it is gone because its TTL was over; otherwise somebody has deleted it
 }
 
 const (
@@ -65,8 +65,13 @@ const (
 	expirySlack    = 2 * time.Second // for the server to report an expiry
 )
 
-func newWatch[T any](s *Service, bucket, filter string, valid func(string, *T) bool, adopt func(old, now *entry[T]) bool) *watch[T] {
-	return &watch[T]{svc: s, bucket: bucket, filter: filter, valid: valid, adopt: adopt, refill: make(chan struct{}, 1), changed: make(chan struct{})}
+func newWatch[T any](
+	s *Service, bucket, filter string, valid func(string, *T) bool, adopt func(old, now *entry[T]) bool,
+) *watch[T] {
+	return &watch[T]{
+		svc: s, bucket: bucket, filter: filter, valid: valid, adopt: adopt,
+		refill: make(chan struct{}, 1), changed: make(chan struct{}),
+	}
 }
 
 func (w *watch[T]) usage() *usage { return &w.use }
@@ -96,13 +101,13 @@ func (w *watch[T]) run(ctx context.Context) {
 	}
 }
 
-// A filling is what one call of follow has received. The watch's mu guards all but heard.
+// A filling is the state of one subscription of follow. The watch's mu guards its first three fields.
 type filling[T any] struct {
-	fresh    map[string]entry[T] // the new copy; nil once it is complete
-	received uint64              // by the consumer's sequence
-	ended    bool
-	heard    atomic.Int64 // when the latest message came, by the clock
-	broken   chan struct{}
+	fresh    map[string]entry[T] // the new copy until it is complete, then nil
+	received uint64              // how many entries have come
+	ended    bool                // whether entries are ignored, because one is missing or follow has returned
+	heard    atomic.Int64        // when the latest message came, by the clock
+	broken   chan struct{}       // receives a signal when an entry is missing
 }
 
 // follow keeps the copy up to date until the connection drops, nothing comes any more, or a new copy is wanted.
@@ -122,8 +127,9 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	defer sub.Unsubscribe()
 	within, cancel := context.WithTimeout(ctx, apiTimeout)
 	consumer, err := c.js.CreatePushConsumer(within, "KV_"+w.bucket, jetstream.ConsumerConfig{
-		DeliverSubject: sub.Subject, FilterSubject: "$KV." + w.bucket + "." + w.filter, DeliverPolicy: jetstream.DeliverLastPerSubjectPolicy,
-		AckPolicy: jetstream.AckNonePolicy, MaxDeliver: 1, MemoryStorage: true, Replicas: 1, FlowControl: true, IdleHeartbeat: watchHeartbeat,
+		DeliverSubject: sub.Subject, FilterSubject: "$KV." + w.bucket + "." + w.filter,
+		DeliverPolicy: jetstream.DeliverLastPerSubjectPolicy, AckPolicy: jetstream.AckNonePolicy, MaxDeliver: 1,
+		MemoryStorage: true, Replicas: 1, FlowControl: true, IdleHeartbeat: watchHeartbeat,
 	})
 	cancel()
 	switch {
@@ -150,10 +156,11 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 		select {
 		case <-tick.C:
 			now := clock()
-			switch silence := now - time.Duration(f.heard.Load()); {
+			silence, pause := now-time.Duration(f.heard.Load()), now-last // pause is long if the process was paused
+			switch {
 			case silence > watchSilence && refill == nil:
 				return newError(ErrTimeout, "%s: no answer from JetStream", what)
-			case silence > watchSilence, now-last > watchSilence, c.drops.Load() != drops: // in the second case, the process was paused
+			case silence > watchSilence, pause > watchSilence, c.drops.Load() != drops:
 				return nil
 			}
 			if !w.expire(now) {
@@ -190,12 +197,14 @@ func (w *watch[T]) receive(c *conn, f *filling[T], m *nats.Msg) {
 		return // somebody else has sent it
 	}
 	key := strings.TrimPrefix(m.Subject, "$KV."+w.bucket+".")
-	now := entry[T]{revision: meta.Sequence.Stream, created: meta.Timestamp, seen: clock(), ttl: parseTTL(m.Header.Get(jetstream.MsgTTLHeader))}
+	now := entry[T]{revision: meta.Sequence.Stream, created: meta.Timestamp, seen: clock()}
+	now.ttl = parseTTL(m.Header.Get(jetstream.MsgTTLHeader))
 	reason := m.Header.Get(jetstream.MarkerReasonHeader)
 	now.gone, now.expired = reason != "" || m.Header.Get("KV-Operation") != "", reason == "MaxAge"
 	if !now.gone {
 		if err := json.Unmarshal(m.Data, &now.value); err != nil || !w.valid(key, &now.value) {
-			w.svc.log.Warn("ignoring a registry or election entry that is not from aegis", "bucket", w.bucket, "key", key, "revision", now.revision, "error", err)
+			w.svc.log.Warn("ignoring a registry or election entry that is not from aegis",
+				"bucket", w.bucket, "key", key, "revision", now.revision, "error", err)
 			now.gone = true
 		}
 	}
@@ -220,15 +229,6 @@ func (w *watch[T]) receive(c *conn, f *filling[T], m *nats.Msg) {
 	}
 }
 
-// parseTTL returns the time in a header of a message that expires, or 0 if it is none.
-func parseTTL(header string) time.Duration {
-	if seconds, err := strconv.ParseInt(header, 10, 32); err == nil {
-		return time.Duration(seconds) * time.Second
-	}
-	ttl, _ := time.ParseDuration(header)
-	return ttl
-}
-
 // applyLocked puts a change into the copy.
 func (w *watch[T]) applyLocked(key string, now entry[T]) {
 	old, known := w.entries[key]
@@ -249,7 +249,7 @@ func (w *watch[T]) applyLocked(key string, now entry[T]) {
 	}
 }
 
-// replaceLocked puts an entry into a copy, and reports whether that is no change to the present one.
+// replaceLocked puts an entry into a copy. It reports whether those who wait for a change need not be woken.
 func (w *watch[T]) replaceLocked(into map[string]entry[T], key string, now entry[T]) (same bool) {
 	if w.adopt != nil {
 		var before *entry[T]
@@ -269,17 +269,20 @@ func (w *watch[T]) fillLocked(f *filling[T]) {
 	}
 	fresh, now, same := f.fresh, clock(), w.ready.Load() && w.adopt != nil
 	f.fresh = nil
+	// Carry over what the new copy can't know. An entry that is unchanged or has expired, and has a TTL, may belong to an instance that
+	// could not write while the servers were away. It stays for one more TTL or, if it was gone already when the old copy ended, for
+	// the rest of its time.
 	for key, old := range w.entries {
 		e, known := fresh[key]
 		switch {
 		case known && !e.gone && (e.revision != old.revision || !e.created.Equal(old.created)): // it was written again
 		case known && !e.gone && old.ttl == 0:
 			fresh[key] = old // with the time at which the revision was first seen
-		case known && e.gone && !e.expired, old.ttl == 0: // it was deleted
+		case known && e.gone && !e.expired, old.ttl == 0: // it was deleted, which those who wait have to learn
 			same = false
 		default:
 			left := old.ttl
-			if old.gone { // it has had its time
+			if old.gone {
 				left = old.until - w.lost
 			}
 			old.until, old.kept, old.gone = now+left, true, !known || e.gone
@@ -414,7 +417,7 @@ func (w *watch[T]) wait(ctx context.Context) *Error {
 const (
 	idleTime   = time.Minute   // without use, after which a watch ends
 	maxWatches = 1024          // of one kind, besides those that are held
-	usageEnded = math.MinInt64 // the used of a watch that has ended
+	usageEnded = math.MinInt64 // the value of usage.used after the watch has ended
 )
 
 // A usage says how long a watch goes on: as long as somebody holds it, and for idleTime after it was last asked for. A watch that
@@ -499,13 +502,13 @@ func (g *watching[W]) get(key string) W {
 	}
 }
 
-// hold is get for somebody who needs the watch until he calls release of its usage.
+// hold returns the watch of key, which goes on until the caller calls release on its usage. If there is none, hold starts one.
 func (g *watching[W]) hold(key string) W {
 	for {
 		if v, ok := g.watches.Load(key); ok && v.(W).usage().hold() {
 			return v.(W)
 		}
-		g.start(key, clock()-idleTime)
+		g.start(key, clock()-idleTime) // so that the watch ends as soon as it is released
 	}
 }
 

@@ -19,12 +19,13 @@ import (
 // and every compare-and-swap go through request. It is the one place where a message that can't be sent, or is not answered,
 // becomes an Error.
 
-// An exchange is a message that request sends, and the reply subject that it was sent with.
+// An exchange is one message, and what request needs to send it: the deadline, the connection, and what counts as its answer. It is
+// used again for each attempt.
 type exchange struct {
 	subject     string
 	header      nats.Header
 	data        []byte
-	correlation string        // the correlation id to pass on; if it is "", <connection>.<slot>.<call> of reply serves as one
+	correlation string        // the correlation id to pass on; "" for none: then the receiver makes one of the reply subject
 	until       time.Duration // the deadline, by the clock; the time left when it is sent is the handler's budget
 	on          *conn         // the connection to send it on; nil for any that is up
 	sendTimeout bool          // whether to send the time left as a header, too
@@ -39,16 +40,6 @@ func (x *exchange) within(ctx context.Context, most time.Duration) *exchange {
 	return x
 }
 
-// timeLeft returns the time until ctx ends, or usual if ctx has no deadline.
-func timeLeft(ctx context.Context, usual time.Duration) time.Duration {
-	if deadline, ok := ctx.Deadline(); ok {
-		usual = time.Until(deadline)
-	}
-	return min(usual, maxBudget)
-}
-
-const maxBudget = 365 * 24 * time.Hour // more might not fit into the reply subject, or overflow the clock
-
 // withRetries makes attempts to send x, within ctx's time, until one succeeds or no other may follow. An attempt reports again if
 // another may follow its failure.
 func (s *Service) withRetries(
@@ -57,7 +48,7 @@ func (s *Service) withRetries(
 	policy := cfg.policy()
 	end := clock() + timeLeft(ctx, s.cfg.timeout)
 	mayHaveRun := false
-	var last *Error // the failure that explains why attempt after attempt failed
+	var reason *Error // why the attempts failed, as far as that is known
 	for n := 1; ; n++ {
 		x.until = end
 		if cfg.idempotent {
@@ -71,18 +62,18 @@ func (s *Service) withRetries(
 		failure.NotRun = !mayHaveRun
 		if !again || n >= policy.Attempts {
 			if failure.Source == "" && (failure.Code == ErrTimeout.Code || failure.Code == ErrCanceled.Code) {
-				failure.Cause = last // last says more than that the time was up
+				failure.Cause = reason // which says more than that the time was up
 			}
 			return nil, failure
 		}
-		// Otherwise the time was up in the middle of this attempt, and the failure of an earlier one says more.
-		if last == nil || !failure.NotRun || ctx.Err() == nil && clock() < end {
-			last = failure
+		// Keep the reason of an earlier attempt if this one only ran out of time.
+		if reason == nil || !failure.NotRun || ctx.Err() == nil && clock() < end {
+			reason = failure
 		}
 		sleep(ctx, min(backoff(n, policy.Backoff, policy.MaxBackoff), end-clock()))
 		if ended := asError(ctx.Err()); ended != nil || clock() >= end {
 			timeout := newError(cmp.Or(ended, ErrTimeout), "gave up on %s after %d attempts", x.subject, n)
-			timeout.NotRun, timeout.Cause, timeout.Details = failure.NotRun, last, failure.Details
+			timeout.NotRun, timeout.Cause, timeout.Details = failure.NotRun, reason, failure.Details
 			return nil, timeout
 		}
 	}
@@ -105,7 +96,7 @@ func (s *Service) request(ctx context.Context, x *exchange) (*nats.Msg, *Error) 
 	for range s.conns {
 		c := x.on
 		if c == nil {
-			c = s.pick() // only then, because it counts
+			c = s.pick() // not for a certain connection, because pick takes turns
 		}
 		if c == nil {
 			break
@@ -146,14 +137,17 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 		x.header = withHeader(x.header, headerTimeout, max(x.until-clock(), time.Millisecond).Round(time.Millisecond).String())
 	}
 
-	switch err := c.publish(outgoing{nats.Msg{Subject: x.subject, Reply: x.reply, Header: x.header, Data: x.data}, x.until, sl.drops}); {
+	m := nats.Msg{Subject: x.subject, Reply: x.reply, Header: x.header, Data: x.data}
+	switch err := c.publish(outgoing{m, x.until, sl.drops}); {
 	case err == nil:
 	case errors.Is(err, nats.ErrReconnectBufExceeded):
 		return nil, errDropped
 	case errors.Is(err, nats.ErrMaxPayload):
-		return nil, notRun(newError(ErrInvalid, "the request to %s has %d bytes, more than the server's max_payload of %d", x.subject, len(x.data), c.nc.MaxPayload()))
+		return nil, notRun(newError(ErrInvalid, "the request to %s has %d bytes, more than the server's max_payload of %d",
+			x.subject, len(x.data), c.nc.MaxPayload()))
 	case errors.Is(err, nats.ErrBadHeaderMsg):
-		return nil, notRun(newError(ErrInvalid, "the request to %s has a header whose key is not an HTTP token: %q", x.subject, slices.Collect(maps.Keys(x.header))))
+		return nil, notRun(newError(ErrInvalid, "the request to %s has a header whose key is not an HTTP token: %q",
+			x.subject, slices.Collect(maps.Keys(x.header))))
 	case errors.Is(err, nats.ErrConnectionClosed):
 		return nil, s.disconnectedError()
 	default: // part of it may have been written
@@ -184,8 +178,8 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 		}
 	}
 	if failure.Code != ErrDenied.Code { // the call may have run: add what it takes to find it in the logs of both sides
-		within := (x.until - sl.since).Round(time.Millisecond)
-		failure = newError(failure, "no answer from %s within %v: %s", x.subject, within, failure.Message)
+		limit := (x.until - sl.since).Round(time.Millisecond)
+		failure = newError(failure, "no answer from %s within %v: %s", x.subject, limit, failure.Message)
 		failure.Details = map[string]string{"correlation_id": parseAddress(x.reply).correlationID()}
 	}
 	return nil, failure
@@ -194,19 +188,18 @@ func (s *Service) roundTrip(ctx context.Context, c *conn, sl *slot, x *exchange)
 // isNoResponders reports whether m is the server's answer to a message whose subject nobody has subscribed to.
 func isNoResponders(m *nats.Msg) bool { return len(m.Data) == 0 && m.Header.Get("Status") == "503" }
 
-// whyNoAnswer returns the reason why sl can't get an answer to the message that was sent to subject any more, or nil if the answer
-// may still come.
+// whyNoAnswer returns why the answer to the message that was sent to subject can't come any more, or nil if it may still come.
 func (s *Service) whyNoAnswer(c *conn, sl *slot, subject string) *Error {
 	noAnswers := s.denials.since(sl.since, toSubscribe+sl.sub.Subject)
 	if noAnswers != nil {
 		noAnswers.NotRun = false // the message itself may have arrived
-		sl.missed = maxMissed    // so that release ends the slot, which can't hear any answer
+		sl.deaf = true
 	}
 	switch denied := cmp.Or(s.denials.since(sl.since, toPublish+subject), noAnswers); {
 	case denied != nil:
 		return denied
 	case sl.refused.Load():
-		sl.missed = maxMissed
+		sl.deaf = true
 		return newError(ErrOverloaded, "the server refused the subscription for the answer: %s", tooMany)
 	case s.closed.Load():
 		return s.closedError()
@@ -221,7 +214,7 @@ func (s *Service) whyNoAnswer(c *conn, sl *slot, subject string) *Error {
 // A slot waits for the answer to one call at a time. It is a subscription to <inbox>.<slot>.> that is used again and again, so
 // that the connection's read loop hands an answer straight to the waiting caller. The number of the call in the reply subject
 // distinguishes an answer to this call from a late answer to an earlier one. A nil among the answers makes the caller check
-// whether its answer can still come; see answerLost.
+// whether its answer can still come; see whyNoAnswer.
 type slot struct {
 	sub     *nats.Subscription
 	prefix  string // of the reply subjects
@@ -230,6 +223,7 @@ type slot struct {
 	missed  int         // how many calls ended without an answer, whose late answers may still come and fill the channel
 	calls   uint64      // the number of the latest call
 	strays  bool        // whether a message came that belongs to no call, so that others may follow and fill the channel
+	deaf    bool        // whether the server delivers no answer to the subscription
 	refused atomic.Bool // whether the server has refused the subscription
 
 	// Of the present call:
@@ -326,7 +320,7 @@ func (c *conn) release(sl *slot, answered bool) {
 	if !answered {
 		sl.missed++
 	}
-	if sl.strays || sl.missed >= maxMissed || len(sl.answers) > 0 {
+	if sl.strays || sl.deaf || sl.missed >= maxMissed || len(sl.answers) > 0 {
 		c.endSlot(sl)
 		return
 	}
@@ -341,37 +335,44 @@ const probeToken = "probe" // the last token of the subject of a message from pr
 // message to each slot. The server answers a flush after it has delivered these messages, so a slot that has not got its message
 // by then was refused. Its caller learns that at once.
 func (c *conn) probeSlots(ctx context.Context, denials *denials) {
-	for n := int32(1); n > 0; n = c.probing.Add(-n) {
-		n = c.probing.Load()
-		before := map[*slot]int64{} // how many messages each has got
-		c.slotsMu.Lock()
-		for sl := range c.slots {
-			if sl.sub != nil {
-				before[sl], _ = sl.sub.Delivered()
-			}
+	for {
+		noted := c.probing.Load() // refusals that this round deals with
+		c.probeSlotsOnce(ctx, denials)
+		if c.probing.Add(-noted) == 0 {
+			return // no others have come meanwhile
 		}
-		c.slotsMu.Unlock()
-		if denials.since(clock()-time.Minute, toPublish+c.inbox+">") == nil { // otherwise all count as refused
-			for sl := range before {
-				if strings.HasPrefix(sl.prefix, c.inbox) { // one that follows a command begins anew instead
-					_ = c.nc.Publish(strings.Replace(sl.sub.Subject, ">", probeToken, 1), nil)
-				}
-			}
-		}
-		if c.flush(ctx) != nil {
-			continue // the connection is lost, and with it the calls
-		}
-		c.slotsMu.Lock()
-		for sl, count := range before {
-			if now, err := sl.sub.Delivered(); err == nil && now == count && len(sl.answers) < cap(sl.answers) {
-				sl.refused.Store(true)
-				sl.wake()
-				delete(c.slots, sl)
-			}
-		}
-		c.room, c.roomUntil = len(c.slots), clock()+10*time.Second
-		c.slotsMu.Unlock()
 	}
+}
+
+func (c *conn) probeSlotsOnce(ctx context.Context, denials *denials) {
+	before := map[*slot]int64{} // how many messages each has got
+	c.slotsMu.Lock()
+	for sl := range c.slots {
+		if sl.sub != nil {
+			before[sl], _ = sl.sub.Delivered()
+		}
+	}
+	c.slotsMu.Unlock()
+	if denials.since(clock()-time.Minute, toPublish+c.inbox+">") == nil { // otherwise all count as refused
+		for sl := range before {
+			if strings.HasPrefix(sl.prefix, c.inbox) { // one that follows a command begins anew instead
+				_ = c.nc.Publish(strings.Replace(sl.sub.Subject, ">", probeToken, 1), nil)
+			}
+		}
+	}
+	if c.flush(ctx) != nil {
+		return // the connection is lost, and with it the calls
+	}
+	c.slotsMu.Lock()
+	defer c.slotsMu.Unlock()
+	for sl, count := range before {
+		if now, err := sl.sub.Delivered(); err == nil && now == count && len(sl.answers) < cap(sl.answers) {
+			sl.refused.Store(true)
+			sl.wake()
+			delete(c.slots, sl)
+		}
+	}
+	c.room, c.roomUntil = len(c.slots), clock()+10*time.Second
 }
 
 // endSlot ends the slot's subscription.
