@@ -1,4 +1,4 @@
-// Package alerts tests the alert rules of the README with Prometheus's own engine, the one of promtool test rules.
+// Package alerts tests the alert rules in alerts.yml with Prometheus's own engine, the one of promtool test rules.
 package alerts
 
 import (

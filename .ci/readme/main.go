@@ -1,6 +1,6 @@
 // Command readme writes the Go of README.md into packages of the present directory, one for each block, so that all of it can be
-// compiled. A block is a whole program, a few declarations, or statements of a function. It also writes the alert rules to
-// alerts/alerts.yml, and what the first program prints to want.
+// compiled. A block is a whole program, a few declarations, or statements of a function. It also writes what the first program prints
+// to want.
 package main
 
 import (
@@ -45,17 +45,13 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	extract := func(file, pattern string) {
-		m := regexp.MustCompile(pattern).FindSubmatch(text)
-		if m == nil {
-			log.Fatalf("the README has no block %s", pattern)
-		}
-		if err := os.WriteFile(file, m[1], 0o644); err != nil {
-			log.Fatal(err)
-		}
+	output := regexp.MustCompile("(?ms)^```text\n(.*?)^```$").FindSubmatch(text)
+	if output == nil {
+		log.Fatal("the README does not say what the first program prints")
 	}
-	extract("alerts/alerts.yml", "(?ms)^```yaml\n(groups:.*?)^```$")
-	extract("want", "(?ms)^```text\n(.*?)^```$")
+	if err := os.WriteFile("want", output[1], 0o644); err != nil {
+		log.Fatal(err)
+	}
 	for i, m := range regexp.MustCompile("(?ms)^```go\n(.*?)^```$").FindAllStringSubmatch(string(text), -1) {
 		code := m[1]
 		if formatted, err := format.Source([]byte(code)); err != nil || string(formatted) != code {
