@@ -573,7 +573,8 @@ func (s *Service) redriveCommand(ctx context.Context, d DeadLetter) *Error {
 	}
 	rec = cmp.Or(rec, &record{State: stateFailed}) // the record has expired
 	next := record{State: stateQueued, Priority: rec.Priority, Attempt: rec.Attempt}
-	next.Digest, next.Source = d.Header.Get(headerDigest), d.Header.Get(headerSource)
+	next.Source = d.Header.Get(headerSource)
+	next.Digest = cmp.Or(d.Header.Get(headerDigest), rec.Digest)
 	switch {
 	case rec.State == stateFailed:
 		_, _, failure = s.writeRecord(ctx, key, &next, revision, callConfigs[kindCommand])

@@ -733,6 +733,8 @@ func (s *Service) serveTerm(t *term) {
 	case <-t.Done():
 	case <-s.quitting.Done():
 	case <-t.resigned.Done():
+	}
+	if t.resigned.Err() != nil { // also if t's ctx has ended, because the ctx of Resign has
 		s.shareAll()
 		_ = s.flush(t) // if this fails, a request that is on its way may be answered with ErrNotActive
 	}

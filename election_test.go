@@ -1143,41 +1143,68 @@ func TestTermAfterHandlerHasReturned(t *testing.T) {
 	}
 }
 
-// A leader that resigns handles the events that it has fetched, whatever their pattern: giving them back would use up an attempt.
+// A leader that resigns handles the events that it has fetched, whatever their pattern: giving them back, or leaving them to the ack
+// wait, would use up an attempt.
 func TestResignUsesUpNoAttempt(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
-	var handled journal[aegis.Event[int]]
+	const n = 5000
+	if err := aegis.PublishBatch(t.Context(), newService(t, srv, "shop"), "order", "created", make([]int, n)); err != nil {
+		t.Fatal(err)
+	}
+	var handled journal[int] // the attempts
 	var instances []*aegis.Service
 	for range 2 {
 		s := newService(t, srv, "risk", aegis.WithFailover(brisk))
-		subscribe(t, s, "order.*", func(_ context.Context, e aegis.Event[int]) error { handled.add(e); return nil }, aegis.Exclusive())
+		subscribe(t, s, "order.*", func(_ context.Context, e aegis.Event[int]) error {
+			time.Sleep(20 * time.Millisecond)
+			handled.add(e.Attempt)
+			return nil
+		}, aegis.Exclusive(), aegis.FromStart(), aegis.Concurrency(64))
 		start(t, s)
 		instances = append(instances, s)
 	}
-	const n = 5000
-	published := make(chan error, 1)
-	go func() {
-		published <- aegis.PublishBatch(context.Background(), instances[0], "order", "created", make([]int, n))
-	}()
-	for resigned := 0; len(handled.all()) < n || resigned < 3; {
+	resigned := 0
+	for len(handled.all()) < n {
 		for _, s := range instances {
-			if s.IsLeader() && s.Resign(t.Context()) == nil {
+			if resigned < 4 && s.IsLeader() && s.Resign(t.Context()) == nil {
 				resigned++
 			}
 		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	if err := <-published; err != nil {
-		t.Fatal(err)
+		time.Sleep(50 * time.Millisecond)
 	}
 	again := 0
-	for _, e := range handled.all() {
-		if e.Attempt > 1 {
+	for _, attempt := range handled.all() {
+		if attempt > 1 {
 			again++
 		}
 	}
-	if again > 0 {
-		t.Errorf("%d of %d events came at a later attempt", again, n)
+	if again > 0 || resigned < 4 {
+		t.Errorf("%d of %d events came at a later attempt, while the leader resigned %d times", again, n, resigned)
+	}
+}
+
+// A Resign whose ctx has ended already, at the very beginning of a term, ends the term nevertheless.
+func TestResignAtBeginningOfTerm(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk", aegis.WithFailover(aegis.FailoverPolicy{
+		Lease: 400 * time.Millisecond, Valid: 300 * time.Millisecond, Renew: 60 * time.Millisecond, Timeout: 200 * time.Millisecond,
+	}))
+	for i := range 8 {
+		subscribe(t, svc, fmt.Sprintf("order.t%d", i), into(&journal[int]{}), aegis.Exclusive())
+	}
+	for i := range 40 {
+		handle(t, svc, fmt.Sprintf("m%d", i), echo, aegis.Exclusive())
+	}
+	start(t, svc)
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	for round := range 8 {
+		eventually(t, "the instance leads", svc.IsLeader)
+		time.Sleep(time.Duration(round) * 50 * time.Microsecond)
+		term := svc.Stats().Leading["default"]
+		_ = svc.Resign(ended)
+		eventually(t, "the term ends", func() bool { return !svc.IsLeader() || svc.Stats().Leading["default"] != term })
 	}
 }

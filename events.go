@@ -149,7 +149,7 @@ func (p *publication) storeWithRetries(ctx context.Context, x *exchange) *Error 
 		if failure == nil {
 			_, failure = p.s.store(ctx, x, p.s.eventStream())
 		}
-		return nil, failure, p.s.storeAgain(ctx, failure, p.s.eventStream(), x.subject)
+		return nil, failure, retryable(failure)
 	})
 	return failure
 }

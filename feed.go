@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"math"
 	"reflect"
 	"slices"
 	"strconv"
@@ -27,6 +28,7 @@ const (
 	pullBytes     = 8 << 20                // bytes that all feeds of a service ask for at once; the server cuts a connection at 64 MB
 	pullExpiry    = 30 * time.Second       // after which a pull request is made anew
 	pullHeartbeat = 5 * time.Second        // between the server's signs of life; a request without one for twice as long is lost
+	quietTime     = 50 * time.Millisecond  // without a message, after which a consumer has none for a request that is given up
 	drainTime     = 2 * time.Second        // for messages under way to arrive when a request is given up
 	checkInterval = 15 * time.Second       // after which fetch checks the consumers again
 	retryPause    = 250 * time.Millisecond // the shortest bound of a pause after a failure
@@ -346,6 +348,9 @@ func (f *feed) askByPriority(ctx context.Context, free int64) bool {
 		lanes, free = slices.Backward(f.lanes), max(free/16, 1)
 	}
 	for _, l := range lanes {
+		if ctx.Err() != nil {
+			return false
+		}
 		if l.parked.Load() {
 			continue
 		}
@@ -391,8 +396,16 @@ func (f *feed) accept(from *lane, m jetstream.Msg) bool {
 		return false
 	}
 	f.queue <- boundMsg(m)
+	return numPending(m) == 0 && f.reserved.Load() < int64(f.limit)
+}
+
+// numPending returns how many messages the consumer of m had after it.
+func numPending(m jetstream.Msg) uint64 {
 	meta, err := m.Metadata()
-	return err == nil && meta.NumPending == 0 && f.reserved.Load() < int64(f.limit)
+	if err != nil {
+		return math.MaxUint64
+	}
+	return meta.NumPending
 }
 
 // reserve takes up to n of what the limit leaves free, and returns how many it has taken.
@@ -406,8 +419,8 @@ func (f *feed) reserve(n int64) int64 {
 }
 
 // await asks a consumer for messages, in the way that opts say, and passes them to take as they come, until all that were asked for
-// have come, take reports false, ctx ends, or the request fails. When ctx ends, messages that are under way are still taken, for
-// drainTime at most.
+// have come, take reports false, ctx ends, or the request fails. When ctx ends, messages that are under way are still taken: those that
+// the consumer has, within quietTime, and those that the server has sent, within drainTime.
 func (f *feed) await(
 	ctx context.Context, consumer jetstream.Consumer, take func(jetstream.Msg) bool, opts ...jetstream.PullMessagesOpt,
 ) {
@@ -420,21 +433,36 @@ func (f *feed) await(
 	defer it.Stop()
 	waiting, stopWaiting := context.WithCancel(context.Background())
 	defer stopWaiting()
-	end := func() {
+	end := sync.OnceFunc(func() {
 		if c.up.Load() {
 			it.Drain()
 		} else {
 			it.Stop()
 		}
 		time.AfterFunc(drainTime, stopWaiting)
-	}
-	defer context.AfterFunc(ctx, end)()
+	})
+	var latest atomic.Int64 // when the latest message came, or else the request was made, by the clock
+	latest.Store(int64(clock()))
+	defer context.AfterFunc(ctx, func() {
+		// A message that the consumer has begun to send when the subscription ends would be lost until its ack wait is over.
+		for until := clock() + drainTime; c.up.Load() && waiting.Err() == nil && clock() < until; {
+			quiet := clock() - time.Duration(latest.Load())
+			if quiet >= quietTime {
+				break
+			}
+			sleep(waiting, quietTime-quiet)
+		}
+		end()
+	})()
 	opt := jetstream.NextContext(waiting)
 	for more := true; more; {
 		m, err := it.Next(opt)
 		switch {
 		case err == nil:
-			more = take(m)
+			latest.Store(int64(clock()))
+			if more = take(m); ctx.Err() != nil && numPending(m) == 0 {
+				end()
+			}
 		case errors.Is(err, jetstream.ErrMsgIteratorClosed), waiting.Err() != nil:
 			return
 		default: // the consumer was deleted, or the server is silent

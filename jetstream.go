@@ -222,7 +222,7 @@ func noJetStreamError(what string) *Error {
 func (s *Service) storeWithRetries(ctx context.Context, x *exchange, stream jetstream.StreamConfig, cfg *callConfig) *Error {
 	_, failure := s.withRetries(ctx, x, cfg, func() (*nats.Msg, *Error, bool) {
 		_, failure := s.store(ctx, x, stream)
-		return nil, failure, s.storeAgain(ctx, failure, stream, x.subject)
+		return nil, failure, retryable(failure)
 	})
 	return failure
 }
@@ -249,19 +249,10 @@ func (s *Service) store(ctx context.Context, x *exchange, stream jetstream.Strea
 	case errNoResponders:
 		return 0, noStreamError(x.subject)
 	}
-	return 0, failure
-}
-
-// storeAgain reports whether another attempt to store a message for subject may succeed after failure, which may be nil. If there was
-// no answer, it makes the stream if there is none: the server does not say so if anybody subscribes to the subject, as nats sub '>'
-// does.
-func (s *Service) storeAgain(ctx context.Context, failure *Error, stream jetstream.StreamConfig, subject string) bool {
-	if failure != nil && failure.Code == ErrTimeout.Code && ctx.Err() == nil {
-		attemptCtx, cancel := context.WithTimeout(ctx, time.Second)
-		defer cancel()
-		_, _ = s.openStreamOnce(attemptCtx, stream, subject)
+	if failure.Code == ErrTimeout.Code && !failure.NotRun {
+		failure.Message += "; perhaps no stream takes it, which the server does not report if anybody else subscribes to it"
 	}
-	return retryable(failure)
+	return 0, failure
 }
 
 // noStreamError returns the error for a message that got no responders, because no stream has its subject.

@@ -77,6 +77,7 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 		if failure := s.seal(header, Raw{data, out.codec}, what); failure != nil {
 			return failure
 		}
+		digest := digest                                  // middleware may send several times
 		if !bytes.Equal(data, out.data) || digest == "" { // middleware has changed it, or JSON can't express the value
 			digest = digestPayload(header, data)
 		}

@@ -96,7 +96,7 @@ func (s *Service) writeRecord(ctx context.Context, key string, rec *record, revi
 	var value []byte
 	_, failure = s.withRetries(ctx, x, cfg, func() (_ *nats.Msg, failure *Error, again bool) {
 		value, nowRevision, failure = s.compareAndSwap(ctx, x, s.recordStream(), revision)
-		return nil, failure, s.storeAgain(ctx, failure, s.recordStream(), x.subject)
+		return nil, failure, retryable(failure)
 	})
 	if failure == nil {
 		return rec, nowRevision, nil

@@ -98,7 +98,9 @@ func (p *publication) checkStream(ctx context.Context, x *exchange) *Error {
 // false, and acknowledges nothing, if the stream can't keep the event for that long or does not confirm it.
 func (f *eventSource) storeForLater(r *request, pause time.Duration) bool {
 	d, h, ttl := r.delivery, copyHeader(r.in.Header), ""
-	if lifetime := parseTTL(r.in.Header.Get(jetstream.MsgTTLHeader)); lifetime > 0 {
+	if r.in.Header.Get(jetstream.MsgTTLHeader) == "never" {
+		ttl = "never"
+	} else if lifetime := parseTTL(r.in.Header.Get(jetstream.MsgTTLHeader)); lifetime > 0 {
 		left := time.Until(d.stored.Add(lifetime)) - pause
 		if left < time.Second { // it expires before
 			f.acknowledge(r.in, ack)
