@@ -54,8 +54,8 @@ type Schedule struct {
 }
 
 // ScheduleCommand sets a schedule by which the server sends a command repeatedly. The server keeps the schedule and sends the
-// commands, so that this process need not run. Each firing is a new command with the id <name>@<time>, which one instance of the
-// service executes.
+// commands, so that this process need not run. Each firing is a new command, which one instance of the service executes. Its id is
+// <name>@<time>, with the time of the firing that follows it, by which duplicates of one firing are recognized.
 //
 // name is 1 to 64 letters, digits, - and _. ScheduleCommand replaces a schedule of the same name, service and command. If nothing
 // changes, it leaves the schedule as it is, so that all instances may set it when they start.
