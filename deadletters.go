@@ -63,28 +63,18 @@ func (s *Service) deadStream() jetstream.StreamConfig {
 //   - [ErrClosed] after Stop
 //   - [ErrDenied] if the server's permissions do not allow it
 func (s *Service) DeadLetters(ctx context.Context) iter.Seq2[DeadLetter, error] {
-	return func(yield func(DeadLetter, error) bool) {
-		for m, failure := range s.storedMessages(ctx, deadStream, letterPrefix+">") {
-			if failure != nil {
-				yield(DeadLetter{}, failure)
-				return
-			}
-			if !yield(s.letterOf(m), nil) {
-				return
-			}
-		}
-	}
+	return stored(ctx, s, deadStream, letterPrefix+">", s.letterOf)
 }
 
-// letterOf returns the dead letter in a stored message.
-func (s *Service) letterOf(m *jetstream.RawStreamMsg) DeadLetter {
+// letterOf returns the dead letter in a stored message, and true.
+func (s *Service) letterOf(m *jetstream.RawStreamMsg) (DeadLetter, bool) {
 	d := DeadLetter{Time: m.Time, Header: copyHeader(m.Header), Data: m.Data, Sequence: m.Sequence, codec: s.cfg.codec}
 	d.Subject, d.Consumer, d.Reason = m.Header.Get(headerSubject), m.Header.Get(headerConsumer), m.Header.Get(headerReason)
 	d.Attempts, _ = strconv.Atoi(m.Header.Get(headerAttempts))
 	for _, key := range []string{headerConsumer, headerReason, headerAttempts, headerAttempt} {
 		delete(d.Header, key)
 	}
-	return d
+	return d, true
 }
 
 // Redrive sends the event or the command of a dead letter again to the consumer that failed to handle it, and to no other one,

@@ -126,10 +126,12 @@ func (s *Service) askJetStream(ctx context.Context, what string, ask func(contex
 	})
 }
 
-// storedMessages yields the messages of a stream that match subject and are stored when it begins, the oldest first. It reads them
-// one by one. If a read fails, it yields the error and ends.
-func (s *Service) storedMessages(ctx context.Context, name, subject string) iter.Seq2[*jetstream.RawStreamMsg, *Error] {
-	return func(yield func(*jetstream.RawStreamMsg, *Error) bool) {
+// stored yields what item makes of the messages of a stream that match subject and are stored when it begins, the oldest first. It
+// reads them one by one, and leaves out those for which item reports false. If a read fails, it yields the error and ends.
+func stored[T any](
+	ctx context.Context, s *Service, name, subject string, item func(*jetstream.RawStreamMsg) (T, bool),
+) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
 		var stream jetstream.Stream
 		for next := uint64(1); ; next++ {
 			var m *jetstream.RawStreamMsg
@@ -144,9 +146,12 @@ func (s *Service) storedMessages(ctx context.Context, name, subject string) iter
 			})
 			switch {
 			case failure != nil && failure.Code != ErrNotFound.Code: // there may be no such stream, or no more messages in it
-				yield(nil, failure)
+				yield(*new(T), failure)
 				return
-			case failure != nil || m.Sequence > stream.CachedInfo().State.LastSeq || !yield(m, nil):
+			case failure != nil || m.Sequence > stream.CachedInfo().State.LastSeq:
+				return
+			}
+			if v, ok := item(m); ok && !yield(v, nil) {
 				return
 			}
 			next = m.Sequence

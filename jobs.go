@@ -385,27 +385,25 @@ func (s *Service) Commands(ctx context.Context, service string) iter.Seq2[Comman
 			return
 		}
 		shown := map[string]bool{}
+		item := func(m *jetstream.RawStreamMsg) (info CommandInfo, ok bool) {
+			key := strings.TrimPrefix(m.Subject, recordPrefix)
+			rec, failure := parseRecord(key, m.Data)
+			if shown[key] || failure == nil && rec == nil { // rec is nil for a deleted record
+				return info, false
+			}
+			shown[key] = true
+			if failure != nil {
+				rec = &record{Error: failure}
+			}
+			tokens := strings.SplitN(key, ".", 3)
+			return CommandInfo{
+				Service: service, Command: tokens[1], ID: idOf(tokens[2]), Source: rec.Source,
+				Priority: rec.Priority, Progress: rec.progress(), Error: rec.Error,
+			}, true
+		}
 		for range 2 { // the second time for those that were changed, and so moved behind the end, meanwhile
-			for m, failure := range s.storedMessages(ctx, "KV_"+recordBucket, recordPrefix+service+".*.*") {
-				if failure != nil {
-					yield(CommandInfo{}, failure)
-					return
-				}
-				key := strings.TrimPrefix(m.Subject, recordPrefix)
-				rec, failure := parseRecord(key, m.Data)
-				if shown[key] || failure == nil && rec == nil { // rec is nil for a deleted record
-					continue
-				}
-				shown[key] = true
-				if failure != nil {
-					rec = &record{Error: failure}
-				}
-				tokens := strings.SplitN(key, ".", 3)
-				info := CommandInfo{
-					Service: service, Command: tokens[1], ID: idOf(tokens[2]), Source: rec.Source,
-					Priority: rec.Priority, Progress: rec.progress(), Error: rec.Error,
-				}
-				if !yield(info, nil) {
+			for info, err := range stored(ctx, s, "KV_"+recordBucket, recordPrefix+service+".*.*", item) {
+				if !yield(info, err) || err != nil {
 					return
 				}
 			}

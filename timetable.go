@@ -173,22 +173,14 @@ func (s *Service) readSchedule(ctx context.Context, subject string) (m *jetstrea
 // Errors:
 //   - those of [Service.DeadLetters]
 func (s *Service) Schedules(ctx context.Context) iter.Seq2[Schedule, error] {
-	return func(yield func(Schedule, error) bool) {
-		for m, failure := range s.storedMessages(ctx, commandStream, commandSchedulePrefix+">") {
-			if failure != nil {
-				yield(Schedule{}, failure)
-				return
-			}
-			tokens := strings.Split(strings.TrimPrefix(m.Subject, commandSchedulePrefix), ".")
-			name := m.Header.Get(headerSchedule)
-			if name == "" || len(tokens) != 3 { // a command for later
-				continue
-			}
-			if !yield(Schedule{name, m.Header.Get(headerSpec), tokens[0], tokens[1], m.Time}, nil) {
-				return
-			}
+	return stored(ctx, s, commandStream, commandSchedulePrefix+">", func(m *jetstream.RawStreamMsg) (Schedule, bool) {
+		tokens := strings.Split(strings.TrimPrefix(m.Subject, commandSchedulePrefix), ".")
+		name := m.Header.Get(headerSchedule)
+		if name == "" || len(tokens) != 3 { // a command for later
+			return Schedule{}, false
 		}
-	}
+		return Schedule{name, m.Header.Get(headerSpec), tokens[0], tokens[1], m.Time}, true
+	})
 }
 
 // Unschedule removes a schedule that [ScheduleCommand] has set. Commands that the schedule has sent already are not affected.
