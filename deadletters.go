@@ -129,11 +129,8 @@ func (s *Service) checkLetter(ctx context.Context, verb string, d DeadLetter) *E
 		return notRun(newError(ErrInvalid, "%s: sequence %d with consumer %q is not from DeadLetters", verb, d.Sequence, d.Consumer))
 	}
 	var m *jetstream.RawStreamMsg
-	failure := s.askJetStream(ctx, d.name(), func(ctx context.Context, js jetstream.JetStream) error {
-		dead, err := js.Stream(ctx, deadStream)
-		if err == nil {
-			m, err = dead.GetMsg(ctx, d.Sequence)
-		}
+	failure := s.askStream(ctx, deadStream, d.name(), func(ctx context.Context, dead jetstream.Stream) (err error) {
+		m, err = dead.GetMsg(ctx, d.Sequence)
 		return err
 	})
 	if failure == nil && !m.Time.Equal(d.Time) {
@@ -144,12 +141,8 @@ func (s *Service) checkLetter(ctx context.Context, verb string, d DeadLetter) *E
 
 // removeLetter removes the dead letter d. In the text of an error, doing comes before its name.
 func (s *Service) removeLetter(ctx context.Context, d DeadLetter, doing string) *Error {
-	return s.askJetStream(ctx, doing+d.name(), func(ctx context.Context, js jetstream.JetStream) error {
-		dead, err := js.Stream(ctx, deadStream)
-		if err == nil {
-			err = dead.DeleteMsg(ctx, d.Sequence)
-		}
-		return err
+	return s.askStream(ctx, deadStream, doing+d.name(), func(ctx context.Context, dead jetstream.Stream) error {
+		return dead.DeleteMsg(ctx, d.Sequence)
 	})
 }
 

@@ -126,6 +126,17 @@ func (s *Service) askJetStream(ctx context.Context, what string, ask func(contex
 	})
 }
 
+// askStream is askJetStream for a function that uses the stream called name.
+func (s *Service) askStream(ctx context.Context, name, what string, ask func(context.Context, jetstream.Stream) error) *Error {
+	return s.askJetStream(ctx, what, func(ctx context.Context, js jetstream.JetStream) error {
+		stream, err := js.Stream(ctx, name)
+		if err == nil {
+			err = ask(ctx, stream)
+		}
+		return err
+	})
+}
+
 // stored yields what item makes of the messages of a stream that match subject and are stored when it begins, the oldest first. It
 // reads them one by one, and leaves out those for which item reports false. If a read fails, it yields the error and ends.
 func stored[T any](

@@ -157,11 +157,8 @@ func parseSpec(spec string) (pattern, zone string, failure *Error) {
 
 // readSchedule returns the message that is stored under a schedule's subject.
 func (s *Service) readSchedule(ctx context.Context, subject string) (m *jetstream.RawStreamMsg, failure *Error) {
-	failure = s.askJetStream(ctx, "the schedule "+subject, func(ctx context.Context, js jetstream.JetStream) error {
-		stream, err := js.Stream(ctx, commandStream)
-		if err == nil {
-			m, err = stream.GetLastMsgForSubject(ctx, subject)
-		}
+	failure = s.askStream(ctx, commandStream, "the schedule "+subject, func(ctx context.Context, stream jetstream.Stream) (err error) {
+		m, err = stream.GetLastMsgForSubject(ctx, subject)
 		return err
 	})
 	return m, failure
@@ -198,11 +195,7 @@ func (s *Service) Unschedule(ctx context.Context, service, command, name string)
 		return notRun(newError(ErrInvalid, "schedule %q: want a name of 1 to 64 of a-z, A-Z, 0-9, - and _", name))
 	}
 	what := "the schedule " + name + " of " + service + "." + command
-	return s.askJetStream(ctx, what, func(ctx context.Context, js jetstream.JetStream) error {
-		stream, err := js.Stream(ctx, commandStream)
-		if err != nil {
-			return err
-		}
+	return s.askStream(ctx, commandStream, what, func(ctx context.Context, stream jetstream.Stream) error {
 		m, err := stream.GetLastMsgForSubject(ctx, commandSchedulePrefix+service+"."+command+"."+name)
 		if err == nil {
 			err = stream.DeleteMsg(ctx, m.Sequence)
