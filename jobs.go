@@ -146,14 +146,11 @@ func (s *Service) queueCommand(ctx context.Context, x *exchange, cfg *callConfig
 
 // digestValue returns the same text for equal values: a hash of their canonical JSON. It is "" for a value that JSON can't express.
 func digestValue(value any) string {
-	if raw, ok := value.(*Raw); ok {
-		return digestPayload(nats.Header{headerContentType: {raw.codec.ContentType()}}, raw.data)
-	}
-	data, err := marshal(JSON, value)
+	out, err := marshal(JSON, value) // a Raw keeps its format
 	if err != nil {
 		return ""
 	}
-	return digestPayload(nats.Header{headerContentType: {JSON.ContentType()}}, data.data)
+	return digestPayload(nats.Header{headerContentType: {out.codec.ContentType()}}, out.data)
 }
 
 // digestPayload is digestValue for an encoded value.

@@ -427,3 +427,13 @@ func TestIdempotencyKeyWithUnorderedData(t *testing.T) {
 	book[0] = 1
 	fails(t, again(book, 1), aegis.ErrInvalid, "other data")
 }
+
+// A zero Raw is an empty payload, also as the data of a command.
+func TestCommandWithZeroRaw(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	svc := newService(t, srv, "risk")
+	if _, err := aegis.SendCommand[aegis.Raw, int](t.Context(), svc, "nobody", "work", aegis.Raw{}); err != nil {
+		t.Error(err)
+	}
+}
