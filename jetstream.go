@@ -44,8 +44,7 @@ func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfi
 			made.AllowMsgSchedules, made.AllowRollup, made.AllowMsgTTL = true, true, true
 		}
 		made.MaxConsumers = consumerLimit
-		var api *jetstream.APIError
-		if stream, err = c.js.CreateStream(ctx, made); errors.As(err, &api) && api.ErrorCode == maxConsumers { // of the account
+		if stream, err = c.js.CreateStream(ctx, made); errors.Is(err, jetstream.ErrMaximumConsumersLimit) { // of the account
 			made.MaxConsumers = 0
 			stream, err = c.js.CreateStream(ctx, made)
 		}
@@ -170,30 +169,27 @@ func stored[T any](
 	}
 }
 
-// Codes of the JetStream API; all of them are in https://github.com/nats-io/nats-server/blob/main/server/errors.json.
+// Codes of the JetStream API that nats.go does not name; all of them are in https://github.com/nats-io/nats-server/blob/main/server/errors.json.
 const (
-	accountResources        = 10002 // the account's quota of storage is used up
-	noSuitablePeers         = 10005 // from a cluster that is not complete
-	temporarilyUnavailable  = 10008 // from a cluster without a leader
-	wrongSequence           = 10071 // a compare-and-swap came too late
-	wrongSequenceReplicated = 10164 // the same, from a replicated stream
-	inProcess               = 10158 // a message with the same id is being stored
-	maxConsumers            = 10026
-	maxStreams              = 10027
-	invalidStreamConfig     = 10052
-	replicasNotSupported    = 10074 // more than one, without a cluster
-	streamSealed            = 10109
-	noAccountLimits         = 10120 // the account has no quota for that number of replicas
-	moveInProgress          = 10124
-	memberChangeInProgress  = 10202
-	reconfiguring           = 10226
+	accountResources       = 10002 // the account's quota of storage is used up
+	noSuitablePeers        = 10005 // from a cluster that is not complete
+	temporarilyUnavailable = 10008 // from a cluster without a leader
+	inProcess              = 10158 // a message with the same id is being stored
+	maxStreams             = 10027
+	invalidStreamConfig    = 10052
+	replicasNotSupported   = 10074 // more than one, without a cluster
+	streamSealed           = 10109
+	noAccountLimits        = 10120 // the account has no quota for that number of replicas
+	moveInProgress         = 10124
+	memberChangeInProgress = 10202
+	reconfiguring          = 10226
 )
 
 // kindOfAPIError returns the sentinel for an error of JetStream. The status that the server gives does not always fit: a failure that
 // may pass, or that only an operator can mend, is ErrUnavailable; only what the caller has to change is ErrInvalid.
 func kindOfAPIError(e *jetstream.APIError) *Error {
 	switch e.ErrorCode {
-	case accountResources, maxConsumers, maxStreams, streamSealed, noAccountLimits, moveInProgress, memberChangeInProgress, reconfiguring:
+	case accountResources, maxStreams, streamSealed, noAccountLimits, moveInProgress, memberChangeInProgress, reconfiguring:
 		return ErrUnavailable // although the status is 400
 	case replicasNotSupported, invalidStreamConfig:
 		return ErrInvalid // although the status is 500
@@ -214,7 +210,7 @@ func (s *Service) jetStreamError(begin time.Duration, err error, what string) *E
 		return noJetStreamError(what)
 	case errors.As(err, &api) && (api.ErrorCode == temporarilyUnavailable || api.ErrorCode == noSuitablePeers):
 		return newError(ErrTimeout, "%s: %s (%d)", what, api.Description, api.ErrorCode)
-	case errors.As(err, &api) && api.ErrorCode == maxConsumers:
+	case errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeMaximumConsumersLimit:
 		return notRun(newError(ErrUnavailable, "%s: %s (%d): raise max_consumers of the stream or the account",
 			what, api.Description, api.ErrorCode))
 	case errors.As(err, &api):
@@ -298,7 +294,8 @@ func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 	case refused.ErrorCode == inProcess:
 		return 0, newError(ErrUnavailable, "%s was sent before and is not stored yet: %s (%d)",
 			subject, refused.Description, refused.ErrorCode)
-	case refused.ErrorCode == wrongSequence || refused.ErrorCode == wrongSequenceReplicated:
+	case refused.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence,
+		refused.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant: // from a replicated stream
 		return 0, notRun(newError(errConflict, "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
 	default:
 		return 0, notRun(newError(kindOfAPIError(refused), "%s was refused: %s (%d)", subject, refused.Description, refused.ErrorCode))
