@@ -107,7 +107,7 @@ func (s *Service) createCommand(ctx context.Context, service, command, id string
 		rec.State = stateScheduled
 	}
 	if cfg.expire > 0 {
-		rec.Expire = later(due, time.Now()).Add(cfg.expire).UTC()
+		rec.Expire = slices.MaxFunc([]time.Time{due, time.Now()}, time.Time.Compare).Add(cfg.expire).UTC()
 	}
 	stored, revision, failure := s.writeRecord(ctx, key, rec, 0, cfg)
 	if failure != nil && failure.Code == errConflict.Code && stored == nil && revision > 0 { // the record was deleted

@@ -48,14 +48,6 @@ func timeLeft(ctx context.Context, usual time.Duration) time.Duration {
 
 const maxBudget = 365 * 24 * time.Hour // more might not fit into the reply subject, or overflow the clock
 
-// later returns the later one of two times.
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
-}
-
 // seconds returns a duration in the form of the server's headers, rounded up to whole seconds.
 func seconds(d time.Duration) string {
 	return strconv.FormatInt(int64((d+time.Second-1)/time.Second), 10) + "s"
