@@ -129,7 +129,7 @@ func (s *Service) newPublication(domain, eventType string, opts []CallOption) (*
 
 // publish stores one event, whose data value points to.
 func (p *publication) publish(ctx context.Context, value any) *Error {
-	out, failure := p.marshal(value)
+	out, failure := p.s.marshal(value, "the event "+p.name)
 	if failure != nil {
 		return failure
 	}
@@ -160,11 +160,6 @@ func (p *publication) setHeader(ctx context.Context) {
 	if p.cfg.version != nil {
 		p.header[headerVersion] = []string{*p.cfg.version}
 	}
-}
-
-// marshal encodes what value points to as the payload of an event.
-func (p *publication) marshal(value any) (Raw, *Error) {
-	return p.s.marshal(value, "the event "+p.name)
 }
 
 // prepare sets the headers that differ from event to event, and checks the size. It adds suffix to the event's id.
@@ -303,7 +298,7 @@ func (e batchError) Error() string {
 
 // encode encodes event i and sets the headers for it.
 func (b *batch) encode(i int) ([]byte, *Error) {
-	out, failure := b.marshal(b.value(i))
+	out, failure := b.s.marshal(b.value(i), "the event "+b.name)
 	if failure != nil {
 		return nil, failure
 	}
