@@ -1,7 +1,6 @@
 package aegis
 
 import (
-	"context"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -33,15 +32,7 @@ const (
 	ackMemory = 5 * time.Second // acknowledgements that were sent less than this before the loss was noticed may be lost
 )
 
-// openCarrier makes the connection of the feeds, if f is the first of them, and waits until it is up.
-func (s *Service) openCarrier(ctx context.Context, f *feed) error {
-	err := s.addToCarrier(f)
-	if err == nil {
-		err = s.awaitConnections(ctx, s.carrier.conn.Load())
-	}
-	return err
-}
-
+// addToCarrier adds f to the feeds, and makes their connection if f is the first of them. It does not wait until that is up.
 func (s *Service) addToCarrier(f *feed) error {
 	k := &s.carrier
 	k.mu.Lock()

@@ -114,7 +114,10 @@ func (f *feed) open(ctx context.Context) (err error) {
 			f.svc.removeFromCarrier(f)
 		}
 	}()
-	if err := f.svc.openCarrier(ctx, f); err != nil {
+	if err = f.svc.addToCarrier(f); err == nil {
+		err = f.svc.awaitConnections(ctx, f.svc.carrier.conn.Load())
+	}
+	if err != nil {
 		return err
 	}
 	if failure := f.openConsumers(ctx); failure != nil {
