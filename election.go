@@ -247,9 +247,7 @@ func (s *Service) IsLeader() bool { return s.terms()[defaultGroup] != 0 }
 //     WithTimeout
 //   - [ErrDenied] if the server's permissions do not allow it
 //   - [ErrClosed] after Stop
-func (s *Service) Leader(ctx context.Context) (string, error) {
-	return s.LeaderOf(ctx, s.name)
-}
+func (s *Service) Leader(ctx context.Context) (string, error) { return s.LeaderOf(ctx, s.name) }
 
 // LeaderOf returns the id of the instance that leads another service, as [Service.Leader] does for this one.
 //

@@ -505,9 +505,7 @@ func After(d time.Duration) CallOption { return func(c *callConfig) { c.after = 
 // allow_msg_ttl. A command that has expired has failed with [ErrTimeout], whose Cause is the error of its last attempt if there
 // was one. For a command, the clocks of the sender and of the worker count. Events and commands that have expired do not become
 // dead letters.
-func ExpireAfter(d time.Duration) CallOption {
-	return func(c *callConfig) { c.expire = cmp.Or(d, -1) }
-}
+func ExpireAfter(d time.Duration) CallOption { return func(c *callConfig) { c.expire = cmp.Or(d, -1) } }
 
 // due returns the time of At or After. It is zero if there is none, or if that is over.
 func (c *callConfig) due() time.Time {
