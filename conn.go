@@ -72,15 +72,31 @@ func (s *Service) connect(carrier bool) (_ *conn, err error) {
 	}
 	// nats.go's own requests use this prefix, too.
 	opts.InboxPrefix = cmp.Or(opts.InboxPrefix, strings.TrimSuffix(nats.InboxPrefix, ".")) + "." + s.name
-	disconnected, connected, reconnected, failed := opts.DisconnectedErrCB, opts.ConnectedCB, opts.ReconnectedCB, opts.AsyncErrorCB
-	closed := opts.ClosedCB
+	c.setCallbacks(s, carrier, &opts)
+	if c.nc, err = opts.Connect(); err != nil {
+		return nil, newError(ErrUnavailable, "connecting to %s: %v", redacted(opts.Servers), err)
+	}
+	c.js, _ = jetstream.New(c.nc) // without options it can't fail
+	if c.nc.IsConnected() {
+		<-c.first
+	} else { // which New accepts only with nats.RetryOnFailedConnect
+		s.log.Warn("not connected to NATS yet", "urls", redacted(opts.Servers))
+	}
+	c.inbox = opts.InboxPrefix + "." + rand.Text()[:connectionToken] + "."
+	return c, nil
+}
+
+// setCallbacks makes nats.go report to c and s what happens to the connection. The callbacks of the user, from WithNATS, are called
+// afterwards.
+func (c *conn) setCallbacks(s *Service, carrier bool, opts *nats.Options) {
+	user := *opts
 	opts.DisconnectedErrCB = func(nc *nats.Conn, err error) {
 		c.disconnected()
 		if !nc.IsClosed() {
 			s.log.Warn("disconnected from NATS", "error", err)
 		}
-		if disconnected != nil {
-			disconnected(nc, err)
+		if user.DisconnectedErrCB != nil {
+			user.DisconnectedErrCB(nc, err)
 		}
 	}
 	opts.ClosedCB = func(nc *nats.Conn) {
@@ -91,15 +107,15 @@ func (s *Service) connect(carrier bool) (_ *conn, err error) {
 			s.log.Error("a connection to NATS was closed, and the service can't go on", "error", failure)
 			s.breakDown(failure)
 		}
-		if closed != nil {
-			closed(nc)
+		if user.ClosedCB != nil {
+			user.ClosedCB(nc)
 		}
 	}
 	opts.ConnectedCB = func(nc *nats.Conn) {
 		c.connected(nc)
 		close(c.first)
-		if connected != nil {
-			connected(nc)
+		if user.ConnectedCB != nil {
+			user.ConnectedCB(nc)
 		}
 	}
 	opts.ReconnectedCB = func(nc *nats.Conn) {
@@ -111,8 +127,8 @@ func (s *Service) connect(carrier bool) (_ *conn, err error) {
 		} else {
 			signal(s.entryChanged) // the server may have forgotten the registry entry
 		}
-		if reconnected != nil {
-			reconnected(nc)
+		if user.ReconnectedCB != nil {
+			user.ReconnectedCB(nc)
 		}
 	}
 	opts.AsyncErrorCB = func(nc *nats.Conn, sub *nats.Subscription, err error) {
@@ -131,21 +147,10 @@ func (s *Service) connect(carrier bool) (_ *conn, err error) {
 		}
 		s.log.Log(context.Background(), level, "NATS reports an error", "subject", cmp.Or(sub, &nats.Subscription{}).Subject, "error", err)
 		c.lastReported.Store(&err) // after note, because checkDenials relies on that
-		if failed != nil {
-			failed(nc, sub, err)
+		if user.AsyncErrorCB != nil {
+			user.AsyncErrorCB(nc, sub, err)
 		}
 	}
-	if c.nc, err = opts.Connect(); err != nil {
-		return nil, newError(ErrUnavailable, "connecting to %s: %v", redacted(opts.Servers), err)
-	}
-	c.js, _ = jetstream.New(c.nc) // without options it can't fail
-	if c.nc.IsConnected() {
-		<-c.first
-	} else { // which New accepts only with nats.RetryOnFailedConnect
-		s.log.Warn("not connected to NATS yet", "urls", redacted(opts.Servers))
-	}
-	c.inbox = opts.InboxPrefix + "." + rand.Text()[:connectionToken] + "."
-	return c, nil
 }
 
 // redacted returns the URLs without their passwords, for errors and logs.

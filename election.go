@@ -705,6 +705,8 @@ func parseLease(data []byte) (c leaseValue) {
 	return c
 }
 
+// The exclusive handlers.
+
 // campaignForExclusive starts the campaign for the leadership of the service, which goes on until Stop. It has to be called after
 // the exclusive handlers were opened. It does nothing if there are none, or if the campaign was started before.
 func (s *Service) campaignForExclusive(ctx context.Context) error {

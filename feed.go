@@ -28,11 +28,11 @@ const (
 	pullBytes     = 8 << 20                // bytes that all feeds of a service ask for at once; the server cuts a connection at 64 MB
 	pullExpiry    = 30 * time.Second       // after which a pull request is made anew
 	pullHeartbeat = 5 * time.Second        // between the server's signs of life; a request without one for twice as long is lost
-	quietTime     = 50 * time.Millisecond  // without a message, after which a consumer has none for a request that is given up
+	quietTime     = 50 * time.Millisecond  // without a message, after which a consumer has no more for a request that is given up
 	drainTime     = 2 * time.Second        // for messages under way to arrive when a request is given up
 	checkInterval = 15 * time.Second       // after which fetch checks the consumers again
-	retryPause    = 250 * time.Millisecond // the shortest bound of a pause after a failure
-	returnPause   = time.Second            // before a message is redelivered that its instance can't handle, but asks for others
+	retryPause    = 250 * time.Millisecond // the first bound of the random pause after a failure
+	returnPause   = time.Second            // before a message that is given back is redelivered, if a pull request would bring it right back
 
 	pendingTimeout = 250 * time.Millisecond // for asking the server how many messages wait
 	pendingAge     = time.Second            // after which it is asked again
@@ -548,10 +548,10 @@ func (f *feed) giveBack(m *nats.Msg) {
 // ever use that.
 func (f *feed) keepAlive() {
 	for {
-		third, least := time.Duration(f.ackWait.Load())/3, time.Duration(0)
+		interval, minAge := time.Duration(f.ackWait.Load())/3, time.Duration(0)
 		select {
-		case <-time.After(third):
-			least = third / 2
+		case <-time.After(interval):
+			minAge = interval / 2 // a message that has just begun has time until the next tick
 		case <-f.renew:
 			f.renewed.Store(true)
 			f.mu.Lock()
@@ -564,7 +564,7 @@ func (f *feed) keepAlive() {
 			}
 			return
 		}
-		for _, m := range f.handling(least, f.cfg.deadline+third) {
+		for _, m := range f.handling(minAge, f.cfg.deadline+interval) { // a handler that ignores its deadline loses its message
 			f.acknowledge(m, ackInProgress)
 		}
 		if f.inspect != nil {
@@ -607,10 +607,10 @@ type delivery struct {
 func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 	meta, err := m.Metadata()
 	id := m.Header.Get(headerID)
-	firing := false
+	fromSchedule := false
 	if err == nil && f.kind == kindCommand && id == "" {
 		id = firingID(m, meta.Timestamp)
-		firing = id != ""
+		fromSchedule = id != ""
 	}
 	if err != nil || meta.Stream != f.stream.Name || f.kind == kindCommand && id == "" ||
 		!slices.ContainsFunc(f.lanes, func(l *lane) bool { return l.config.Durable == meta.Consumer }) {
@@ -624,7 +624,7 @@ func (f *feed) newRequest(m *nats.Msg, arrived time.Time) *request {
 	}{}
 	r, d := &both.request, &both.delivery
 	*d = delivery{consumer: meta.Consumer, stored: meta.Timestamp, sequence: meta.Sequence.Stream, attempt: int(meta.NumDelivered)}
-	d.time, d.fromSchedule = d.stored, firing
+	d.time, d.fromSchedule = d.stored, fromSchedule
 	r.svc, r.in, r.deadline, r.delivery = f.svc, m, arrived.Add(f.cfg.deadline), d
 	r.msg = Message{Kind: f.kind, Subject: m.Subject, Header: m.Header, Data: m.Data}
 	if strings.HasPrefix(m.Subject, redrivePrefix) { // the headers say where the message came from
