@@ -744,3 +744,27 @@ func TestTimeoutHeader(t *testing.T) {
 		t.Errorf("%d requests ran, want 1", n)
 	}
 }
+
+// Middleware may answer a request without a payload with data that looks like the acknowledgement of a stream.
+func TestMiddlewareAnswersEmptyRequest(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t)
+	const data = `{"stream":"orders","seq":1}`
+	svc := newService(t, srv, "risk", aegis.WithMiddleware(func(aegis.HandlerFunc) aegis.HandlerFunc {
+		return func(context.Context, *aegis.Message) ([]byte, error) { return []byte(data), nil }
+	}))
+	handle(t, svc, "m", echo)
+	start(t, svc)
+	nc, err := nats.Connect(srv.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	answer, err := nc.Request("rpc.risk.m", nil, 5*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(answer.Data) != data || answer.Header.Get("Content-Type") != "application/json" {
+		t.Errorf("got %q %v", answer.Data, answer.Header)
+	}
+}
