@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"math"
 	"reflect"
 	"slices"
@@ -30,6 +31,7 @@ const (
 	pullHeartbeat = 5 * time.Second        // between the server's signs of life; a request without one for twice as long is lost
 	quietTime     = 50 * time.Millisecond  // without a message, after which a consumer has no more for a request that is given up
 	drainTime     = 2 * time.Second        // for messages under way to arrive when a request is given up
+	fetchTimeout  = 5 * time.Second        // without a message, after which a request for those that a lane has now has failed
 	checkInterval = 15 * time.Second       // after which fetch checks the consumers again
 	retryPause    = 250 * time.Millisecond // the first bound of the random pause after a failure
 	returnPause   = time.Second            // before a message that is given back is redelivered, if a pull request would bring it right back
@@ -475,15 +477,43 @@ func (f *feed) await(
 	}
 }
 
-// fetchNow brings up to n of the messages that a lane has now, and returns how many it has brought.
+// fetchNow brings up to n of the messages that a lane has now, and returns how many it has brought. FetchNoWait of the jetstream
+// package gives up after a second without a message, and what is under way then is redelivered only after its ack wait.
 func (f *feed) fetchNow(l *lane, n int64) (came int64) {
-	batch, err := l.consumer.FetchNoWait(int(n))
-	if err == nil {
-		for m := range batch.Messages() {
-			came++
-			f.queue <- boundMsg(m)
+	c := f.svc.carrier.conn.Load()
+	drops := c.drops.Load()
+	answers := make(chan *nats.Msg, n+1) // the one is for the status that follows if there are fewer messages
+	sub, err := c.nc.ChanSubscribe(c.newInbox(), answers)
+	if err != nil {
+		f.fail(err)
+		return 0
+	}
+	defer sub.Unsubscribe()
+	request := fmt.Sprintf(`{"batch":%d,"no_wait":true}`, n)
+	err = c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, sub.Subject, []byte(request))
+	silence := time.NewTicker(time.Second)
+	defer silence.Stop()
+	for begin := clock(); err == nil && came < n; {
+		select {
+		case m := <-answers:
+			begin = clock()
+			switch status := m.Header.Get("Status"); {
+			case len(m.Data) > 0 || status == "":
+				came++
+				f.queue <- m
+			case status == "404" || status == "408": // there are no more
+				return came
+			default:
+				err = fmt.Errorf("%s %s", status, m.Header.Get("Description"))
+			}
+		case <-silence.C:
+			switch {
+			case !c.up.Load() || c.drops.Load() != drops: // what was under way is lost with the connection
+				return came
+			case clock()-begin > fetchTimeout:
+				err = nats.ErrTimeout
+			}
 		}
-		err = batch.Error()
 	}
 	if err != nil {
 		f.fail(err)

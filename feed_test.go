@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -312,5 +313,34 @@ func TestFailedSubscriptionsTakeNoShare(t *testing.T) {
 	publish(t, svc, "order", "created", 1)
 	if after := nextLimit(); after != before {
 		t.Errorf("a pull request asks for up to %d bytes, and for %d before the failures", after.MaxBytes, before.MaxBytes)
+	}
+}
+
+// TestLargeCommandsOverSlowLink handles commands each of which takes longer than a second to arrive. Each is delivered once: without
+// that, one would be redelivered after the ack wait of 10 s, again and again.
+func TestLargeCommandsOverSlowLink(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, withJetStream(t))
+	client := newService(t, srv, "shop")
+	var jobs []*aegis.Job[int]
+	for range 3 {
+		jobs = append(jobs, send[string, int](t, client, "risk", "work", strings.Repeat("x", 600_000)))
+	}
+	link := startSlowLink(t, srv, time.Millisecond, 400<<10)
+	svc := newService(t, srv, "risk", aegis.WithURL("nats://"+link))
+	var handled journal[int]
+	handleCommand(t, svc, "work", func(_ context.Context, c *aegis.Command[string]) (int, error) {
+		handled.add(c.Attempt)
+		return len(c.Data), nil
+	})
+	begin := time.Now()
+	start(t, svc)
+	for _, j := range jobs {
+		if n := wait(t, j); n != 600_000 {
+			t.Errorf("got %d", n)
+		}
+	}
+	if took := time.Since(begin); took > 9*time.Second { // the ack wait is 10 s
+		t.Errorf("3 commands took %v", took)
 	}
 }
