@@ -1148,7 +1148,7 @@ func TestTermAfterHandlerHasReturned(t *testing.T) {
 func TestResignUsesUpNoAttempt(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
-	const n = 8000
+	const n = 5000
 	if err := aegis.PublishBatch(t.Context(), newService(t, srv, "shop"), "order", "created", make([]int, n)); err != nil {
 		t.Fatal(err)
 	}
@@ -1205,7 +1205,7 @@ func TestResignAtBeginningOfTerm(t *testing.T) {
 	start(t, svc)
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	for round := range 8 {
+	for round := range 5 {
 		eventually(t, "the instance leads", svc.IsLeader)
 		time.Sleep(time.Duration(round) * 50 * time.Microsecond)
 		term := svc.Stats().Leading["default"]
