@@ -24,13 +24,13 @@
 //
 // # Delivery
 //
-// A call runs its handler at most once, unless it is [Idempotent]. [Retry] and [Sticky] send a request again only after an [Error]
-// whose NotRun is set, which says that the request certainly did not reach a handler. [Idempotent] also allows that for a request
-// that may have reached one. Every request that reaches an instance is answered, if necessary with an error, unless its caller no
-// longer waits.
+// A call runs its handler at most once, unless it is [Idempotent]. [Retry] and [Sticky] send a request again only after an
+// [Error] whose NotRun is set, which says that the request certainly did not reach a handler. [Idempotent] also allows that for
+// a request that may have reached one. Every request that reaches an instance is answered, if necessary with an error, unless
+// its caller no longer waits.
 //
-// An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored the event.
-// The event is acknowledged when its handler has returned nil, or when the event has been stored as a dead letter.
+// An event is handled at least once by each service that subscribes to it. [Publish] returns when the server has stored the
+// event. The event is acknowledged when its handler has returned nil, or when the event has been stored as a dead letter.
 //
 // A command has one outcome, which is stored. Until then, its handler may be called more than once, because of an error or a
 // crash. Once the outcome is stored, the handler is not called again; see [HandleCommand].
@@ -59,9 +59,9 @@
 // # Observation
 //
 // [Service.Stats] counts the results of every request, event, command and call. [Service.Handler] serves these counts to
-// Prometheus, and health probes. A started service answers the nats tool (nats micro ls, info, stats, ping). Each log line about a
-// message has the correlation id of the message, which [CorrelationID] returns for the handler's own log lines. The W3C trace
-// context of a message is passed on to everything that its handler sends with its ctx.
+// Prometheus, and health probes. A started service answers the nats tool (nats micro ls, info, stats, ping). Each log line
+// about a message has the correlation id of the message, which [CorrelationID] returns for the handler's own log lines. The W3C
+// trace context of a message is passed on to everything that its handler sends with its ctx.
 package aegis
 
 import (
@@ -161,8 +161,8 @@ type state int
 const serviceCreated, serviceStarted, serviceStopping state = 0, 1, 2
 
 // New makes an instance of the service called name and connects it. name is a letter, then letters, digits, - and _, at most 64
-// characters. New blocks until every connection of the pool is made, and for each of them at most for nats.go's connect timeout (2
-// s for each server by default). Use [Service.Stop] to close the instance.
+// characters. New blocks until every connection of the pool is made, and for each of them at most for nats.go's connect timeout
+// (2 s for each server by default). Use [Service.Stop] to close the instance.
 //
 // Errors:
 //   - [ErrInvalid] if name or an option is invalid, or if the metadata is too large
@@ -217,8 +217,8 @@ func (s *Service) Name() string { return s.name }
 // ID returns the id of the instance.
 func (s *Service) ID() string { return s.id }
 
-// Conn returns a connection of the pool, for operations that aegis does not offer. The service also uses the connection, so do not
-// close or drain it.
+// Conn returns a connection of the pool, for operations that aegis does not offer. The service also uses the connection, so do
+// not close or drain it.
 func (s *Service) Conn() *nats.Conn { return cmp.Or(s.pick(), s.conns[0]).nc }
 
 // Start makes the service serve its handlers. It runs the health checks once, makes those streams, buckets and consumers that the
@@ -290,8 +290,8 @@ func (s *Service) openAll(ctx context.Context) error {
 	return cmp.Or(failures...)
 }
 
-// noteRegistration returns err, the result of Handle, Subscribe or HandleCommand. Before Start it also keeps an error, so that Start
-// returns it even if the caller has not checked it. It keeps at most 100.
+// noteRegistration returns err, the result of Handle, Subscribe or HandleCommand. Before Start it also keeps an error, so that
+// Start returns it even if the caller has not checked it. It keeps at most 100.
 func (s *Service) noteRegistration(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -446,8 +446,8 @@ func (s *Service) Stop(ctx context.Context) error {
 	return joinErrors(late, lost)
 }
 
-// awaitCancelled gives handlers whose ctx has ended time to return. It waits until finished is closed, or until none has returned for
-// cancelGrace, and for returnTimeout at most. running is how many handlers run.
+// awaitCancelled gives handlers whose ctx has ended time to return. It waits until finished is closed, or until none has
+// returned for cancelGrace, and for returnTimeout at most. running is how many handlers run.
 func (s *Service) awaitCancelled(endpoints []*endpoint, finished <-chan struct{}, running int) {
 	end := clock() + returnTimeout
 	for before := -1; running != before || s.requeueing.Load() > 0; {

@@ -31,9 +31,10 @@ type Codec interface {
 
 // MsgPack and JSON are the codecs that every service accepts, whichever of them it sends with.
 //
-// JSON uses encoding/json. MsgPack, the default, is smaller and faster, and follows the rules of encoding/json: a value arrives as
-// it would in JSON, or the call fails. The exceptions are listed below. MsgPack takes the names and options of fields from the
-// `json` struct tag. If a message has a value that MessagePack would not carry faithfully, the whole message is sent as JSON:
+// JSON uses encoding/json. MsgPack, the default, is smaller and faster, and follows the rules of encoding/json: a value arrives
+// as it would in JSON, or the call fails. The exceptions are listed below. MsgPack takes the names and options of fields from
+// the `json` struct tag. If a message has a value that MessagePack would not carry faithfully, the whole message is sent as
+// JSON:
 //
 //	Go type                                                  sent as
 //	bool, numbers, string, struct, slice, array, map         MessagePack
@@ -66,10 +67,11 @@ type Codec interface {
 // method has written it. For such a type, aegis registers an encoder with msgpack v5. Other encoders that a program registers
 // there are not supported.
 //
-// MsgPack.Unmarshal fails if the payload ends in the middle of a value, has bytes left over, is nested deeper than 128 levels, or
-// declares more elements than it has bytes. Therefore decoding allocates no more than a small multiple of the size of the payload
-// times the size of the largest element type in the target. It also fails if a value does not fit its target, for example a number
-// that is out of range, an array instead of a struct, or binary data instead of a string. The error names the field and the value.
+// MsgPack.Unmarshal fails if the payload ends in the middle of a value, has bytes left over, is nested deeper than 128 levels,
+// or declares more elements than it has bytes. Therefore decoding allocates no more than a small multiple of the size of the
+// payload times the size of the largest element type in the target. It also fails if a value does not fit its target, for
+// example a number that is out of range, an array instead of a struct, or binary data instead of a string. The error names the
+// field and the value.
 var (
 	MsgPack Codec = msgpackCodec{}
 	JSON    Codec = jsonCodec{}

@@ -23,8 +23,8 @@ import (
 // change of a record to those who follow the command.
 //
 // A worker calls serve for a message. claim writes a record that names this run, dispatch runs the handler, and done writes the
-// outcome or the next state to the record and then acknowledges the message. Because every write is a compare-and-swap, a run that
-// another instance has taken over fails at its next write.
+// outcome or the next state to the record and then acknowledges the message. Because every write is a compare-and-swap, a run
+// that another instance has taken over fails at its next write.
 
 // A Command is a command as a handler of [HandleCommand] gets it.
 type Command[T any] struct {
@@ -90,9 +90,10 @@ func (s *Service) recordStream() jetstream.StreamConfig {
 //
 // A command has one outcome. Once the outcome is stored, fn is not called again, unless a command that has failed is redriven
 // ([Service.Redrive]). Before that, fn may be called more than once. If fn returns an error, it is called again after a pause
-// ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt, and another instance begins the next attempt after 10
-// s, the ack wait of the consumer. In an instance that was paused or cut off, fn may still run for a moment after another instance
-// has taken over the command. Therefore make effects on other systems idempotent by Command.ID, or guard them with Command.Fence.
+// ([Backoff]), up to [Attempts] times in all. A crash counts as an attempt, and another instance begins the next attempt after
+// 10 s, the ack wait of the consumer. In an instance that was paused or cut off, fn may still run for a moment after another
+// instance has taken over the command. Therefore make effects on other systems idempotent by Command.ID, or guard them with
+// Command.Fence.
 //
 // If the last attempt fails, the command has failed, and becomes a dead letter. A command whose data can't be decoded into T, or
 // for which fn returns [Permanent], fails at once. If fn returns [RetryAfter], it is called again later, which does not count as
@@ -103,9 +104,9 @@ func (s *Service) recordStream() jetstream.StreamConfig {
 // The outcome is stored as soon as the server can be reached, however long that takes. If the process ends before that, or if
 // Stop's time is up, the attempt counts as a crash.
 //
-// If a handler returns an error because its ctx ended when Stop's time was up, the command is queued again, and the attempt does
-// not count. If a handler ignores its ctx for longer than 0.2 s, the attempt counts, and the command is delivered again only after
-// the ack wait.
+// If a handler returns an error because its ctx ended when Stop's time was up, the command is queued again, and the attempt
+// does not count. If a handler ignores its ctx for longer than 0.2 s, the attempt counts, and the command is delivered again
+// only after the ack wait.
 //
 // HandleCommand does not block before [Service.Start]. After Start, it also makes the consumers, and blocks for [WithTimeout] at
 // most.
@@ -255,8 +256,8 @@ func (run *commandRun) claim() bool {
 	return false
 }
 
-// mustWait reports whether this run must not claim the command now, because it is not due, or because it belongs to another delivery.
-// Then mustWait has acknowledged the message, unless it has to be left alone.
+// mustWait reports whether this run must not claim the command now, because it is not due, or because it belongs to another
+// delivery. Then mustWait has acknowledged the message, unless it has to be left alone.
 func (run *commandRun) mustWait(ctx context.Context, rec *record) bool {
 	d := run.r.delivery
 	if early := time.Until(rec.Due); rec.State == stateScheduled && early > clockSkew {
@@ -306,13 +307,13 @@ func (run *commandRun) recordOfFiring() *record {
 	return rec
 }
 
-// A command may have several messages in the queue, because a sender that gets no confirmation, or that uses the key again, queues
-// it again. One of them is enough: the one with which the command was claimed.
+// A command may have several messages in the queue, because a sender that gets no confirmation, or that uses the key again,
+// queues it again. One of them is enough: the one with which the command was claimed.
 //
-// leaveToOther reports whether r's message can be left alone, because the one with which the command was claimed is still in the
-// queue and will lead to the next attempt. Then r's message is acknowledged. If the other message was removed from the queue, r's
-// takes its place: at once if the command waits, and after the deadline of the handler if the command runs. Until then r's message
-// is redelivered at intervals.
+// leaveToOther reports whether r's message can be left alone, because the one with which the command was claimed is still in
+// the queue and will lead to the next attempt. Then r's message is acknowledged. If the other message was removed from the
+// queue, r's takes its place: at once if the command waits, and after the deadline of the handler if the command runs. Until
+// then r's message is redelivered at intervals.
 func (src *commandSource) leaveToOther(ctx context.Context, rec *record, r *request) bool {
 	c := src.svc.pick()
 	if c == nil {
@@ -334,8 +335,8 @@ func (src *commandSource) leaveToOther(ctx context.Context, rec *record, r *requ
 	return true
 }
 
-// write writes the record with the latest report, and retries until ctx ends or the time is up. If the record says that the command
-// was cancelled or taken over, write returns the error of revoke.
+// write writes the record with the latest report, and retries until ctx ends or the time is up. If the record says that the
+// command was cancelled or taken over, write returns the error of revoke.
 func (run *commandRun) write(ctx context.Context, within time.Duration) *Error {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
@@ -359,8 +360,8 @@ func (run *commandRun) write(ctx context.Context, within time.Duration) *Error {
 	}
 }
 
-// revoke ends the handler's ctx, because its record now says that the command was cancelled or that another instance has claimed it.
-// It returns the error for that.
+// revoke ends the handler's ctx, because its record now says that the command was cancelled or that another instance has
+// claimed it. It returns the error for that.
 func (run *commandRun) revoke(now *record) *Error {
 	failure := newError(ErrFenced, "another instance has taken over the command %s", run.r.id)
 	if now != nil && now.State == stateCanceled {
@@ -387,8 +388,8 @@ func (src *commandSource) checkRuns() {
 	}
 }
 
-// check reads the record, and calls revoke if it says that the command was cancelled or taken over. It reports false if the record
-// can't be read.
+// check reads the record, and calls revoke if it says that the command was cancelled or taken over. It reports false if the
+// record can't be read.
 func (run *commandRun) check() bool {
 	ctx, cancel := context.WithTimeout(run.src.svc.base, recordTimeout)
 	defer cancel()
@@ -548,9 +549,9 @@ func (run *commandRun) requeue() {
 	run.src.giveBack(run.r.in)
 }
 
-// giveUp ends the run without an outcome: another instance has taken the command over, it was cancelled, or its record could not be
-// written. giveUp acknowledges the message only if the command was cancelled. Otherwise the server redelivers the message after the
-// ack wait, unless the instance that has the command acknowledges it.
+// giveUp ends the run without an outcome: another instance has taken the command over, it was cancelled, or its record could
+// not be written. giveUp acknowledges the message only if the command was cancelled. Otherwise the server redelivers the
+// message after the ack wait, unless the instance that has the command acknowledges it.
 func (run *commandRun) giveUp(why *Error) {
 	if why.Code == ErrCanceled.Code {
 		run.src.acknowledge(run.r.in, ack)

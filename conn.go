@@ -86,8 +86,8 @@ func (s *Service) connect(carrier bool) (_ *conn, err error) {
 	return c, nil
 }
 
-// setCallbacks makes nats.go report to c and s what happens to the connection. The callbacks of the user, from WithNATS, are called
-// afterwards.
+// setCallbacks makes nats.go report to c and s what happens to the connection. The callbacks of the user, from WithNATS, are
+// called afterwards.
 func (c *conn) setCallbacks(s *Service, carrier bool, opts *nats.Options) {
 	user := *opts
 	opts.DisconnectedErrCB = func(nc *nats.Conn, err error) {
@@ -200,8 +200,8 @@ func (s *Service) awaitConnections(ctx context.Context, conns ...*conn) error {
 	return nil
 }
 
-// maxPayload returns the smallest max_payload of the connected servers. Before the first connection it is that of nats-server as it
-// comes.
+// maxPayload returns the smallest max_payload of the connected servers. Before the first connection it is that of nats-server
+// as it comes.
 func (s *Service) maxPayload() int64 {
 	least := int64(0)
 	for _, c := range s.conns {
@@ -333,8 +333,8 @@ func (c *conn) flush(ctx context.Context) error {
 	return c.nc.FlushWithContext(ctx)
 }
 
-// denials remembers what the server has denied. The server does not answer a message that it denies. It reports the denial with the
-// subject, but without the message's reply subject, so that the caller has to look for it here.
+// denials remembers what the server has denied. The server does not answer a message that it denies. It reports the denial with
+// the subject, but without the message's reply subject, so that the caller has to look for it here.
 type denials struct {
 	mu     sync.Mutex               // guards latest
 	latest map[string]time.Duration // the time of the latest denial; the key is toPublish or toSubscribe and the subject, or tooMany
@@ -363,8 +363,8 @@ func (d *denials) note(err error) {
 }
 
 // since returns the error for a denial at the time begin or later, or nil if there was none. With patterns, it looks only for
-// denials of what one of them covers. A pattern is toPublish or toSubscribe and a pattern of subjects; the prefix is a part of the
-// first token, so that covers can compare them.
+// denials of what one of them covers. A pattern is toPublish or toSubscribe and a pattern of subjects; the prefix is a part of
+// the first token, so that covers can compare them.
 func (d *denials) since(begin time.Duration, patterns ...string) *Error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

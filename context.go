@@ -140,9 +140,9 @@ const (
 )
 
 // CorrelationID returns the correlation id of the message to whose handler ctx belongs, for use in logs. The id is the same in
-// each service through which a request passes. The ctx of a handler always has one. Any other ctx has the id that [WithHeader] has
-// set as Aegis-Correlation-Id, or "" if there is none. If a call got no answer, Details["correlation_id"] of its error has the id
-// of the call, even if ctx had none.
+// each service through which a request passes. The ctx of a handler always has one. Any other ctx has the id that [WithHeader]
+// has set as Aegis-Correlation-Id, or "" if there is none. If a call got no answer, Details["correlation_id"] of its error has
+// the id of the call, even if ctx had none.
 func CorrelationID(ctx context.Context) string {
 	return cmp.Or(addedHeaders(ctx).Get(headerCorrelation), requestOf(ctx).correlationID())
 }
@@ -269,8 +269,8 @@ func (a address) correlationID() string {
 
 func cancelSubject(service string) string { return "rpc." + service + ".$cancel" }
 
-// cancels has the CancelFuncs of running handlers that use their ctx. It also remembers the latest cancellations that came before a
-// handler here began, as keys with a nil CancelFunc.
+// cancels has the CancelFuncs of running handlers that use their ctx. It also remembers the latest cancellations that came
+// before a handler here began, as keys with a nil CancelFunc.
 type cancels struct {
 	hadEarly atomic.Bool                   // whether a request was ever cancelled early
 	mu       sync.Mutex                    // guards the rest

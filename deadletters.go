@@ -51,10 +51,10 @@ func (s *Service) deadStream() jetstream.StreamConfig {
 // error and ends. The loop may redrive or discard the dead letters. The server keeps a dead letter until then: [WithRetention]
 // does not limit AEGIS_DEAD.
 //
-// To find the dead letters of one handler, compare Consumer. For a subscription, Consumer is the name of the service, a tilde, and
-// the name of [Durable], or else the pattern with ~ for each dot, + for * and # for >. For example, it is risk~payment~+ for the
-// pattern payment.* of the service risk. For a command, Consumer is the name of the service, a tilde, the name of the command, and
-// ~critical, ~high or ~low unless the priority is Normal.
+// To find the dead letters of one handler, compare Consumer. For a subscription, Consumer is the name of the service, a tilde,
+// and the name of [Durable], or else the pattern with ~ for each dot, + for * and # for >. For example, it is risk~payment~+
+// for the pattern payment.* of the service risk. For a command, Consumer is the name of the service, a tilde, the name of the
+// command, and ~critical, ~high or ~low unless the priority is Normal.
 //
 // Errors:
 //   - [ErrUnavailable] if there is no connection or no JetStream
@@ -108,8 +108,8 @@ func (s *Service) Redrive(ctx context.Context, d DeadLetter) error {
 	return nil
 }
 
-// Discard removes a dead letter for good. The subscription or the command handler that it came from need not exist. Discard blocks
-// until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
+// Discard removes a dead letter for good. The subscription or the command handler that it came from need not exist. Discard
+// blocks until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
 //
 // Errors:
 //   - [ErrNotFound] if the dead letter was redriven or discarded already

@@ -23,10 +23,10 @@ import (
 // A HandlerFunc handles or sends one message, and returns the payload of the answer. It is what a [Middleware] wraps.
 type HandlerFunc func(ctx context.Context, msg *Message) ([]byte, error)
 
-// A Middleware wraps a handler ([WithMiddleware]) or the sending of messages ([WithCallMiddleware]), for example to check, measure
-// or change messages and answers. The HandlerFunc that it returns must pass to next the ctx that it was given, or a ctx derived
-// from that one, and must not return before next does. If it returns an error without calling next, the caller's error has NotRun
-// set.
+// A Middleware wraps a handler ([WithMiddleware]) or the sending of messages ([WithCallMiddleware]), for example to check,
+// measure or change messages and answers. The HandlerFunc that it returns must pass to next the ctx that it was given, or a ctx
+// derived from that one, and must not return before next does. If it returns an error without calling next, the caller's error
+// has NotRun set.
 type Middleware func(next HandlerFunc) HandlerFunc
 
 // The kinds of messages that are handled, and of those that are sent.
@@ -94,15 +94,16 @@ type worker struct {
 	since atomic.Int64             // when it took the latest message, by the clock
 }
 
-// An arrival is a message and the time at which shed took it from the queue. The time is zero if a worker took the message from the
-// queue itself.
+// An arrival is a message and the time at which shed took it from the queue. The time is zero if a worker took the message from
+// the queue itself.
 type arrival struct {
 	msg     *nats.Msg
 	arrived time.Time
 }
 
-// The queues of a service have room for queueSize messages each, which the read loops can leave before a worker or shed takes them.
-// If there are so many handlers that this would be more than queueTotal in all, those that are added later have less room.
+// The queues of a service have room for queueSize messages each, which the read loops can leave before a worker or shed takes
+// them. If there are so many handlers that this would be more than queueTotal in all, those that are added later have less
+// room.
 const queueSize, leastQueueSize, queueTotal = 16384, 1024, 16 * queueSize
 
 // addEndpoint adds a handler, wrapped in the service's middleware, and opens it if the service has been started.
@@ -298,8 +299,8 @@ var noArrivals chan arrival // from which nothing comes
 func (e *endpoint) waitingCount() int { return len(*cmp.Or(e.waiting.Load(), &noArrivals)) }
 
 // leave removes w if there are enough other idle workers, or if no more messages will come and none is left. It reports whether
-// it did. It decides and removes while it holds mu: a worker that startWorkerLocked or shed still counts as idle will look into the
-// queue and at the waiting messages once more.
+// it did. It decides and removes while it holds mu: a worker that startWorkerLocked or shed still counts as idle will look into
+// the queue and at the waiting messages once more.
 func (e *endpoint) leave(w *worker, noMore bool) bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -359,8 +360,8 @@ func (e *endpoint) logger(r *request) *slog.Logger {
 	return e.svc.log.With("kind", e.kind, "endpoint", e.name, "correlation_id", r.correlationID())
 }
 
-// logOften logs what may happen with each message, at most 10 lines of an endpoint in 10 s. The first line after that says how many
-// were left out.
+// logOften logs what may happen with each message, at most 10 lines of an endpoint in 10 s. The first line after that says how
+// many were left out.
 func (e *endpoint) logOften(r *request, level slog.Level, text string, args ...any) {
 	leftOut, ok := e.quota.take()
 	if !ok {
@@ -397,8 +398,8 @@ func (q *quota) take() (leftOut int, ok bool) {
 }
 
 // admit gives r its parent ctx. It reports false if the handler is exclusive and this instance does not lead. When the term was
-// resigned, what has come for any instance is still handled: requests on the shared subject, and messages that a feed has fetched. A
-// request that is addressed to this instance is refused, so that its caller finds the next leader.
+// resigned, what has come for any instance is still handled: requests on the shared subject, and messages that a feed has
+// fetched. A request that is addressed to this instance is refused, so that its caller finds the next leader.
 func (e *endpoint) admit(r *request) bool {
 	r.Context = e.svc.base
 	if e.candidate == nil {
@@ -470,8 +471,8 @@ func (e *endpoint) dispatch(r *request) {
 	}
 }
 
-// A transmission travels in the ctx through the middleware of WithCallMiddleware, so that transmit, the innermost function, knows what
-// to send and how.
+// A transmission travels in the ctx through the middleware of WithCallMiddleware, so that transmit, the innermost function,
+// knows what to send and how.
 type transmission struct {
 	send       func(ctx context.Context, data []byte) ([]byte, *Error)
 	mayHaveRun bool // whether it was sent and a handler may have run

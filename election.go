@@ -39,10 +39,10 @@ import (
 // Leases are described in Gray and Cheriton, "Leases: An Efficient Fault-Tolerant Mechanism for Distributed File Cache
 // Consistency", SOSP 1989.
 
-// A FailoverPolicy sets how soon another instance replaces a leader that has crashed, hangs or is cut off. It is valid if 24 h >=
-// Lease > Valid > Renew > 0 and Timeout > 0. The other instances replace a leader when they have seen no renewal for the time
-// Lease. A leader whose renewals fail gives up the leadership by itself after the time Valid. Lease must exceed Valid by more than
-// the error of clocks that run at different speeds.
+// A FailoverPolicy sets how soon another instance replaces a leader that has crashed, hangs or is cut off. It is valid if 24 h
+// >= Lease > Valid > Renew > 0 and Timeout > 0. The other instances replace a leader when they have seen no renewal for the
+// time Lease. A leader whose renewals fail gives up the leadership by itself after the time Valid. Lease must exceed Valid by
+// more than the error of clocks that run at different speeds.
 //
 // All instances of a service should have the same policy. The reason is that the key of the lease may be deleted, by hand or with
 // its bucket. Then an instance that has not seen the Lease of the leader waits for its own Lease instead.
@@ -97,8 +97,8 @@ func (c *leaseValue) valid() bool {
 	return c.Nonce != "" && c.Term <= math.MaxInt64 && c.Lease >= 0 && c.Lease <= maxLease
 }
 
-// A candidate takes part in the election of a group's leader. Its fields belong to the goroutine that campaigns, except those that
-// are atomic. While the candidate leads, the fields from seen on belong to the goroutine that renews the lease.
+// A candidate takes part in the election of a group's leader. Its fields belong to the goroutine that campaigns, except those
+// that are atomic. While the candidate leads, the fields from seen on belong to the goroutine that renews the lease.
 type candidate struct {
 	svc           *Service
 	group, key    string
@@ -172,8 +172,9 @@ func (s *Service) newCandidate(group string, p FailoverPolicy) *candidate {
 // a store that remembers the highest term can reject the writes of earlier terms.
 //
 // If fn returns while this instance leads, Lead releases the leadership and returns fn's error. If the leadership is lost, or a
-// health check fails, fn's ctx ends, and Lead waits until fn has returned and campaigns again. If ctx ends, fn's ctx ends too, and
-// Lead releases the leadership when fn has returned. While the server can't be reached, Lead does not fail, but waits for it.
+// health check fails, fn's ctx ends, and Lead waits until fn has returned and campaigns again. If ctx ends, fn's ctx ends too,
+// and Lead releases the leadership when fn has returned. While the server can't be reached, Lead does not fail, but waits for
+// it.
 //
 // Errors:
 //   - that of fn
@@ -273,14 +274,14 @@ func (s *Service) LeaderOf(ctx context.Context, service string) (string, error) 
 	return "", newError(ErrNotFound, "no instance leads %s", service)
 }
 
-// Resign gives up the leadership of the [Exclusive] handlers. This instance takes no new work for these handlers, and Resign waits
-// until those that run have returned. Then another instance leads within milliseconds. If ctx ends before that, the ctx of the
-// handlers ends too. This instance campaigns again after the time Lease of its policy.
+// Resign gives up the leadership of the [Exclusive] handlers. This instance takes no new work for these handlers, and Resign
+// waits until those that run have returned. Then another instance leads within milliseconds. If ctx ends before that, the ctx
+// of the handlers ends too. This instance campaigns again after the time Lease of its policy.
 //
 // Errors:
 //   - [ErrNotActive] if this instance does not lead
-//   - [ErrTimeout] or [ErrCanceled] if ctx has ended before the handlers have returned; the leadership then ends when they return,
-//     or with the lease
+//   - [ErrTimeout] or [ErrCanceled] if ctx has ended before the handlers have returned; the leadership then ends when they
+//     return, or with the lease
 func (s *Service) Resign(ctx context.Context) error {
 	c := s.exclusive.Load()
 	if c == nil || !c.term.Load().serves() {
@@ -338,9 +339,9 @@ func (s *Service) newLeaderWatch(key string) *leaderWatch {
 	return &leaderWatch{watch: newWatch(s, leadersBucket, key, func(_ string, c *leaseValue) bool { return c.valid() }, nil)}
 }
 
-// leaderNow returns the id of the instance that leads, or "" if none does as far as is known, and when its lease ends unless it is
-// renewed, by the clock. This instance is returned only if it leads at this moment: the key may still name one with the same id that
-// was killed.
+// leaderNow returns the id of the instance that leads, or "" if none does as far as is known, and when its lease ends unless it
+// is renewed, by the clock. This instance is returned only if it leads at this moment: the key may still name one with the same
+// id that was killed.
 func (w *leaderWatch) leaderNow() (id string, until time.Duration) {
 	e, _ := w.get(w.filter)
 	until = e.seen + e.value.Lease
@@ -351,8 +352,8 @@ func (w *leaderWatch) leaderNow() (id string, until time.Duration) {
 	return e.value.Holder, until
 }
 
-// lastLeader returns the id of the instance that was the last to take the lease, or that another instance has named since, or "" if
-// none is known. Unlike leaderNow it does not check whether the lease has ended: a call that is sent there finds out.
+// lastLeader returns the id of the instance that was the last to take the lease, or that another instance has named since, or
+// "" if none is known. Unlike leaderNow it does not check whether the lease has ended: a call that is sent there finds out.
 func (w *leaderWatch) lastLeader() string {
 	e, _ := w.get(w.filter)
 	if c := w.correction.Load(); c != nil && c.revision == e.revision {
@@ -364,8 +365,9 @@ func (w *leaderWatch) lastLeader() string {
 	return ""
 }
 
-// correct takes the answer of the instance asked, which does not lead. If the answer names another leader, and the copy still names
-// asked, the copy is out of date, because its bucket was lost for example. Then the answer counts until the copy is filled anew.
+// correct takes the answer of the instance asked, which does not lead. If the answer names another leader, and the copy still
+// names asked, the copy is out of date, because its bucket was lost for example. Then the answer counts until the copy is
+// filled anew.
 func (w *leaderWatch) correct(asked string, notActive *Error) {
 	leader := notActive.Details["leader"]
 	if leader != asked && isToken(leader, maxInstance) && w.lastLeader() == asked {
@@ -398,9 +400,9 @@ func (l *expectedTerm) nextChange() <-chan struct{} {
 	return l.leaderWatch.nextChange()
 }
 
-// superseded returns an error if another instance has begun a term, because then the answer to a call can't come any more. It waits
-// for a moment before, because an answer that was sent at the end of the old term may still be on its way. Otherwise superseded
-// returns the channel that receives something when it has to be called again.
+// superseded returns an error if another instance has begun a term, because then the answer to a call can't come any more. It
+// waits for a moment before, because an answer that was sent at the end of the old term may still be on its way. Otherwise
+// superseded returns the channel that receives something when it has to be called again.
 func (l *expectedTerm) superseded() (*Error, <-chan struct{}) {
 	changed := l.nextChange() // before get, so that no change is missed
 	e, _ := l.get(l.filter)
@@ -494,8 +496,8 @@ func (c *candidate) win(ctx, parent context.Context) *term {
 	}
 }
 
-// A leaseLog writes the log lines about leases that can't be read or written: one when that begins, one each minute, and one when it
-// has ended for all candidates.
+// A leaseLog writes the log lines about leases that can't be read or written: one when that begins, one each minute, and one
+// when it has ended for all candidates.
 type leaseLog struct {
 	mu      sync.Mutex          // guards the rest
 	failing map[*candidate]bool // those whose latest attempt has failed
@@ -545,8 +547,8 @@ func (c *candidate) observe(now leaseValue, revision uint64) {
 	c.highestTerm, c.longestLease = max(c.highestTerm, now.Term), max(c.longestLease, now.Lease)
 }
 
-// take takes the lease if it is free, and returns the term that begins. It reads the key first, because the value that was seen last
-// may be out of date. It returns neither a term nor a failure if the lease turns out not to be free.
+// take takes the lease if it is free, and returns the term that begins. It reads the key first, because the value that was seen
+// last may be out of date. It returns neither a term nor a failure if the lease turns out not to be free.
 func (c *candidate) take(parent context.Context) (*term, *Error) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.policy.Timeout)
 	data, revision, failure := c.svc.readKey(ctx, c.conn(), leadersBucket, c.key)
@@ -621,8 +623,8 @@ func (c *candidate) runTerm(ctx context.Context, t *term, lead func(*term)) {
 	}
 }
 
-// renew renews the lease until stop is closed, the lease is lost, or the instance is unhealthy. When renew has returned, the lease
-// ends by itself, unless runTerm releases it before.
+// renew renews the lease until stop is closed, the lease is lost, or the instance is unhealthy. When renew has returned, the
+// lease ends by itself, unless runTerm releases it before.
 func (c *candidate) renew(t *term, stop <-chan struct{}) {
 	due := c.seen.Sent + c.policy.Renew
 	for {
@@ -725,8 +727,8 @@ func (s *Service) campaignForExclusive(ctx context.Context) error {
 	return nil
 }
 
-// serveTerm serves the exclusive handlers for a term. It returns when the lease ends. If the service stops or is unhealthy, or Resign
-// was called, it returns when the messages that have arrived or were asked for are handled.
+// serveTerm serves the exclusive handlers for a term. It returns when the lease ends. If the service stops or is unhealthy, or
+// Resign was called, it returns when the messages that have arrived or were asked for are handled.
 func (s *Service) serveTerm(t *term) {
 	s.statusChanged()
 	select {

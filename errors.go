@@ -17,11 +17,11 @@ import (
 // An Error is the error that the functions of aegis return, whether the failure is local or in a service that was called. Some
 // functions return several Errors that are joined as by [errors.Join], and some return the error of a function that they call.
 //
-// Code is the code of one of the sentinels, or a handler's own, by convention in upper snake case. Message is a text for people.
-// Source is the service that reports the error, or "" for this service. Details has further facts by name, such as the correlation
-// id of a call that got no answer, in Details["correlation_id"]. NotRun is set if the request certainly did not reach a handler,
-// so that it can be sent again without harm. Cause is the error that led to this one: the error that the service Source got from
-// another service, or the error of an earlier attempt. It is nil if there is none.
+// Code is the code of one of the sentinels, or a handler's own, by convention in upper snake case. Message is a text for
+// people. Source is the service that reports the error, or "" for this service. Details has further facts by name, such as the
+// correlation id of a call that got no answer, in Details["correlation_id"]. NotRun is set if the request certainly did not
+// reach a handler, so that it can be sent again without harm. Cause is the error that led to this one: the error that the
+// service Source got from another service, or the error of an earlier attempt. It is nil if there is none.
 //
 // [errors.Is] compares the codes of an Error and of all its Causes, so that errors.Is(err, aegis.ErrNotFound) holds both in the
 // service that returned the error and in its caller. An Error with the code DEADLINE_EXCEEDED also matches

@@ -20,12 +20,12 @@ import (
 
 // This file has durable events: Publish and PublishBatch store them, and Subscribe handles them.
 //
-// An event goes through publish, through (the middleware), prepare (headers and size), withRetries and store, which waits until the
-// stream has confirmed it. schedules.go adds what At, After and ExpireAfter need.
+// An event goes through publish, through (the middleware), prepare (headers and size), withRetries and store, which waits until
+// the stream has confirmed it. schedules.go adds what At, After and ExpireAfter need.
 //
-// On the other side, the feed (feed.go) brings the event to a worker, which calls serve. dispatch runs the handler and calls done,
-// which acknowledges the event, has it redelivered after a pause, stores it again for later (RetryAfter), or stores it as a dead
-// letter.
+// On the other side, the feed (feed.go) brings the event to a worker, which calls serve. dispatch runs the handler and calls
+// done, which acknowledges the event, has it redelivered after a pause, stores it again for later (RetryAfter), or stores it as
+// a dead letter.
 
 // An Event is an event as a handler of [Subscribe] gets it.
 type Event[T any] struct {
@@ -188,8 +188,8 @@ func (s *Service) marshal(value any, what string) (Raw, *Error) {
 	return out, nil
 }
 
-// seal sets the content type of out in header if receivers can't detect it, and checks that the message is not too large. The error
-// calls the message what.
+// seal sets the content type of out in header if receivers can't detect it, and checks that the message is not too large. The
+// error calls the message what.
 func (s *Service) seal(header nats.Header, out Raw, what string) *Error {
 	delete(header, headerContentType)
 	if label := labelOf(out.codec); label != "" {
@@ -203,8 +203,8 @@ func (s *Service) seal(header nats.Header, out Raw, what string) *Error {
 }
 
 // PublishBatch publishes several events of one domain and type, in the order of data. It sends an event without waiting for the
-// confirmation of the event before, and returns when every event was confirmed or has failed. It blocks until ctx ends at most. If
-// ctx has no deadline, it gives up when no event was confirmed for [WithTimeout].
+// confirmation of the event before, and returns when every event was confirmed or has failed. It blocks until ctx ends at most.
+// If ctx has no deadline, it gives up when no event was confirmed for [WithTimeout].
 //
 // The options and the further attempts are those of [Publish]. Events that are sent again are stored out of order.
 //
@@ -317,9 +317,9 @@ func (b *batch) setResult(i int, failure *Error) {
 // notConfirmed stands for the result of an event that was sent, until its confirmation comes. It is compared by identity.
 var notConfirmed = &Error{}
 
-// pipeline publishes the events todo on one connection, without waiting for each confirmation. It returns those that may be sent
-// again. Without a connection or a free slot it sends nothing and returns todo. Then publish stores the first of them by itself, and
-// reports why that fails.
+// pipeline publishes the events todo on one connection, without waiting for each confirmation. It returns those that may be
+// sent again. Without a connection or a free slot it sends nothing and returns todo. Then publish stores the first of them by
+// itself, and reports why that fails.
 func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 	c := b.s.pick()
 	if len(todo) == 0 || c == nil {
@@ -387,8 +387,8 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 // is durable and belongs to the service: the instances of the service share the events, and the server keeps the position in the
 // stream even while no instance runs.
 //
-// Each event is handled at least once. It is acknowledged when fn returns nil. After an error or a panic it is redelivered after a
-// pause ([Backoff]). If fn fails at delivery number [Attempts] or later, the event becomes a dead letter; see
+// Each event is handled at least once. It is acknowledged when fn returns nil. After an error or a panic it is redelivered
+// after a pause ([Backoff]). If fn fails at delivery number [Attempts] or later, the event becomes a dead letter; see
 // [Service.DeadLetters]. An event that can't be decoded into T, or for which fn returns [Permanent], becomes a dead letter at
 // once. An event for which fn returns [RetryAfter] is handled again later, which does not count as an attempt.
 //
@@ -405,8 +405,8 @@ func (b *batch) pipeline(ctx context.Context, todo []int) (again []int) {
 // Events are handled concurrently, up to [Concurrency] at once in each instance, and in no particular order unless Concurrency is
 // 1. With 1, if fn still runs after its ctx has ended, another instance may begin the next event meanwhile.
 //
-// Subscribe does not block before [Service.Start]. After Start, Subscribe also makes the consumer, and blocks for [WithTimeout] at
-// most.
+// Subscribe does not block before [Service.Start]. After Start, Subscribe also makes the consumer, and blocks for [WithTimeout]
+// at most.
 //
 // Errors:
 //   - [ErrInvalid] if pattern or an option is invalid, if fn is nil, or if the service has a subscription of that name already
@@ -471,8 +471,8 @@ type eventSource struct {
 
 const maxFailures = 1024
 
-// markRunning notes that an event is being handled. It reports false if it is already: then it was redelivered because the server did not
-// hear that it is.
+// markRunning notes that an event is being handled. It reports false if it is already: then it was redelivered because the
+// server did not hear that it is.
 func (f *eventSource) markRunning(sequence uint64) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -483,8 +483,8 @@ func (f *eventSource) markRunning(sequence uint64) bool {
 	return true
 }
 
-// noteFailure remembers how the latest attempt at an event has failed, for the reason in its dead letter. nil means that there will
-// be no other attempt.
+// noteFailure remembers how the latest attempt at an event has failed, for the reason in its dead letter. nil means that there
+// will be no other attempt.
 func (f *eventSource) noteFailure(sequence uint64, failure *Error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -501,8 +501,8 @@ func (f *eventSource) noteFailure(sequence uint64, failure *Error) {
 	f.failures[sequence] = failure
 }
 
-// reasonUnfinished returns the reason for the dead letter of an event whose last deliveries ended without a result. It is the last
-// error that this instance has seen, if there is one.
+// reasonUnfinished returns the reason for the dead letter of an event whose last deliveries ended without a result. It is the
+// last error that this instance has seen, if there is one.
 func (f *eventSource) reasonUnfinished(r *request, deliveries int) *Error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -154,8 +154,8 @@ func (f *feed) share(on bool) error {
 	return nil
 }
 
-// beginPull returns the ctx for pull requests, or nil if the feed must not ask for messages now. It counts a pull request, so that the
-// feed is busy until the caller subtracts that again.
+// beginPull returns the ctx for pull requests, or nil if the feed must not ask for messages now. It counts a pull request, so
+// that the feed is busy until the caller subtracts that again.
 func (f *feed) beginPull(ctx context.Context) context.Context {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -188,8 +188,8 @@ func (f *feed) openConsumers(ctx context.Context) *Error {
 	return failure
 }
 
-// openConsumer makes the consumer of one lane. When it is first opened, one that exists gets the configuration that the code wants.
-// Only its ack wait, whether it is paused, and how it is stored, are left to the operator.
+// openConsumer makes the consumer of one lane. When it is first opened, one that exists gets the configuration that the code
+// wants. Only its ack wait, whether it is paused, and how it is stored, are left to the operator.
 func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lane) *Error {
 	begin, config := clock(), l.config
 	if l.again != "" && takes(stream, l.again) && !covers(config.FilterSubjects[0], l.again) {
@@ -344,9 +344,9 @@ func (f *feed) askOne(ctx context.Context, free int64) {
 	})
 }
 
-// askByPriority asks each lane for what it has now, the most urgent first, until one has something. It reports whether one had. A lane
-// that has nothing is parked: a request for its next message waits at the server. After every 15 messages the lanes are asked once in
-// reverse order, so that one start in 16 goes to the least urgent lane and no command waits forever.
+// askByPriority asks each lane for what it has now, the most urgent first, until one has something. It reports whether one had.
+// A lane that has nothing is parked: a request for its next message waits at the server. After every 15 messages the lanes are
+// asked once in reverse order, so that one start in 16 goes to the least urgent lane and no command waits forever.
 func (f *feed) askByPriority(ctx context.Context, free int64) bool {
 	lanes, reverse := slices.All(f.lanes), f.sinceReverse >= 15
 	if reverse {
@@ -391,9 +391,9 @@ func (f *feed) goPull(fn func()) {
 	})
 }
 
-// accept takes a command from a parked lane, for which no room is reserved yet. It gives the command back if there is no room, or if
-// something more urgent may be waiting, because a more urgent lane is not parked any more. It reports whether the lane stays parked,
-// because it has no more commands and there is room for one.
+// accept takes a command from a parked lane, for which no room is reserved yet. It gives the command back if there is no room,
+// or if something more urgent may be waiting, because a more urgent lane is not parked any more. It reports whether the lane
+// stays parked, because it has no more commands and there is room for one.
 func (f *feed) accept(from *lane, m jetstream.Msg) bool {
 	urgent := slices.ContainsFunc(f.lanes[:slices.Index(f.lanes, from)], func(l *lane) bool { return !l.parked.Load() })
 	if urgent || f.reserve(1) == 0 {
@@ -423,9 +423,9 @@ func (f *feed) reserve(n int64) int64 {
 	}
 }
 
-// await asks a consumer for messages, in the way that opts say, and passes them to take as they come, until all that were asked for
-// have come, take reports false, ctx ends, or the request fails. When ctx ends, messages that are under way are still taken: those that
-// the consumer has, within quietTime, and those that the server has sent, within drainTime.
+// await asks a consumer for messages, in the way that opts say, and passes them to take as they come, until all that were asked
+// for have come, take reports false, ctx ends, or the request fails. When ctx ends, messages that are under way are still
+// taken: those that the consumer has, within quietTime, and those that the server has sent, within drainTime.
 func (f *feed) await(
 	ctx context.Context, consumer jetstream.Consumer, take func(jetstream.Msg) bool, opts ...jetstream.PullMessagesOpt,
 ) {
@@ -573,9 +573,9 @@ func (f *feed) giveBack(m *nats.Msg) {
 }
 
 // keepAlive extends the ack wait of messages that take long to handle, so that the server does not redeliver them before their
-// deadline. When the connection is back it does that at once, and makes fetch check the consumers and ask again. It returns when
-// the endpoint is finished. Then it deletes the consumer of a Broadcast subscription without WithID, because no other instance will
-// ever use that.
+// deadline. When the connection is back it does that at once, and makes fetch check the consumers and ask again. It returns
+// when the endpoint is finished. Then it deletes the consumer of a Broadcast subscription without WithID, because no other
+// instance will ever use that.
 func (f *feed) keepAlive() {
 	for {
 		interval, minAge := time.Duration(f.ackWait.Load())/3, time.Duration(0)

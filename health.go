@@ -28,8 +28,8 @@ func (h *healthCheck) status() *Error {
 	return h.failure.Load()
 }
 
-// startHealth starts the health checks, unless it was called before. The channel that it returns is closed when all checks have had
-// their first result.
+// startHealth starts the health checks, unless it was called before. The channel that it returns is closed when all checks have
+// had their first result.
 func (s *Service) startHealth() <-chan struct{} {
 	s.healthOnce.Do(func() {
 		if len(s.cfg.healthChecks) == 0 || !s.startTask(s.runHealthChecks) {
@@ -58,8 +58,8 @@ func (s *Service) runHealthChecks() {
 	}
 }
 
-// checkHealth starts all health checks. A check that is still running from an earlier time has failed, and is not started again. The
-// channel that checkHealth returns is closed when all checks that it started have returned.
+// checkHealth starts all health checks. A check that is still running from an earlier time has failed, and is not started
+// again. The channel that checkHealth returns is closed when all checks that it started have returned.
 func (s *Service) checkHealth() <-chan struct{} {
 	var all sync.WaitGroup
 	for _, h := range s.cfg.healthChecks {
@@ -100,9 +100,9 @@ func (h *healthCheck) run(ctx context.Context) (failure *Error) {
 	return asError(h.fn(ctx))
 }
 
-// noteHealth takes the result of a check. The first one counts at once. After that, the check's state changes when as many results
-// in a row as WithHealthTolerance says differ from it. If the health of the instance has changed, noteHealth tells the candidates,
-// the endpoints and the heartbeats.
+// noteHealth takes the result of a check. The first one counts at once. After that, the check's state changes when as many
+// results in a row as WithHealthTolerance says differ from it. If the health of the instance has changed, noteHealth tells the
+// candidates, the endpoints and the heartbeats.
 func (s *Service) noteHealth(h *healthCheck, failure *Error) {
 	s.healthMu.Lock()
 	defer s.healthMu.Unlock()

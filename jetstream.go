@@ -19,8 +19,8 @@ import (
 // This file has what aegis does with JetStream besides the feed and the watch: it makes and checks streams and buckets, stores
 // messages, reads keys and writes them by compare-and-swap.
 
-// openStream returns the stream that want describes, when it has checked that the stream can be used and takes all of subjects. It
-// makes the stream if there is none. A stream that exists belongs to its operator: it is used as it is, or refused.
+// openStream returns the stream that want describes, when it has checked that the stream can be used and takes all of subjects.
+// It makes the stream if there is none. A stream that exists belongs to its operator: it is used as it is, or refused.
 func (s *Service) openStream(
 	ctx context.Context, want jetstream.StreamConfig, subjects ...string,
 ) (stream jetstream.Stream, failure *Error) {
@@ -84,8 +84,8 @@ func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfi
 	return nil, notRun(newError(ErrInvalid, "the stream %s, which exists, can't be used: %s", want.Name, fix))
 }
 
-// consumerLimit is the number of consumers that a stream made by aegis may have, because the default of nats-server is 1,000. Each
-// subscription is one, and each service that an instance looks up, and each group in which it campaigns.
+// consumerLimit is the number of consumers that a stream made by aegis may have, because the default of nats-server is 1,000.
+// Each subscription is one, and each service that an instance looks up, and each group in which it campaigns.
 const consumerLimit = 1 << 20
 
 // takes reports whether all subjects of a pattern go to the stream.
@@ -95,8 +95,8 @@ func takes(stream jetstream.Stream, subject string) bool {
 
 const apiTimeout = 2 * time.Second // for an answer from JetStream, before it is asked again
 
-// retryTimeouts calls ask until it succeeds or fails with another error than ErrTimeout, because a cluster that is electing a leader
-// does not answer for a while. It gives up when ctx ends or, if ctx has no deadline, after WithTimeout.
+// retryTimeouts calls ask until it succeeds or fails with another error than ErrTimeout, because a cluster that is electing a
+// leader does not answer for a while. It gives up when ctx ends or, if ctx has no deadline, after WithTimeout.
 func (s *Service) retryTimeouts(ctx context.Context, ask func(ctx context.Context) *Error) *Error {
 	ctx, cancel := withDeadline(ctx, s.cfg.timeout)
 	defer cancel()
@@ -110,8 +110,8 @@ func (s *Service) retryTimeouts(ctx context.Context, ask func(ctx context.Contex
 	}
 }
 
-// askJetStream is retryTimeouts for a function that uses the jetstream package. It converts the function's error into an Error, whose
-// text begins with what.
+// askJetStream is retryTimeouts for a function that uses the jetstream package. It converts the function's error into an Error,
+// whose text begins with what.
 func (s *Service) askJetStream(ctx context.Context, what string, ask func(context.Context, jetstream.JetStream) error) *Error {
 	return s.retryTimeouts(ctx, func(ctx context.Context) *Error {
 		begin, c := clock(), s.pick()
@@ -136,8 +136,8 @@ func (s *Service) askStream(ctx context.Context, name, what string, ask func(con
 	})
 }
 
-// stored yields what item makes of the messages of a stream that match subject and are stored when it begins, the oldest first. It
-// reads them one by one, and leaves out those for which item reports false. If a read fails, it yields the error and ends.
+// stored yields what item makes of the messages of a stream that match subject and are stored when it begins, the oldest first.
+// It reads them one by one, and leaves out those for which item reports false. If a read fails, it yields the error and ends.
 func stored[T any](
 	ctx context.Context, s *Service, name, subject string, item func(*jetstream.RawStreamMsg) (T, bool),
 ) iter.Seq2[T, error] {
@@ -169,7 +169,8 @@ func stored[T any](
 	}
 }
 
-// Codes of the JetStream API that nats.go does not name; all of them are in https://github.com/nats-io/nats-server/blob/main/server/errors.json.
+// Codes of the JetStream API that nats.go does not name; all of them are in
+// https://github.com/nats-io/nats-server/blob/main/server/errors.json.
 const (
 	accountResources       = 10002 // the account's quota of storage is used up
 	noSuitablePeers        = 10005 // from a cluster that is not complete
@@ -185,8 +186,9 @@ const (
 	reconfiguring          = 10226
 )
 
-// kindOfAPIError returns the sentinel for an error of JetStream. The status that the server gives does not always fit: a failure that
-// may pass, or that only an operator can mend, is ErrUnavailable; only what the caller has to change is ErrInvalid.
+// kindOfAPIError returns the sentinel for an error of JetStream. The status that the server gives does not always fit: a
+// failure that may pass, or that only an operator can mend, is ErrUnavailable; only what the caller has to change is
+// ErrInvalid.
 func kindOfAPIError(e *jetstream.APIError) *Error {
 	switch e.ErrorCode {
 	case accountResources, maxStreams, streamSealed, noAccountLimits, moveInProgress, memberChangeInProgress, reconfiguring:
@@ -200,8 +202,8 @@ func kindOfAPIError(e *jetstream.APIError) *Error {
 	return kindOf(strconv.Itoa(e.Code))
 }
 
-// jetStreamError returns the Error for an error of the jetstream package about a request that was sent at the time begin. The code is
-// that of ErrTimeout if the request may be repeated.
+// jetStreamError returns the Error for an error of the jetstream package about a request that was sent at the time begin. The
+// code is that of ErrTimeout if the request may be repeated.
 func (s *Service) jetStreamError(begin time.Duration, err error, what string) *Error {
 	var api *jetstream.APIError
 	switch {
@@ -302,8 +304,8 @@ func parsePubAck(answer *nats.Msg, subject string) (uint64, *Error) {
 	}
 }
 
-// isPubAck reports whether m is the acknowledgement of a stream, as the server writes it. A stream that takes requests sends one to
-// the reply subject before the handler can answer.
+// isPubAck reports whether m is the acknowledgement of a stream, as the server writes it. A stream that takes requests sends
+// one to the reply subject before the handler can answer.
 func isPubAck(m *nats.Msg) bool {
 	if m.Header != nil || !bytes.HasPrefix(m.Data, []byte(`{"stream":"`)) && !bytes.HasPrefix(m.Data, []byte(`{"error":{`)) {
 		return false

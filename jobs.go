@@ -19,8 +19,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has the sender's side of commands: SendCommand; the Job, which follows a command, waits for its outcome, or cancels it;
-// and Commands, which lists them.
+// This file has the sender's side of commands: SendCommand; the Job, which follows a command, waits for its outcome, or cancels
+// it; and Commands, which lists them.
 
 // A Priority is how urgent a command is, which decides which of the waiting commands starts first. Critical is the most urgent,
 // followed by High, Normal and Low.
@@ -40,12 +40,12 @@ var prioritySuffixes = map[Priority]string{Critical: ".critical", High: ".high",
 // returns when the server has stored the command. The command waits in the queue until an instance takes it, even if no instance
 // runs now.
 //
-// With [IdempotencyKey], a command that any process sends again with the same key is executed only once, and the Job follows the
-// first one. The outcome is kept for one day. During that time the key can't be used for a new command, even if the command failed
-// or was cancelled: use another key, or [Service.Redrive]. Without a key, each SendCommand sends a new command. The other options
-// are [AtPriority], [At], [After], [ExpireAfter], [Retry] and [Sticky]. An attempt that is repeated because its confirmation is
-// missing does not make a second command. SendCommand blocks until ctx ends at most, or for several times [WithTimeout] if ctx has
-// no deadline.
+// With [IdempotencyKey], a command that any process sends again with the same key is executed only once, and the Job follows
+// the first one. The outcome is kept for one day. During that time the key can't be used for a new command, even if the command
+// failed or was cancelled: use another key, or [Service.Redrive]. Without a key, each SendCommand sends a new command. The
+// other options are [AtPriority], [At], [After], [ExpireAfter], [Retry] and [Sticky]. An attempt that is repeated because its
+// confirmation is missing does not make a second command. SendCommand blocks until ctx ends at most, or for several times
+// [WithTimeout] if ctx has no deadline.
 //
 // Errors:
 //   - [ErrInvalid] if a name, an option or a header is invalid, if data can't be encoded or is larger with its headers than the
@@ -144,7 +144,8 @@ func (s *Service) queueCommand(ctx context.Context, x *exchange, cfg *callConfig
 	return s.storeWithRetries(ctx, x, s.commandStream(), cfg)
 }
 
-// digestValue returns the same text for equal values: a hash of their canonical JSON. It is "" for a value that JSON can't express.
+// digestValue returns the same text for equal values: a hash of their canonical JSON. It is "" for a value that JSON can't
+// express.
 func digestValue(value any) string {
 	out, err := marshal(JSON, value) // a Raw keeps its format
 	if err != nil {
@@ -187,8 +188,8 @@ func Attach[R any](s *Service, service, command, id string) *Job[R] {
 	return &Job[R]{ID: id, svc: s, service: service, command: command}
 }
 
-// Updates yields the present state of the command, then each change, and ends after the final state. Between changes it blocks. If
-// changes come in quick succession, some of them may be left out, but never the last one. While the server can't be reached,
+// Updates yields the present state of the command, then each change, and ends after the final state. Between changes it blocks.
+// If changes come in quick succession, some of them may be left out, but never the last one. While the server can't be reached,
 // Updates waits for it.
 //
 // If an error occurs, Updates yields it and ends.
@@ -209,8 +210,8 @@ func (j *Job[R]) Updates(ctx context.Context) iter.Seq2[Progress, error] {
 	}
 }
 
-// Wait waits until the command has its outcome, or until ctx ends, and returns the result. While the server can't be reached, Wait
-// waits for it.
+// Wait waits until the command has its outcome, or until ctx ends, and returns the result. While the server can't be reached,
+// Wait waits for it.
 //
 // Errors:
 //   - that of the handler if the command failed
@@ -239,9 +240,10 @@ func (j *Job[R]) Wait(ctx context.Context) (result R, err error) {
 	return result, nil
 }
 
-// Cancel cancels the command, and returns when the server has stored that. A command that is waiting never runs. If the command is
-// running, the ctx of its handler ends, and the result of the handler is ignored. If the command was cancelled before, Cancel has
-// no effect and returns nil. Cancel blocks until ctx ends at most, or for several times [WithTimeout] if ctx has no deadline.
+// Cancel cancels the command, and returns when the server has stored that. A command that is waiting never runs. If the command
+// is running, the ctx of its handler ends, and the result of the handler is ignored. If the command was cancelled before,
+// Cancel has no effect and returns nil. Cancel blocks until ctx ends at most, or for several times [WithTimeout] if ctx has no
+// deadline.
 //
 // Errors:
 //   - [ErrInvalid] if the command has completed or failed, or if the name of the service or of the command is invalid
@@ -311,8 +313,8 @@ func (s *Service) followOnce(ctx context.Context, key string, latest *uint64, ea
 	}
 	defer c.endSlot(sl)
 	m := &nats.Msg{} // the latest update; if it is empty, the record is read
-	// The record is read again soon, because the first updates may be lost: in a cluster, the server that republishes them may not know
-	// of the subscription yet.
+	// The record is read again soon, because the first updates may be lost: in a cluster, the server that republishes them may not
+	// know of the subscription yet.
 	interval := time.Second
 	for {
 		revision, err := strconv.ParseUint(m.Header.Get("Nats-Sequence"), 10, 64)

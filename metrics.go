@@ -139,8 +139,8 @@ func (m *meter) finish(from string, begin time.Duration, failure *Error) {
 	m.count(from, failure)
 }
 
-// count counts a request that has ended, and its failure if it has one, both in all and for the service that sent it, from. finish
-// calls it; others call it only for a request that no handler ran.
+// count counts a request that has ended, and its failure if it has one, both in all and for the service that sent it, from.
+// finish calls it; others call it only for a request that no handler ran.
 func (m *meter) count(from string, failure *Error) {
 	if failure == nil {
 		m.succeeded.Add(1)
@@ -379,10 +379,10 @@ type Dependency struct {
 	Requests, Errors   uint64 // how many requests there were, and how many of them failed
 }
 
-// Dependencies returns which services have called which others. It asks all running instances of all services for the calls that
-// they have had since New, and returns the sums, sorted by To, From and Endpoint. Each attempt at an event or a command counts as
-// a call. Dependencies blocks until no further answer has come for 0.5 s. The caller claims From; it is not authenticated. Callers
-// that do not use aegis have no name and are left out.
+// Dependencies returns which services have called which others. It asks all running instances of all services for the calls
+// that they have had since New, and returns the sums, sorted by To, From and Endpoint. Each attempt at an event or a command
+// counts as a call. Dependencies blocks until no further answer has come for 0.5 s. The caller claims From; it is not
+// authenticated. Callers that do not use aegis have no name and are left out.
 //
 // Errors:
 //   - [ErrUnavailable] if there is no connection, or if it is lost
@@ -452,9 +452,9 @@ func addCalls(sums map[Dependency]Dependency, answer []byte) {
 
 var mermaidSpecial = regexp.MustCompile("[\"<>#&;`|\x00-\x1f]") // the characters that Mermaid may take for syntax
 
-// Mermaid returns a flowchart of deps in the language of Mermaid (https://mermaid.js.org/syntax/flowchart.html), for example for a
-// README. The flowchart has an arrow from each caller to each service that it calls. Each arrow is labelled with the endpoints,
-// the numbers of their requests, and how many of those failed.
+// Mermaid returns a flowchart of deps in the language of Mermaid (https://mermaid.js.org/syntax/flowchart.html), for example
+// for a README. The flowchart has an arrow from each caller to each service that it calls. Each arrow is labelled with the
+// endpoints, the numbers of their requests, and how many of those failed.
 func Mermaid(deps []Dependency) string {
 	escape := func(s string) string { // Mermaid's entities begin with #. The conversion makes s valid UTF-8.
 		return mermaidSpecial.ReplaceAllStringFunc(string([]rune(s)), func(c string) string { return fmt.Sprintf("#%d;", c[0]) })

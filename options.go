@@ -61,9 +61,9 @@ func WithURL(urls ...string) Option { return func(c *config) { c.urls, c.urlsFro
 // And the connections of the pool do not buffer what is published while they are disconnected, because it would be sent after its
 // caller had given up. An option that returns an error makes New fail with [ErrInvalid].
 //
-// By default New fails if the servers can't be reached, and a connection that is lost is made again without a limit of attempts.
-// With [nats.RetryOnFailedConnect], New does not wait for the servers, but Start does. With [nats.MaxReconnects], a connection can
-// be closed for good, which ends [Service.Run].
+// By default New fails if the servers can't be reached, and a connection that is lost is made again without a limit of
+// attempts. With [nats.RetryOnFailedConnect], New does not wait for the servers, but Start does. With [nats.MaxReconnects], a
+// connection can be closed for good, which ends [Service.Run].
 func WithNATS(opts ...nats.Option) Option {
 	return func(c *config) { c.nats = append(c.nats, opts...) }
 }
@@ -80,8 +80,8 @@ func WithID(id string) Option { return func(c *config) { c.id = &id } }
 // WithVersion sets the service's version: three numbers without leading zeros, in the form x.y.z. The default is 0.0.0.
 func WithVersion(version string) Option { return func(c *config) { c.version = version } }
 
-// WithMetadata sets the metadata that the instance advertises in the registry. The default is none. The registry entry must not be
-// larger than the server's max_payload less 1 KiB.
+// WithMetadata sets the metadata that the instance advertises in the registry. The default is none. The registry entry must not
+// be larger than the server's max_payload less 1 KiB.
 func WithMetadata(md map[string]string) Option {
 	return func(c *config) { c.metadata = maps.Collect(maps.All(md)) }
 }
@@ -111,16 +111,16 @@ func WithConcurrency(n int) Option { return func(c *config) { c.concurrency = n 
 func WithReplicas(n int) Option { return func(c *config) { c.replicas = n } }
 
 // WithRetention sets the limits of the stream of events, AEGIS_EVENTS, if the service makes it. An event is dropped when it has
-// this age, and the oldest events are dropped when the stream would have more than this number of bytes, whether they were handled
-// or not. 0 is no limit, and the default for both: the stream then grows until the disk is full. An age that is not 0 must be at
-// least 1 s. Negative values are invalid. WithRetention has no effect on a stream that exists; set its max_age and max_bytes
-// instead (nats stream edit AEGIS_EVENTS --max-age=24h).
+// this age, and the oldest events are dropped when the stream would have more than this number of bytes, whether they were
+// handled or not. 0 is no limit, and the default for both: the stream then grows until the disk is full. An age that is not 0
+// must be at least 1 s. Negative values are invalid. WithRetention has no effect on a stream that exists; set its max_age and
+// max_bytes instead (nats stream edit AEGIS_EVENTS --max-age=24h).
 func WithRetention(age time.Duration, bytes int64) Option {
 	return func(c *config) { c.maxAge, c.maxBytes = age, bytes }
 }
 
-// WithHeartbeat sets the interval at which the instance refreshes its registry entry and runs its health checks, at least 1 s. The
-// default is 10 s. The entry of an instance that crashed expires after three heartbeats, rounded down to whole seconds.
+// WithHeartbeat sets the interval at which the instance refreshes its registry entry and runs its health checks, at least 1 s.
+// The default is 10 s. The entry of an instance that crashed expires after three heartbeats, rounded down to whole seconds.
 func WithHeartbeat(interval time.Duration) Option { return func(c *config) { c.heartbeat = interval } }
 
 // WithHealthCheck adds a health check. The check runs at Start, or at the first [Service.Lead], and with each heartbeat
@@ -148,19 +148,20 @@ func WithBreaker(p BreakerPolicy) Option {
 	return func(c *config) { c.breaker = BreakerPolicy{cmp.Or(p.Failures, 5), cmp.Or(p.Cooldown, 5*time.Second)} }
 }
 
-// WithMiddleware wraps every handler of the service in the given middleware. The first one given is the outermost. nil is invalid.
+// WithMiddleware wraps every handler of the service in the given middleware. The first one given is the outermost. nil is
+// invalid.
 func WithMiddleware(mw ...Middleware) Option {
 	return func(c *config) { c.middleware = append(c.middleware, mw...) }
 }
 
-// WithCallMiddleware wraps everything that the service sends in the given middleware: each [Call] with all its attempts, the call
-// of each instance in a [CallAll], and each [Publish], [PublishBatch], [SendCommand] and [ScheduleCommand]. The first one given is
-// the outermost. nil is invalid.
+// WithCallMiddleware wraps everything that the service sends in the given middleware: each [Call] with all its attempts, the
+// call of each instance in a [CallAll], and each [Publish], [PublishBatch], [SendCommand] and [ScheduleCommand]. The first one
+// given is the outermost. nil is invalid.
 //
 // The Kind of the [Message] is "call", "publish" or "send". Its Subject is the subject to which it is sent. Its Source is this
-// service. Its Header has the headers that are sent, without those that aegis adds, and must not be changed; to add a header, pass
-// a ctx from [WithHeader] to next. Its Data is the encoded value, or nil for a batch. The Data that the middleware passes to next
-// is sent, except for a batch. next returns the payload of the answer to a call, and nil for everything else.
+// service. Its Header has the headers that are sent, without those that aegis adds, and must not be changed; to add a header,
+// pass a ctx from [WithHeader] to next. Its Data is the encoded value, or nil for a batch. The Data that the middleware passes
+// to next is sent, except for a batch. next returns the payload of the answer to a call, and nil for everything else.
 //
 // If the middleware returns without calling next, nothing is sent. The data that it returns is then the answer to a call, a nil
 // error counts as success, and an error has NotRun set.
@@ -240,9 +241,9 @@ func (c *checks) want(ok bool, format string, args ...any) {
 // succeeds the breaker closes; if the probe fails it opens again. A field that is 0 has its default, and a negative one is
 // invalid.
 //
-// A call counts as failed if no handler answered it: because there was no instance, because no answer came in time, or because the
-// instance was overloaded or stopping. An error that a handler returns is an answer, and counts as a success. An [ErrNotActive], a
-// cancellation by the caller and a lost connection count neither as failures nor as successes.
+// A call counts as failed if no handler answered it: because there was no instance, because no answer came in time, or because
+// the instance was overloaded or stopping. An error that a handler returns is an answer, and counts as a success. An
+// [ErrNotActive], a cancellation by the caller and a lost connection count neither as failures nor as successes.
 type BreakerPolicy struct {
 	Failures int           // failed calls in a row; the default is 5
 	Cooldown time.Duration // how long calls are refused; the default is 5 s
@@ -266,15 +267,15 @@ type handlerConfig struct {
 }
 
 // Concurrency sets how many messages the handler works on at once in each instance, 1 to 1,048,576. The default is that of
-// [WithConcurrency], which suits handlers that mostly wait. For a handler that computes, about the number of CPUs is best, because
-// then excess requests are rejected early. With 1, all instances together handle one event at a time, in the order in which the
-// events were stored: an event waits until the one before it is finished, including its further attempts.
+// [WithConcurrency], which suits handlers that mostly wait. For a handler that computes, about the number of CPUs is best,
+// because then excess requests are rejected early. With 1, all instances together handle one event at a time, in the order in
+// which the events were stored: an event waits until the one before it is finished, including its further attempts.
 func Concurrency(n int) HandlerOption { return func(c *handlerConfig) { c.concurrency = n } }
 
-// Attempts sets how many attempts there are in all, 1 or more, before an event or a command becomes a dead letter. The default is
-// 10 for events and 3 for commands. With the default [Backoff], the pauses between 10 attempts take 1.5 minutes on average, and 3
-// minutes at most. While 65,536 messages of one subscription are being handled or wait for their next attempt, the server delivers
-// no others to it.
+// Attempts sets how many attempts there are in all, 1 or more, before an event or a command becomes a dead letter. The default
+// is 10 for events and 3 for commands. With the default [Backoff], the pauses between 10 attempts take 1.5 minutes on average,
+// and 3 minutes at most. While 65,536 messages of one subscription are being handled or wait for their next attempt, the server
+// delivers no others to it.
 func Attempts(n int) HandlerOption {
 	return onlyFor(storedKinds, fmt.Sprintf("Attempts(%d)", n), func(c *handlerConfig) { c.attempts = n })
 }
@@ -294,9 +295,9 @@ func Deadline(d time.Duration) HandlerOption {
 	return onlyFor(storedKinds, fmt.Sprintf("Deadline(%v)", d), func(c *handlerConfig) { c.deadline = d })
 }
 
-// Broadcast delivers each event to every instance. By default the instances share the events. An instance gets the events from its
-// start until it stops. If it has a fixed id ([WithID]) and starts again within an hour after it stopped or crashed, it also gets
-// the events that it missed. Broadcast can't be combined with [Exclusive].
+// Broadcast delivers each event to every instance. By default the instances share the events. An instance gets the events from
+// its start until it stops. If it has a fixed id ([WithID]) and starts again within an hour after it stopped or crashed, it
+// also gets the events that it missed. Broadcast can't be combined with [Exclusive].
 func Broadcast() HandlerOption {
 	return onlyFor([]string{kindEvent}, "Broadcast()", func(c *handlerConfig) { c.broadcast = true })
 }
@@ -314,15 +315,15 @@ func FromStart() HandlerOption {
 	return onlyFor([]string{kindEvent}, "FromStart()", func(c *handlerConfig) { c.fromStart = true })
 }
 
-// Exclusive makes the handler run in one instance of the service only, the leader, which is the same for all exclusive handlers of
-// the service. The other instances stand by. An instance that does not lead answers a request with [ErrNotActive], and with the
-// leader's id in Details["leader"] if it knows the leader. It gets such a request if the request was addressed to it, or if it has
-// just lost the leadership.
+// Exclusive makes the handler run in one instance of the service only, the leader, which is the same for all exclusive handlers
+// of the service. The other instances stand by. An instance that does not lead answers a request with [ErrNotActive], and with
+// the leader's id in Details["leader"] if it knows the leader. It gets such a request if the request was addressed to it, or if
+// it has just lost the leadership.
 //
-// The handler's ctx ends when the leadership does. [Term] returns its fencing token: a store that remembers the highest term can
-// reject the writes of a former leader that has not noticed yet. If the leadership was lost while the handler ran, the caller gets
-// [ErrFenced] instead of the answer, because the effect of the handler may or may not stand. In the same case, an event or a
-// command is handled again by the next leader.
+// The handler's ctx ends when the leadership does. [Term] returns its fencing token: a store that remembers the highest term
+// can reject the writes of a former leader that has not noticed yet. If the leadership was lost while the handler ran, the
+// caller gets [ErrFenced] instead of the answer, because the effect of the handler may or may not stand. In the same case, an
+// event or a command is handled again by the next leader.
 //
 // If no instance has led the service before, or if the bucket aegis_leaders was lost, the first leader is elected only after the
 // Lease of its policy ([WithFailover]), 3 s by default, because an unknown instance may still lead. A test can use a shorter
@@ -332,9 +333,9 @@ func FromStart() HandlerOption {
 //		Renew: 100 * time.Millisecond, Timeout: 100 * time.Millisecond})
 func Exclusive() HandlerOption { return func(c *handlerConfig) { c.exclusive = true } }
 
-// Permanent wraps err in an error by which a handler of events or commands asks for no further attempt: the message becomes a dead
-// letter at once. The error has the text of err, and [errors.Is] and [errors.As] find err in it. If err is nil, Permanent returns
-// nil. Permanent has no effect in the handler of a call.
+// Permanent wraps err in an error by which a handler of events or commands asks for no further attempt: the message becomes a
+// dead letter at once. The error has the text of err, and [errors.Is] and [errors.As] find err in it. If err is nil, Permanent
+// returns nil. Permanent has no effect in the handler of a call.
 func Permanent(err error) error {
 	if err == nil {
 		return nil
@@ -378,8 +379,8 @@ func onlyFor(kinds []string, option string, set func(*handlerConfig)) HandlerOpt
 	}
 }
 
-// storedKinds has the kinds of messages that a stream keeps, so that they have Attempts and a Deadline. A request has the deadline of
-// its caller.
+// storedKinds has the kinds of messages that a stream keeps, so that they have Attempts and a Deadline. A request has the
+// deadline of its caller.
 var storedKinds = []string{kindEvent, kindCommand}
 
 func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerConfig, *Error) {
@@ -403,10 +404,10 @@ func (s *Service) newHandlerConfig(kind string, opts []HandlerOption) (*handlerC
 
 // Settings of a call.
 
-// A CallOption configures one [Call], [CallAll], [Publish], [PublishBatch], [SendCommand] or [ScheduleCommand]. Each of them fails
-// with [ErrInvalid] if the value of an option is invalid, or if the option is not for this function. [ToInstance] and [Balance]
-// are for Call, [EventVersion] is for events, [AtPriority] is for commands, and [IdempotencyKey], [At], [After] and [ExpireAfter]
-// are for events and commands. If an option is given more than once, the last one counts.
+// A CallOption configures one [Call], [CallAll], [Publish], [PublishBatch], [SendCommand] or [ScheduleCommand]. Each of them
+// fails with [ErrInvalid] if the value of an option is invalid, or if the option is not for this function. [ToInstance] and
+// [Balance] are for Call, [EventVersion] is for events, [AtPriority] is for commands, and [IdempotencyKey], [At], [After] and
+// [ExpireAfter] are for events and commands. If an option is given more than once, the last one counts.
 type CallOption func(*callConfig)
 
 type callConfig struct {
@@ -440,11 +441,11 @@ type RetryPolicy struct {
 // policy.
 func Retry(p RetryPolicy) CallOption { return func(c *callConfig) { c.retry = &p } }
 
-// Sticky addresses a call to the instance that leads a service with [Exclusive] handlers. A call that did not reach a handler is
-// sent again as with [Retry], but without a limit of attempts, until ctx ends, or for [WithTimeout] if ctx has no deadline. So the
-// call survives a failover or a restart of the service, for example. Backoff is 10 ms and MaxBackoff is 200 ms, unless Retry sets
-// them. A call that may have run fails with [ErrUnavailable] as soon as another instance leads, because its answer can no longer
-// come. If the call is also [Idempotent], it is sent to the new leader instead.
+// Sticky addresses a call to the instance that leads a service with [Exclusive] handlers. A call that did not reach a handler
+// is sent again as with [Retry], but without a limit of attempts, until ctx ends, or for [WithTimeout] if ctx has no deadline.
+// So the call survives a failover or a restart of the service, for example. Backoff is 10 ms and MaxBackoff is 200 ms, unless
+// Retry sets them. A call that may have run fails with [ErrUnavailable] as soon as another instance leads, because its answer
+// can no longer come. If the call is also [Idempotent], it is sent to the new leader instead.
 func Sticky() CallOption { return func(c *callConfig) { c.sticky = true } }
 
 // Idempotent states that it does no harm if the handler of a call runs twice. The call is then also sent again if no answer has
@@ -465,10 +466,10 @@ const (
 	LeastLoaded                 // of two random instances the one with the smaller sum of its Load and this service's calls in flight to it
 )
 
-// Balance addresses a call to an instance that the strategy chooses. By default NATS chooses an instance at random. Instances that
-// are UNHEALTHY or STOPPING are not chosen, and an instance that no longer listens is skipped at once. A call to an [Exclusive]
-// handler goes to the leader, whatever the strategy. The call can also fail with the errors of [Service.Discover], because the
-// first call with Balance to a service asks the registry.
+// Balance addresses a call to an instance that the strategy chooses. By default NATS chooses an instance at random. Instances
+// that are UNHEALTHY or STOPPING are not chosen, and an instance that no longer listens is skipped at once. A call to an
+// [Exclusive] handler goes to the leader, whatever the strategy. The call can also fail with the errors of [Service.Discover],
+// because the first call with Balance to a service asks the registry.
 func Balance(strategy Strategy) CallOption { return func(c *callConfig) { c.strategy = &strategy } }
 
 // EventVersion sets the version of an event in [Publish] and [PublishBatch]: numbers without leading zeros, in the form x.y or
@@ -488,10 +489,10 @@ func IdempotencyKey(k string) CallOption { return func(c *callConfig) { c.key = 
 // except that one start in 16 is given to the least urgent, so that no command waits forever.
 func AtPriority(p Priority) CallOption { return func(c *callConfig) { c.priority = &p } }
 
-// At sets the time t, by the server's clock, at which an event is delivered or a command is executed. If t is in the past, that is
-// at once. The server keeps the message until then, so that this process may end. Meanwhile the state of a command is scheduled,
-// and the command can be cancelled. Publish and SendCommand fail with [ErrInvalid] if the stream drops its messages before that
-// time, or if an operator has made the stream without allow_msg_schedules. At and [After] exclude each other.
+// At sets the time t, by the server's clock, at which an event is delivered or a command is executed. If t is in the past, that
+// is at once. The server keeps the message until then, so that this process may end. Meanwhile the state of a command is
+// scheduled, and the command can be cancelled. Publish and SendCommand fail with [ErrInvalid] if the stream drops its messages
+// before that time, or if an operator has made the stream without allow_msg_schedules. At and [After] exclude each other.
 func At(t time.Time) CallOption { return func(c *callConfig) { c.at = &t } }
 
 // After is [At] with the time that is d from now. If d is not positive, that is at once.

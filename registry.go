@@ -90,8 +90,8 @@ type vitals struct {
 	seen atomic.Int64 // in ns since 1970, by the server's clock
 }
 
-// A snapshot is what the entries of a directory say at one version of the directory, with one leader. Only the turns of its routes
-// and its listing change, and the next snapshot goes on with the same turns.
+// A snapshot is what the entries of a directory say at one version of the directory, with one leader. Only the turns of its
+// routes and its listing change, and the next snapshot goes on with the same turns.
 type snapshot struct {
 	version uint64
 	leader  string
@@ -136,11 +136,11 @@ func (t *tally) get(key string) int {
 	return t.counts[key]
 }
 
-// Discover returns the instances of a service, sorted by id. The list is empty if the service has no instances. The first call for
-// a service asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls use a local
-// copy, which is kept up to date until it has not been used for a minute. While there is no connection, the copy stays as it is.
-// When the connection is back, or when the bucket aegis_registry was lost, an instance that does not refresh its entry stays in
-// the copy for another three heartbeats.
+// Discover returns the instances of a service, sorted by id. The list is empty if the service has no instances. The first call
+// for a service asks the server, and blocks until ctx ends or, if ctx has no deadline, for [WithTimeout]. Later calls use a
+// local copy, which is kept up to date until it has not been used for a minute. While there is no connection, the copy stays as
+// it is. When the connection is back, or when the bucket aegis_registry was lost, an instance that does not refresh its entry
+// stays in the copy for another three heartbeats.
 //
 // The list may be out of date: an instance that has crashed stays in it until three heartbeats have passed.
 //

@@ -19,8 +19,8 @@ import (
 // and every compare-and-swap go through request. It is the one place where a message that can't be sent, or is not answered,
 // becomes an Error.
 
-// An exchange is one message, and what request needs to send it: the deadline, the connection, and what counts as its answer. It is
-// used again for each attempt.
+// An exchange is one message, and what request needs to send it: the deadline, the connection, and what counts as its answer.
+// It is used again for each attempt.
 type exchange struct {
 	subject     string
 	header      nats.Header
@@ -282,8 +282,8 @@ func (c *conn) newSlot(subject string, room int) (*slot, *Error) {
 	sl := &slot{prefix: strings.TrimSuffix(subject, ">"), calls: mrand.Uint64N(1 << 32), answers: make(chan *nats.Msg, room)}
 	sl.alarm = time.AfterFunc(time.Hour, sl.wake)
 	c.slotsMu.Lock()
-	// If the server has refused a slot a moment ago, there may be as many as it allowed, because a message whose answer can't be heard
-	// is better not sent.
+	// If the server has refused a slot a moment ago, there may be as many as it allowed, because a message whose answer can't be
+	// heard is better not sent.
 	most, why := maxSlots, "try later, or use WithPool for more connections"
 	if clock() < c.roomUntil {
 		most, why = c.room, tooMany

@@ -36,9 +36,9 @@ import (
 // as [ErrTimeout], and [context.Canceled] as [ErrCanceled]. Any other error, and a panic, arrives as [ErrInternal] with its text.
 // A payload that can't be decoded into Req is answered with [ErrInvalid].
 //
-// fn's ctx ends at the caller's deadline, or after WithTimeout if the request has none, and when the caller cancels. A caller that
-// does not use aegis can send its time limit in the header Aegis-Timeout, as a Go duration (1.5s) or in milliseconds. A request
-// whose caller has given up before a handler was free is dropped.
+// fn's ctx ends at the caller's deadline, or after WithTimeout if the request has none, and when the caller cancels. A caller
+// that does not use aegis can send its time limit in the header Aegis-Timeout, as a Go duration (1.5s) or in milliseconds. A
+// request whose caller has given up before a handler was free is dropped.
 //
 // Errors, which Start returns too if Handle was called before it:
 //   - [ErrInvalid] if method or an option is invalid, if fn is nil, or if the method has a handler already
@@ -75,8 +75,8 @@ func (s *Service) handle(method string, handler HandlerFunc, opts []HandlerOptio
 var errExpiredEarly = newError(ErrTimeout, "its caller gave up before a handler was free")
 var errCanceledEarly = newError(ErrCanceled, "its caller cancelled before a handler was free")
 
-// An rpcSource is the source of an endpoint's requests. They come on two subjects: the method's, which the instances of the service
-// share, and the method's subject for this instance.
+// An rpcSource is the source of an endpoint's requests. They come on two subjects: the method's, which the instances of the
+// service share, and the method's subject for this instance.
 type rpcSource struct {
 	*endpoint
 
@@ -244,8 +244,9 @@ func isDisconnected(err error) bool {
 		errors.Is(err, nats.ErrConnectionClosed)
 }
 
-// Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The time
-// that is left is sent with the request, and limits the handler's ctx. When ctx is cancelled, the handler's ctx is cancelled too.
+// Call calls a method of a service and waits for its answer, until ctx ends, or for [WithTimeout] if ctx has no deadline. The
+// time that is left is sent with the request, and limits the handler's ctx. When ctx is cancelled, the handler's ctx is
+// cancelled too.
 //
 // The error is an [*Error]. Call returns it as soon as it is known.
 //
@@ -319,8 +320,8 @@ func CallAll[Req, Resp any](
 	}
 }
 
-// callAll runs each for every instance of a service, each on a goroutine of its own, and then calls the functions that they return,
-// one after another, until one returns false. Before it returns, it waits for all goroutines.
+// callAll runs each for every instance of a service, each on a goroutine of its own, and then calls the functions that they
+// return, one after another, until one returns false. Before it returns, it waits for all goroutines.
 func (s *Service) callAll(
 	ctx context.Context, service, method string, req any, opts []CallOption,
 	each func(ctx context.Context, instance string, out Raw, cfg *callConfig) func() bool,
@@ -468,8 +469,8 @@ func (s *Service) attempt(
 	return nil, failure, safeToResend(failure) || cfg.idempotent && !answered && isUnanswered(failure)
 }
 
-// verdictOn returns what a failure says about the service that was called. answered is whether an answer came, be it the server's that
-// there are no responders.
+// verdictOn returns what a failure says about the service that was called. answered is whether an answer came, be it the
+// server's that there are no responders.
 func verdictOn(failure *Error, answered bool) verdict {
 	switch {
 	case failure.Code == ErrNotActive.Code: // the service runs, but another instance leads
@@ -543,8 +544,8 @@ const inconclusive, good, bad verdict = 0, 1, 2
 
 const maxBreakers = 1024
 
-// breaker returns the circuit breaker in front of a service. It is nil, which lets every call through, without WithBreaker, and if
-// there are too many breakers already.
+// breaker returns the circuit breaker in front of a service. It is nil, which lets every call through, without WithBreaker, and
+// if there are too many breakers already.
 func (s *Service) breaker(service string) *breaker {
 	if s.cfg.breaker.Failures == 0 {
 		return nil

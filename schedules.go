@@ -14,8 +14,9 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// This file has delayed and expiring events: At, After and ExpireAfter of Publish, and RetryAfter of a handler. A delayed event is a
-// schedule: a message that the server keeps on a subject of its own, and stores again for the event's subject when it is due:
+// This file has delayed and expiring events: At, After and ExpireAfter of Publish, and RetryAfter of a handler. A delayed event
+// is a schedule: a message that the server keeps on a subject of its own, and stores again for the event's subject when it is
+// due:
 // https://github.com/nats-io/nats-architecture-and-design/blob/main/adr/ADR-51.md
 
 const eventSchedulePrefix = "aegis.schedules.events." // followed by a hash, so that each schedule has a subject of its own
@@ -93,9 +94,10 @@ func (p *publication) checkStream(ctx context.Context, x *exchange) *Error {
 	return nil
 }
 
-// storeForLater stores an event again, to be delivered to this subscription after a pause, and acknowledges the present delivery. The
-// later delivery counts as the same attempt. If the event would expire before that, it is only acknowledged. storeForLater reports
-// false, and acknowledges nothing, if the stream can't keep the event for that long or does not confirm it.
+// storeForLater stores an event again, to be delivered to this subscription after a pause, and acknowledges the present
+// delivery. The later delivery counts as the same attempt. If the event would expire before that, it is only acknowledged.
+// storeForLater reports false, and acknowledges nothing, if the stream can't keep the event for that long or does not confirm
+// it.
 func (f *eventSource) storeForLater(r *request, pause time.Duration) bool {
 	d, h, ttl := r.delivery, copyHeader(r.in.Header), ""
 	if r.in.Header.Get(jetstream.MsgTTLHeader) == "never" {

@@ -53,8 +53,8 @@ func seconds(d time.Duration) string {
 	return strconv.FormatInt(int64((d+time.Second-1)/time.Second), 10) + "s"
 }
 
-// parseTTL returns the time in a Nats-TTL header, which the server has checked: a duration, or a number of seconds. It is 0 if the
-// message does not expire.
+// parseTTL returns the time in a Nats-TTL header, which the server has checked: a duration, or a number of seconds. It is 0 if
+// the message does not expire.
 func parseTTL(header string) time.Duration {
 	if seconds, err := strconv.ParseInt(header, 10, 32); err == nil {
 		return time.Duration(seconds) * time.Second

@@ -28,8 +28,8 @@ func scheduleOf(key string) string {
 	return commandSchedulePrefix + service + "." + command + ".=" + strings.TrimPrefix(scheduleSubject(key), eventSchedulePrefix)
 }
 
-// checkCommandSchedule returns an error if the stream can't keep a schedule with this subject until the time due. A zero due asks only
-// whether it can keep schedules. checkCommandSchedule makes the stream if there is none.
+// checkCommandSchedule returns an error if the stream can't keep a schedule with this subject until the time due. A zero due
+// asks only whether it can keep schedules. checkCommandSchedule makes the stream if there is none.
 func (s *Service) checkCommandSchedule(ctx context.Context, subject string, due time.Time) *Error {
 	stream, failure := s.openStream(ctx, s.commandStream(), subject)
 	if failure != nil {
@@ -54,8 +54,8 @@ type Schedule struct {
 }
 
 // ScheduleCommand sets a schedule by which the server sends a command repeatedly. The server keeps the schedule and sends the
-// commands, so that this process need not run. Each firing is a new command, which one instance of the service executes. Its id is
-// <name>@<time>, with the time of the firing that follows it, by which duplicates of one firing are recognized.
+// commands, so that this process need not run. Each firing is a new command, which one instance of the service executes. Its id
+// is <name>@<time>, with the time of the firing that follows it, by which duplicates of one firing are recognized.
 //
 // name is 1 to 64 letters, digits, - and _. ScheduleCommand replaces a schedule of the same name, service and command. If nothing
 // changes, it leaves the schedule as it is, so that all instances may set it when they start.
@@ -63,7 +63,8 @@ type Schedule struct {
 // spec is one of these:
 //   - @every and an interval of at least 1 s, which counts from when the schedule is set, as in "@every 1m30s"
 //   - @hourly, @daily, @midnight, @weekly, @monthly, @yearly or @annually
-//   - six fields for second, minute, hour, day of month, month, and day of week (0 to 6 or SUN to SAT), as in "0 30 9 * * MON-FRI"
+//   - six fields for second, minute, hour, day of month, month, and day of week (0 to 6 or SUN to SAT), as in "0 30 9 * *
+//     MON-FRI"
 //
 // The time zone is UTC, unless spec begins with another one, as in "TZ=Europe/London 0 0 9 * * *". @every has no time zone.
 //

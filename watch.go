@@ -24,16 +24,16 @@ import (
 // A watch is a local copy of some keys of a bucket. It survives reconnects, and the loss of the bucket: then it fills a new copy,
 // which replaces the old one when it is complete.
 //
-// Entries with a TTL are not lost because the servers were away. An entry stays for its TTL if it has expired meanwhile, that is, if
-// the new copy does not have it, or if the server reports the expiry too late. It does not stay if it was deleted.
+// Entries with a TTL are not lost because the servers were away. An entry stays for its TTL if it has expired meanwhile, that
+// is, if the new copy does not have it, or if the server reports the expiry too late. It does not stay if it was deleted.
 type watch[T any] struct {
 	use            usage
 	svc            *Service
 	bucket, filter string
 	valid          func(key string, v *T) bool // entries for which it reports false are left out
 
-	// adopt is called with a new revision of an entry and the old one, which is nil if there was none. It may let both share parts. It
-	// reports whether those who wait for a change need not be woken. If adopt is nil, every revision wakes them.
+	// adopt is called with a new revision of an entry and the old one, which is nil if there was none. It may let both share
+	// parts. It reports whether those who wait for a change need not be woken. If adopt is nil, every revision wakes them.
 	adopt func(old, now *entry[T]) bool
 
 	version atomic.Uint64 // counts changes
@@ -177,8 +177,8 @@ func (w *watch[T]) follow(ctx context.Context) *Error {
 	}
 }
 
-// receive takes a message of the consumer: an entry, or one that only shows that the consumer exists. If a message is missing, the
-// copy has to be filled anew.
+// receive takes a message of the consumer: an entry, or one that only shows that the consumer exists. If a message is missing,
+// the copy has to be filled anew.
 func (w *watch[T]) receive(c *conn, f *filling[T], m *nats.Msg) {
 	if m.Header.Get("Status") != "" {
 		if reply := cmp.Or(m.Reply, m.Header.Get("Nats-Consumer-Stalled")); reply != "" {
@@ -269,9 +269,9 @@ func (w *watch[T]) fillLocked(f *filling[T]) {
 	}
 	fresh, now, same := f.fresh, clock(), w.ready.Load() && w.adopt != nil
 	f.fresh = nil
-	// Carry over what the new copy can't know. An entry that is unchanged or has expired, and has a TTL, may belong to an instance that
-	// could not write while the servers were away. It stays for one more TTL or, if it was gone already when the old copy ended, for
-	// the rest of its time.
+	// Carry over what the new copy can't know. An entry that is unchanged or has expired, and has a TTL, may belong to an instance
+	// that could not write while the servers were away. It stays for one more TTL or, if it was gone already when the old copy
+	// ended, for the rest of its time.
 	for key, old := range w.entries {
 		e, known := fresh[key]
 		switch {
@@ -303,9 +303,9 @@ func (w *watch[T]) fillLocked(f *filling[T]) {
 	}
 }
 
-// expire removes the entries that were kept, that the server does not have any more, and whose time is over. It reports false if the
-// time of others is over. The server should have reported that: either it can't, or somebody has removed them from the stream. A new
-// copy shows which.
+// expire removes the entries that were kept, that the server does not have any more, and whose time is over. It reports false
+// if the time of others is over. The server should have reported that: either it can't, or somebody has removed them from the
+// stream. A new copy shows which.
 func (w *watch[T]) expire(now time.Duration) (ok bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -512,7 +512,8 @@ func (g *watching[W]) hold(key string) W {
 	}
 }
 
-// start starts the watch of key, unless there is one. If there are too many, it ends the one that was not used for the longest time.
+// start starts the watch of key, unless there is one. If there are too many, it ends the one that was not used for the longest
+// time.
 func (g *watching[W]) start(key string, used time.Duration) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
