@@ -120,7 +120,7 @@ type Service struct {
 
 	since        time.Time     // when the service was made
 	unhealthy    atomic.Bool   // whether a health check fails
-	healthMu     sync.Mutex    // guards healthCheck.contrary; held while the endpoints and the entry follow a change, one after another
+	healthMu     sync.Mutex    // guards healthCheck.contrary; held while endpoints and entry follow a change
 	healthOnce   sync.Once     // starts the health checks
 	healthKnown  chan struct{} // closed when all checks have had a result
 	metadata     atomic.Pointer[map[string]string]
@@ -140,7 +140,7 @@ type Service struct {
 
 	tasks      sync.WaitGroup // counts the goroutines that end when base does
 	ready      atomic.Bool    // whether Start has succeeded
-	timeUp     atomic.Bool    // set when Stop's time is up; from then on messages that no handler has begun are refused or given back
+	timeUp     atomic.Bool    // set when Stop's time is up; then messages that no handler has begun are refused
 	requeueing atomic.Int32   // commands that are being queued again
 	closed     atomic.Bool    // set when the connections are about to be closed
 	done       chan struct{}  // closed at the end of Stop

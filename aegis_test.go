@@ -186,6 +186,17 @@ func newService(tb testing.TB, srv *server.Server, name string, opts ...aegis.Op
 	return s
 }
 
+// rawConn makes a connection of nats.go, without aegis, which ends with the test.
+func rawConn(tb testing.TB, url string) *nats.Conn {
+	tb.Helper()
+	nc, err := nats.Connect(url)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(nc.Close)
+	return nc
+}
+
 func start(tb testing.TB, s *aegis.Service) {
 	tb.Helper()
 	if err := s.Start(context.Background()); err != nil {

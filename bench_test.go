@@ -904,15 +904,6 @@ func BenchmarkHandOver(b *testing.B) {
 	b.ReportMetric(float64(gaps[len(gaps)*99/100])/1e6, "p99-ms")
 }
 
-func rawConn(b *testing.B, url string) *nats.Conn {
-	nc, err := nats.Connect(url)
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(nc.Close)
-	return nc
-}
-
 // versus compares single operations, which the given number of callers make at the same time.
 func versus(b *testing.B, callers int, ours func() error, baselines ...func() error) {
 	b.Helper()

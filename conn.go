@@ -145,7 +145,8 @@ func (c *conn) setCallbacks(s *Service, carrier bool, opts *nats.Options) {
 				s.startTask(func() { c.probeSlots(s.base, &s.denials) })
 			}
 		}
-		s.log.Log(context.Background(), level, "NATS reports an error", "subject", cmp.Or(sub, &nats.Subscription{}).Subject, "error", err)
+		subject := cmp.Or(sub, &nats.Subscription{}).Subject
+		s.log.Log(context.Background(), level, "NATS reports an error", "subject", subject, "error", err)
 		c.lastReported.Store(&err) // after note, because checkDenials relies on that
 		if user.AsyncErrorCB != nil {
 			user.AsyncErrorCB(nc, sub, err)

@@ -31,7 +31,7 @@ type DeadLetter struct {
 	Attempts                  int         // how many attempts there were
 	Time                      time.Time   // when the dead letter was stored, by the server's clock
 	Header                    nats.Header // the headers of the message, and Aegis-Id, Aegis-Subject and Aegis-Time
-	Data                      []byte      // the payload; nil if the message was too large to be copied: Reason then says where it is stored
+	Data                      []byte      // the payload; nil if it was too large to be copied: Reason says where it is stored
 	Sequence                  uint64      // the dead letter's number in the stream AEGIS_DEAD
 
 	codec Codec // of the service that has listed it

@@ -467,7 +467,8 @@ func (e *endpoint) dispatch(r *request) {
 	}
 	if failure == nil && int64(len(data)) > limit {
 		r.permanent = true
-		failure = newError(ErrInternal, "the answer of %s has %d bytes, more than the %d that the server's max_payload leaves: split it, or raise that limit", e.name, len(data), limit)
+		failure = newError(ErrInternal, "the answer of %s has %d bytes, more than the %d that the server's max_payload leaves: "+
+			"split it, or raise that limit", e.name, len(data), limit)
 	}
 }
 

@@ -45,7 +45,7 @@ var (
 	ErrTimeout       = &Error{Code: "DEADLINE_EXCEEDED"} // no answer came in time, or a command expired
 	ErrOverloaded    = &Error{Code: "OVERLOADED"}        // the handler, or a connection of the caller, is at its limit
 	ErrUnimplemented = &Error{Code: "UNIMPLEMENTED"}     // the service has no such method, or no such command
-	ErrInternal      = &Error{Code: "INTERNAL"}          // a handler returned another error or panicked, or an answer can't be decoded
+	ErrInternal      = &Error{Code: "INTERNAL"}          // a handler returned another error or panicked, or an answer is not valid
 	ErrCircuitOpen   = &Error{Code: "CIRCUIT_OPEN"}      // the circuit breaker of the called service is open
 	ErrCanceled      = &Error{Code: "CANCELED"}          // ctx, or the command, was cancelled
 	ErrClosed        = &Error{Code: "CLOSED"}            // the service was stopped

@@ -754,11 +754,7 @@ func TestBatchErrorHasCorrelationID(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
 	svc := newService(t, srv, "risk", aegis.WithTimeout(200*time.Millisecond))
-	silent, err := nats.Connect(srv.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer silent.Close()
+	silent := rawConn(t, srv.ClientURL())
 	if _, err := silent.SubscribeSync("*.>"); err != nil { // takes what is published, and does not confirm it
 		t.Fatal(err)
 	}

@@ -26,7 +26,7 @@ const (
 	maxWaiting    = 1 << 12 // pull requests that wait at a consumer, from all instances
 
 	pullSize      = 512                    // messages that are asked for at once
-	pullBytes     = 8 << 20                // bytes that all feeds of a service ask for at once; the server cuts a connection at 64 MB
+	pullBytes     = 8 << 20                // bytes that all feeds ask for at once; the server cuts a connection at 64 MB
 	pullExpiry    = 30 * time.Second       // after which a pull request is made anew
 	pullHeartbeat = 5 * time.Second        // between the server's signs of life; a request without one for twice as long is lost
 	quietTime     = 50 * time.Millisecond  // without a message, after which a consumer has no more for a request that is given up
@@ -34,7 +34,7 @@ const (
 	fetchTimeout  = 5 * time.Second        // without a message, after which a request for those that a lane has now has failed
 	checkInterval = 15 * time.Second       // after which fetch checks the consumers again
 	retryPause    = 250 * time.Millisecond // the first bound of the random pause after a failure
-	returnPause   = time.Second            // before a message that is given back is redelivered, if a pull request would bring it right back
+	returnPause   = time.Second            // before a message that is given back may come again, if it is pulled here
 
 	pendingTimeout = 250 * time.Millisecond // for asking the server how many messages wait
 	pendingAge     = time.Second            // after which it is asked again
@@ -129,7 +129,7 @@ func (f *feed) open(ctx context.Context) (err error) {
 		return failure
 	}
 	for _, l := range f.lanes { // the caller of open calls checkDenials afterwards
-		f.svc.probePublish("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, "$JS.ACK."+f.stream.Name+"."+l.config.Durable)
+		f.svc.probePublish(f.pullSubject(l), "$JS.ACK."+f.stream.Name+"."+l.config.Durable)
 	}
 	f.svc.probePublish(f.letters())
 	f.mu.Lock()
@@ -222,7 +222,8 @@ func (f *feed) openConsumer(ctx context.Context, stream jetstream.Stream, l *lan
 		if have.FilterSubject != "" {
 			have.FilterSubject, have.FilterSubjects = "", []string{have.FilterSubject}
 		}
-		if !slices.Contains(have.FilterSubjects, config.FilterSubjects[0]) || have.AckPolicy != config.AckPolicy || have.DeliverSubject != "" {
+		if !slices.Contains(have.FilterSubjects, config.FilterSubjects[0]) || have.AckPolicy != config.AckPolicy ||
+			have.DeliverSubject != "" {
 			return notRun(newError(ErrInvalid, "%s, which exists, is not a pull consumer for %s with explicit acknowledgement: "+
 				"delete it, or choose another name by Durable", what, config.FilterSubjects[0]))
 		}
@@ -363,7 +364,7 @@ func (f *feed) askByPriority(ctx context.Context, free int64) bool {
 		if n == 0 {                                                             // a command from a parked lane has taken the place
 			return false
 		}
-		came := f.fetchNow(l, n)
+		came := f.fetchNow(ctx, l, n)
 		if f.reserved.Add(came - n); came > 0 {
 			if f.sinceReverse += int(came); reverse {
 				f.sinceReverse = 0
@@ -477,9 +478,14 @@ func (f *feed) await(
 	}
 }
 
+// pullSubject returns the subject of pull requests to a lane.
+func (f *feed) pullSubject(l *lane) string {
+	return "$JS.API.CONSUMER.MSG.NEXT." + f.stream.Name + "." + l.config.Durable
+}
+
 // fetchNow brings up to n of the messages that a lane has now, and returns how many it has brought. FetchNoWait of the jetstream
 // package gives up after a second without a message, and what is under way then is redelivered only after its ack wait.
-func (f *feed) fetchNow(l *lane, n int64) (came int64) {
+func (f *feed) fetchNow(ctx context.Context, l *lane, n int64) (came int64) {
 	c := f.svc.carrier.conn.Load()
 	drops := c.drops.Load()
 	answers := make(chan *nats.Msg, n+1) // the one is for the status that follows if there are fewer messages
@@ -490,7 +496,7 @@ func (f *feed) fetchNow(l *lane, n int64) (came int64) {
 	}
 	defer sub.Unsubscribe()
 	request := fmt.Sprintf(`{"batch":%d,"no_wait":true}`, n)
-	err = c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+f.stream.Name+"."+l.config.Durable, sub.Subject, []byte(request))
+	err = c.nc.PublishRequest(f.pullSubject(l), sub.Subject, []byte(request))
 	silence := time.NewTicker(time.Second)
 	defer silence.Stop()
 	for begin := clock(); err == nil && came < n; {
@@ -507,10 +513,12 @@ func (f *feed) fetchNow(l *lane, n int64) (came int64) {
 				err = fmt.Errorf("%s %s", status, m.Header.Get("Description"))
 			}
 		case <-silence.C:
-			switch {
+			switch quiet := clock() - begin; {
 			case !c.up.Load() || c.drops.Load() != drops: // what was under way is lost with the connection
 				return came
-			case clock()-begin > fetchTimeout:
+			case ctx.Err() != nil && quiet > drainTime: // the server hangs: it redelivers what is under way
+				return came
+			case quiet > fetchTimeout:
 				err = nats.ErrTimeout
 			}
 		}

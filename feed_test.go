@@ -13,7 +13,6 @@ import (
 
 	"github.com/aegistrader/aegis"
 	"github.com/nats-io/nats-server/v2/server"
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -271,11 +270,7 @@ func TestStreamMadeAnew(t *testing.T) {
 func TestFailedSubscriptionsTakeNoShare(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
-	nc, err := nats.Connect(srv.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
+	nc := rawConn(t, srv.ClientURL())
 	pulls, err := nc.SubscribeSync("$JS.API.CONSUMER.MSG.NEXT.AEGIS_EVENTS.>")
 	if err != nil {
 		t.Fatal(err)

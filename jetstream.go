@@ -32,7 +32,9 @@ func (s *Service) openStream(
 }
 
 // openStreamOnce is openStream without retries: it sends each request to the server once, and gives up when ctx ends.
-func (s *Service) openStreamOnce(ctx context.Context, want jetstream.StreamConfig, subjects ...string) (jetstream.Stream, *Error) {
+func (s *Service) openStreamOnce(
+	ctx context.Context, want jetstream.StreamConfig, subjects ...string,
+) (jetstream.Stream, *Error) {
 	begin, c := clock(), s.pick()
 	if c == nil {
 		return nil, s.disconnectedError()

@@ -515,11 +515,7 @@ func TestFullAccount(t *testing.T) {
 func TestNoStreamBehindPlainSubscriber(t *testing.T) {
 	t.Parallel()
 	srv := startServer(t, withJetStream(t))
-	everything, err := nats.Connect(srv.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer everything.Close()
+	everything := rawConn(t, srv.ClientURL())
 	if _, err := everything.SubscribeSync(">"); err != nil {
 		t.Fatal(err)
 	}
@@ -529,6 +525,6 @@ func TestNoStreamBehindPlainSubscriber(t *testing.T) {
 	s := newService(t, srv, "client", aegis.WithTimeout(300*time.Millisecond))
 	fails(t, aegis.Publish(t.Context(), s, "price", "changed", 1), aegis.ErrTimeout, "perhaps no stream takes it")
 	fails(t, aegis.PublishBatch(t.Context(), s, "price", "changed", []int{1}), aegis.ErrTimeout, "perhaps no stream takes it")
-	_, err = aegis.SendCommand[int, int](t.Context(), s, "svc", "do", 1)
+	_, err := aegis.SendCommand[int, int](t.Context(), s, "svc", "do", 1)
 	fails(t, err, aegis.ErrTimeout, "perhaps no stream takes it")
 }

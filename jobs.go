@@ -87,7 +87,9 @@ func (s *Service) sendCommand(ctx context.Context, service, command, id string, 
 }
 
 // createCommand creates the record of a command, unless it exists, and queues the command.
-func (s *Service) createCommand(ctx context.Context, service, command, id string, header nats.Header, data []byte, cfg *callConfig) *Error {
+func (s *Service) createCommand(
+	ctx context.Context, service, command, id string, header nats.Header, data []byte, cfg *callConfig,
+) *Error {
 	key, subject := recordKey(service, command, id), commandPrefix+service+"."+command
 	if len(copyHeader(header)) < len(header) { // copyHeader has left out a header that can't be sent
 		return notRun(newError(ErrInvalid, "the command %s.%s has a header that can't be sent: %q",

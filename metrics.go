@@ -28,7 +28,7 @@ type Stats struct {
 	Uptime                     time.Duration     // the time since New
 	Connected, Reconnects      int               // how many connections of the pool are up; how often one was lost and made again
 	Endpoints                  []EndpointStats   // of all handlers, and of all methods that are called, sorted by Kind, then by Name
-	Breakers                   map[string]string // the state of each circuit breaker by called service: "closed", "open" or "half-open"
+	Breakers                   map[string]string // the state of each circuit breaker, by service: "closed", "open", "half-open"
 	Leading                    map[string]uint64 // the term by group, for each group that this instance leads
 }
 

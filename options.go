@@ -194,16 +194,19 @@ func newConfig(opts []Option) (*config, *Error) {
 	var ok checks
 	ok.want(len(c.urls) > 0, "WithURL(): no URL given")
 	ok.want(c.pool >= 1 && c.pool <= 64, "WithPool(%d): want 1 to 64 connections", c.pool)
-	ok.want(c.id == nil || isToken(*c.id, maxInstance), "WithID(%q): want 1 to %d of a-z, A-Z, 0-9, - and _", deref(c.id), maxInstance)
+	ok.want(c.id == nil || isToken(*c.id, maxInstance), "WithID(%q): want 1 to %d of a-z, A-Z, 0-9, - and _",
+		deref(c.id), maxInstance)
 	ok.want(versionPattern.MatchString(c.version), "WithVersion(%q): want x.y.z, such as 1.2.0", c.version)
 	ok.want(c.codec != nil, "WithCodec(nil): want a codec, such as aegis.JSON")
 	ok.want(c.logger != nil, "WithLogger(nil): want a logger; slog.New(slog.DiscardHandler) logs nothing")
 	ok.want(c.tolerance >= 1, "WithHealthTolerance(%d): want 1 or more", c.tolerance)
 	ok.want(c.timeout > 0, "WithTimeout(%v): want more than 0", c.timeout)
 	ok.want(c.stopTimeout > 0, "WithStopTimeout(%v): want more than 0", c.stopTimeout)
-	ok.want(c.concurrency >= 1 && c.concurrency <= maxConcurrency, "WithConcurrency(%d): want 1 to %d", c.concurrency, maxConcurrency)
+	ok.want(c.concurrency >= 1 && c.concurrency <= maxConcurrency, "WithConcurrency(%d): want 1 to %d",
+		c.concurrency, maxConcurrency)
 	ok.want(c.replicas >= 1 && c.replicas <= 5, "WithReplicas(%d): want 1 to 5", c.replicas)
-	ok.want((c.maxAge == 0 || c.maxAge >= time.Second) && c.maxBytes >= 0, "WithRetention(%v, %d): want an age of 1s or more, and bytes; 0 is no limit", c.maxAge, c.maxBytes)
+	ok.want((c.maxAge == 0 || c.maxAge >= time.Second) && c.maxBytes >= 0,
+		"WithRetention(%v, %d): want an age of 1s or more, and bytes; 0 is no limit", c.maxAge, c.maxBytes)
 	ok.want(c.heartbeat >= time.Second, "WithHeartbeat(%v): want at least 1s, because NATS counts whole seconds", c.heartbeat)
 	ok.want(c.failover.valid(), "WithFailover(%+v): %s", c.failover, wantPolicy)
 	ok.want(c.breaker.Failures >= 0 && c.breaker.Cooldown >= 0, "WithBreaker(%+v): negative", c.breaker)
@@ -463,7 +466,7 @@ type Strategy int
 const (
 	RoundRobin  Strategy = iota // each instance in turn
 	Random                      // a random instance
-	LeastLoaded                 // of two random instances the one with the smaller sum of its Load and this service's calls in flight to it
+	LeastLoaded                 // of two random instances the one with fewer running handlers and calls in flight from here
 )
 
 // Balance addresses a call to an instance that the strategy chooses. By default NATS chooses an instance at random. Instances
@@ -555,13 +558,15 @@ func newCallConfig(kind string, opts []CallOption) (*callConfig, *Error) {
 	}
 	if v := c.version; v != nil {
 		ok.want(c.kind == kindEvent, "EventVersion(%q): only events have a version", *v)
-		ok.want(versionPattern.MatchString(*v) || versionPattern.MatchString(*v+".0"), "EventVersion(%q): want x.y or x.y.z, such as 1.0",
+		ok.want(versionPattern.MatchString(*v) || versionPattern.MatchString(*v+".0"),
+			"EventVersion(%q): want x.y or x.y.z, such as 1.0",
 			*v)
 	}
 	if k := c.key; k != nil {
 		printable := !strings.ContainsFunc(*k, func(r rune) bool { return r <= ' ' || r > '~' })
 		ok.want(c.kind != kindRPC, "IdempotencyKey(%q): calls have no key; see Idempotent", *k)
-		ok.want(printable && *k != "" && len(*k) <= maxIDLength, "IdempotencyKey(%q): want 1 to %d printable ASCII characters, no spaces",
+		ok.want(printable && *k != "" && len(*k) <= maxIDLength,
+			"IdempotencyKey(%q): want 1 to %d printable ASCII characters, no spaces",
 			*k, maxIDLength)
 	}
 	if c.at != nil || c.after != nil {

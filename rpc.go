@@ -207,7 +207,8 @@ func (src *rpcSource) answer(m *nats.Msg, c Codec, data []byte, failure *Error) 
 	} else if label := labelOf(c); label != "" {
 		out.Header = nats.Header{headerContentType: {label}}
 	} else if isPubAck(out) { // without a label, the caller would take it for the acknowledgement of a stream, and go on waiting
-		out.Header = nats.Header{headerContentType: {cmp.Or(c, JSON).ContentType()}} // c is nil if middleware has answered an empty request
+		c = cmp.Or(c, JSON) // c is nil if middleware has answered an empty request
+		out.Header = nats.Header{headerContentType: {c.ContentType()}}
 	}
 	err := src.send(m, out)
 	if errors.Is(err, nats.ErrMaxPayload) {

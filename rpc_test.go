@@ -755,12 +755,7 @@ func TestMiddlewareAnswersEmptyRequest(t *testing.T) {
 	}))
 	handle(t, svc, "m", echo)
 	start(t, svc)
-	nc, err := nats.Connect(srv.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	answer, err := nc.Request("rpc.risk.m", nil, 5*time.Second)
+	answer, err := rawConn(t, srv.ClientURL()).Request("rpc.risk.m", nil, 5*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -158,7 +158,8 @@ func parseSpec(spec string) (pattern, zone string, failure *Error) {
 
 // readSchedule returns the message that is stored under a schedule's subject.
 func (s *Service) readSchedule(ctx context.Context, subject string) (m *jetstream.RawStreamMsg, failure *Error) {
-	failure = s.askStream(ctx, commandStream, "the schedule "+subject, func(ctx context.Context, stream jetstream.Stream) (err error) {
+	what := "the schedule " + subject
+	failure = s.askStream(ctx, commandStream, what, func(ctx context.Context, stream jetstream.Stream) (err error) {
 		m, err = stream.GetLastMsgForSubject(ctx, subject)
 		return err
 	})

@@ -474,7 +474,8 @@ func (u *usage) retire() { u.endUnused(clock() - idleTime) }
 func (u *usage) endUnused(before time.Duration) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if used := u.used.Load(); u.holders == 0 && used <= int64(before) && used != usageEnded && u.used.CompareAndSwap(used, usageEnded) {
+	used := u.used.Load()
+	if u.holders == 0 && used <= int64(before) && used != usageEnded && u.used.CompareAndSwap(used, usageEnded) {
 		u.end()
 	}
 }
