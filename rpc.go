@@ -452,7 +452,9 @@ func (s *Service) attempt(
 	answered := failure == nil || failure == errNoResponders // which is the server's answer
 	switch failure {
 	case nil:
-		failure = decodeError(answer)
+		if failure = decodeError(answer); failure != nil {
+			failure.Source = cmp.Or(failure.Source, service) // a service that does not use aegis does not name itself
+		}
 	case errNoResponders:
 		failure = s.explainNoResponders(ctx, x, service, instance)
 	}
